@@ -1,0 +1,1 @@
+//! A TCP splicing proxy that re-targets live connections.

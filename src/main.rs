@@ -1,0 +1,3 @@
+//! The command `vmshadow`.
+
+fn main() {}

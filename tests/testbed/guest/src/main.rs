@@ -1,0 +1,3 @@
+//! The only process of a test guest.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Two real Xen sites in QEMU, for the end-to-end tests.

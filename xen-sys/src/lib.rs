@@ -1,0 +1,1 @@
+//! Bindings to libxl, libxenctrl and their kin, with a thin safe layer.
