@@ -1,7 +1,9 @@
 //! A TCP splicing proxy that re-targets live connections.
 #![warn(unreachable_pub)]
 
+pub mod config;
 mod error;
+pub mod proxy_protocol;
 pub mod repair;
 mod sys;
 

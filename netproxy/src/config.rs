@@ -1,0 +1,528 @@
+//! The configuration: a TOML file, checked as a whole before anything uses it.
+//!
+//! ```toml
+//! version = 1
+//!
+//! [proxy]
+//! control = "/run/vmshadow/netproxy.sock"
+//! state = "/var/lib/vmshadow/netproxy.json"   # where each guest is; survives a restart
+//! metrics = "127.0.0.1:9464"
+//!
+//! [limits]
+//! connections = 20000
+//!
+//! [[guest]]
+//! name = "desktop"
+//! address = "10.7.0.5"         # the guest's own, the same at every site
+//! source = "192.0.2.1"         # the edge's address that the guest sees
+//! site = "frankfurt"           # where it is at first
+//!
+//! [guest.sites.frankfurt]
+//! address = "198.51.100.7"     # answers for the guest, by a translation
+//! probe_port = 22              # any port of the site itself that accepts
+//!
+//! [guest.sites.dublin]
+//! routed = true                # or: the guest's own address is routed to this site
+//!
+//! [[guest.service]]
+//! name = "vnc"
+//! listen = ["0.0.0.0:5900", "[::]:5900"]
+//! port = 5900                  # the guest's
+//! site_port = 15900            # the sites', where they translate
+//! allow = ["203.0.113.0/24"]
+//! ```
+//!
+//! Errors name the line. What the file does not say has the default of the field here.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Deserializer};
+use toml::Spanned;
+
+use crate::error::{Error, Result};
+
+/// The version of the file's format.
+pub const VERSION: u32 = 1;
+
+/// The whole configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The format's version: 1.
+    pub version: Spanned<u32>,
+    /// The program itself.
+    #[serde(default)]
+    pub proxy: ProxySettings,
+    /// Limits of all and of one.
+    #[serde(default)]
+    pub limits: Limits,
+    /// The guests whose services are offered.
+    #[serde(default, rename = "guest")]
+    pub guests: Vec<GuestConfig>,
+}
+
+/// What concerns the program itself. Only read at the start.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ProxySettings {
+    /// Threads that carry connections; 0 is one for each core.
+    pub threads: usize,
+    /// The control socket.
+    pub control: PathBuf,
+    /// The file that keeps where each guest is. Without it, a restart goes by `site` again.
+    pub state: Option<PathBuf>,
+    /// Where Prometheus may ask for metrics, over HTTP. Nowhere if not given.
+    pub metrics: Option<SocketAddr>,
+    /// Pipes for splicing, in all. 0: everything is copied.
+    pub pipes: usize,
+    /// The size of a pipe in bytes.
+    pub pipe_size: ByteSize,
+    /// Marks sockets at a re-target, so that `table` routes them with a large initial congestion
+    /// window. Any number that nothing else on this host uses.
+    pub mark: u32,
+    /// The routing table used for that, and the priority of the rule.
+    pub table: u32,
+    /// The longest time to keep receiving after a hold was asked for.
+    pub grace: Period,
+}
+
+impl Default for ProxySettings {
+    fn default() -> Self {
+        Self {
+            threads: 0,
+            control: "/run/vmshadow/netproxy.sock".into(),
+            state: None,
+            metrics: None,
+            pipes: 64,
+            pipe_size: ByteSize(1 << 20),
+            mark: 0x766d_7368,
+            table: 7_760,
+            grace: Period(Duration::from_millis(250)),
+        }
+    }
+}
+
+/// Limits. A connection that would break one is refused; those that are open go on.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Connections in all.
+    pub connections: usize,
+    /// Connections of one client's address, to all services together.
+    pub connections_per_client: usize,
+    /// Bytes that one connection may hold in one direction while its sink is slow, beside the
+    /// kernel's own buffers.
+    pub buffer: ByteSize,
+    /// Bytes that all connections together may hold so.
+    pub buffer_total: ByteSize,
+    /// Bytes that one connection may take over from the kernel at a re-target.
+    pub carry: ByteSize,
+    /// How long a connection to a guest may take to open.
+    pub connect: Period,
+    /// How long a connection may carry nothing.
+    pub idle: Period,
+    /// How long it may carry nothing after one direction has ended.
+    pub half_closed: Period,
+    /// How long the last bytes may wait for the guest to acknowledge them.
+    pub linger: Period,
+    /// When a silent peer is first asked if it is there; 0 is never.
+    pub keepalive: Period,
+    /// How long between such questions.
+    pub keepalive_interval: Period,
+    /// How many of them may go unanswered.
+    pub keepalive_probes: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 20_000,
+            connections_per_client: 1_000,
+            buffer: ByteSize(256 << 10),
+            buffer_total: ByteSize(512 << 20),
+            carry: ByteSize(16 << 20),
+            connect: Period(Duration::from_secs(10)),
+            idle: Period(Duration::from_secs(24 * 3600)),
+            half_closed: Period(Duration::from_secs(3600)),
+            linger: Period(Duration::from_secs(60)),
+            keepalive: Period(Duration::from_secs(60)),
+            keepalive_interval: Period(Duration::from_secs(15)),
+            keepalive_probes: 8,
+        }
+    }
+}
+
+/// One guest.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GuestConfig {
+    /// Its name.
+    pub name: Spanned<String>,
+    /// Its own address, the same at every site.
+    pub address: IpAddr,
+    /// The address of this host that the guest sees. Routing chooses it if not given.
+    pub source: Option<IpAddr>,
+    /// The site where it is at first.
+    pub site: Spanned<String>,
+    /// The sites where it can be.
+    pub sites: BTreeMap<String, Spanned<SiteConfig>>,
+    /// Connections to it, in all.
+    #[serde(default = "all")]
+    pub connections: usize,
+    /// Its services.
+    #[serde(default, rename = "service")]
+    pub services: Vec<ServiceConfig>,
+}
+
+fn all() -> usize {
+    usize::MAX
+}
+
+/// How a guest is reached at a site: `address` or `routed`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SiteConfig {
+    /// The site's address, from which it translates to the guest's.
+    pub address: Option<IpAddr>,
+    /// The guest's own address is routed to the site.
+    #[serde(default)]
+    pub routed: bool,
+    /// A port of the site itself that accepts connections (ssh, for one). An ordinary connection
+    /// to it tells the kernel the round trip time ahead of a move.
+    pub probe_port: Option<u16>,
+    /// The address for that, if it is not `address`.
+    pub probe_address: Option<IpAddr>,
+}
+
+/// One service of a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServiceConfig {
+    /// Its name, for lists and metrics.
+    pub name: Spanned<String>,
+    /// Where clients connect to.
+    pub listen: Vec<Spanned<SocketAddr>>,
+    /// The guest's port.
+    pub port: Spanned<u16>,
+    /// The port at sites that translate; the same as `port` if not given.
+    pub site_port: Option<u16>,
+    /// Who may connect. Everyone, if not given.
+    pub allow: Option<Vec<IpNet>>,
+    /// Whether the guest is told the client's address by a PROXY protocol header, version 2.
+    #[serde(default)]
+    pub proxy_protocol: bool,
+}
+
+/// A count of bytes: a number, or text such as "64KiB" or "1MiB".
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ByteSize(pub usize);
+
+/// A length of time: text such as "250ms", "10s", "5m", "2h", or a number of seconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Period(pub Duration);
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum NumberOrText {
+    Number(u64),
+    Text(String),
+}
+
+/// Splits "250ms" into 250 and the factor of its unit.
+fn with_unit(text: &str, units: &[(&str, u64)]) -> Option<u64> {
+    let text = text.trim();
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let (_, factor) = units.iter().find(|(name, _)| *name == unit.trim())?;
+    number.parse::<u64>().ok()?.checked_mul(*factor)
+}
+
+impl<'de> Deserialize<'de> for ByteSize {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        const UNITS: [(&str, u64); 5] = [
+            ("", 1),
+            ("B", 1),
+            ("KiB", 1 << 10),
+            ("MiB", 1 << 20),
+            ("GiB", 1 << 30),
+        ];
+        let bytes = match NumberOrText::deserialize(deserializer)? {
+            NumberOrText::Number(number) => Some(number),
+            NumberOrText::Text(text) => with_unit(&text, &UNITS),
+        };
+        bytes
+            .and_then(|bytes| usize::try_from(bytes).ok())
+            .map(Self)
+            .ok_or_else(|| {
+                serde::de::Error::custom("a size is a number of bytes, or one with KiB, MiB or GiB")
+            })
+    }
+}
+
+impl<'de> Deserialize<'de> for Period {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        const UNITS: [(&str, u64); 4] = [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000)];
+        let milliseconds = match NumberOrText::deserialize(deserializer)? {
+            NumberOrText::Number(seconds) => seconds.checked_mul(1000),
+            NumberOrText::Text(text) => with_unit(&text, &UNITS),
+        };
+        milliseconds
+            .map(|ms| Self(Duration::from_millis(ms)))
+            .ok_or_else(|| {
+                serde::de::Error::custom("a time is a number of seconds, or one with ms, s, m or h")
+            })
+    }
+}
+
+/// A mistake and the place of it in the text.
+struct Mistake {
+    at: usize,
+    message: String,
+}
+
+fn mistake<T>(spanned: &Spanned<T>, message: impl fmt::Display) -> Mistake {
+    Mistake {
+        at: spanned.span().start,
+        message: message.to_string(),
+    }
+}
+
+impl Config {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// [`Error::File`] when it can't be read, [`Error::Config`] with the line when it is wrong.
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|source| Error::File {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::parse(&text, &path.display().to_string())
+    }
+
+    /// Reads and checks text; `name` is its name in errors.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with the line.
+    pub fn parse(text: &str, name: &str) -> Result<Self> {
+        let fail = |at: Option<usize>, message: &str| {
+            let place = match at {
+                Some(at) => format!("{name}:{}", line_of(text, at)),
+                None => name.to_owned(),
+            };
+            Error::Config(format!("{place}: {message}"))
+        };
+        let config: Self = toml::from_str(text)
+            .map_err(|error| fail(error.span().map(|span| span.start), error.message()))?;
+        config
+            .check()
+            .map_err(|mistake| fail(Some(mistake.at), &mistake.message))?;
+        Ok(config)
+    }
+
+    fn check(&self) -> std::result::Result<(), Mistake> {
+        if *self.version.get_ref() != VERSION {
+            return Err(mistake(
+                &self.version,
+                format!(
+                    "Version {} is not known; this is version 1",
+                    self.version.get_ref()
+                ),
+            ));
+        }
+        let mut names = BTreeSet::new();
+        let mut listeners = BTreeSet::new();
+        for guest in &self.guests {
+            if guest.name.get_ref().is_empty() || !names.insert(guest.name.get_ref()) {
+                return Err(mistake(&guest.name, "A guest's name must be its own"));
+            }
+            guest.check(&mut listeners)?;
+        }
+        Ok(())
+    }
+}
+
+impl GuestConfig {
+    fn check(&self, listeners: &mut BTreeSet<SocketAddr>) -> std::result::Result<(), Mistake> {
+        if !self.sites.contains_key(self.site.get_ref()) {
+            return Err(mistake(
+                &self.site,
+                format!("There is no [guest.sites.{}]", self.site.get_ref()),
+            ));
+        }
+        for site in self.sites.values() {
+            let settings = site.get_ref();
+            let reach = match (settings.address, settings.routed) {
+                (Some(address), false) => address,
+                (None, true) => self.address,
+                _ => {
+                    return Err(mistake(
+                        site,
+                        "A site has either an address, or routed = true",
+                    ));
+                }
+            };
+            if self
+                .source
+                .is_some_and(|source| source.is_ipv4() != reach.is_ipv4())
+            {
+                return Err(mistake(
+                    site,
+                    "The source is not of the family of this address",
+                ));
+            }
+            if self.sites.values().any(|other| {
+                other.get_ref().address.unwrap_or(self.address).is_ipv4() != reach.is_ipv4()
+            }) {
+                return Err(mistake(
+                    site,
+                    "All sites of a guest must be of one family: a connection can't change it",
+                ));
+            }
+        }
+        let mut names = BTreeSet::new();
+        for service in &self.services {
+            if service.name.get_ref().is_empty() || !names.insert(service.name.get_ref()) {
+                return Err(mistake(&service.name, "A service's name must be its own"));
+            }
+            if *service.port.get_ref() == 0 || service.site_port == Some(0) {
+                return Err(mistake(&service.port, "A port can't be 0"));
+            }
+            for listen in &service.listen {
+                // Port 0 is any port, and never twice the same.
+                if listen.get_ref().port() != 0 && !listeners.insert(*listen.get_ref()) {
+                    return Err(mistake(listen, "Another service listens there"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Where a service of the guest is reached while the guest is at `site`.
+    #[must_use]
+    pub fn upstream(&self, site: &str, service: &ServiceConfig) -> Option<SocketAddr> {
+        let site = self.sites.get(site)?.get_ref();
+        let port = *service.port.get_ref();
+        Some(match site.address {
+            Some(address) => SocketAddr::new(address, service.site_port.unwrap_or(port)),
+            None => SocketAddr::new(self.address, port),
+        })
+    }
+
+    /// Where to connect to learn the round trip time to a site, if the configuration says.
+    #[must_use]
+    pub fn probe(&self, site: &str) -> Option<SocketAddr> {
+        let site = self.sites.get(site)?.get_ref();
+        Some(SocketAddr::new(
+            site.probe_address.or(site.address)?,
+            site.probe_port?,
+        ))
+    }
+}
+
+/// The number of the line that holds byte `at`.
+fn line_of(text: &str, at: usize) -> usize {
+    text.bytes().take(at).filter(|byte| *byte == b'\n').count() + 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const GOOD: &str = r#"
+version = 1
+[limits]
+buffer = "64KiB"
+idle = "5m"
+connect = 3
+[[guest]]
+name = "desktop"
+address = "10.7.0.5"
+source = "192.0.2.1"
+site = "a"
+[guest.sites.a]
+address = "198.51.100.7"
+probe_port = 22
+[guest.sites.b]
+routed = true
+[[guest.service]]
+name = "vnc"
+listen = ["0.0.0.0:5900", "[::]:5900"]
+port = 5900
+site_port = 15900
+allow = ["203.0.113.0/24"]
+"#;
+
+    fn error(text: &str) -> String {
+        Config::parse(text, "proxy.toml").unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_whole_file() {
+        let config = Config::parse(GOOD, "proxy.toml").unwrap();
+        assert_eq!(config.limits.buffer, ByteSize(65536));
+        assert_eq!(config.limits.idle, Period(Duration::from_secs(300)));
+        assert_eq!(config.limits.connect, Period(Duration::from_secs(3)));
+        let guest = &config.guests[0];
+        let service = &guest.services[0];
+        assert_eq!(
+            guest.upstream("a", service),
+            "198.51.100.7:15900".parse().ok()
+        );
+        assert_eq!(guest.upstream("b", service), "10.7.0.5:5900".parse().ok());
+        assert_eq!(guest.upstream("c", service), None);
+        assert_eq!(guest.probe("a"), "198.51.100.7:22".parse().ok());
+        assert_eq!(guest.probe("b"), None);
+    }
+
+    #[test]
+    fn errors_name_the_line() {
+        let swap = |from: &str, to: &str| error(&GOOD.replace(from, to));
+        assert_eq!(
+            swap("version = 1", "version = 2"),
+            "proxy.toml:2: Version 2 is not known; this is version 1"
+        );
+        assert!(swap("64KiB", "64 KB").starts_with("proxy.toml:4: a size is"));
+        assert!(swap("\"5m\"", "\"5 days\"").starts_with("proxy.toml:5: a time is"));
+        assert_eq!(
+            swap("site = \"a\"", "site = \"z\""),
+            "proxy.toml:11: There is no [guest.sites.z]"
+        );
+        assert!(swap("routed = true", "routed = false").starts_with("proxy.toml:15: A site has"));
+        assert!(swap("[::]:5900", "0.0.0.0:5900").starts_with("proxy.toml:19: Another"));
+        assert!(swap("port = 5900", "port = 0").starts_with("proxy.toml:20: A port"));
+        assert!(swap("203.0.113.0/24", "here").starts_with("proxy.toml:22: "));
+        assert!(swap("idle =", "idel =").starts_with("proxy.toml:5: unknown field"));
+        assert!(swap("192.0.2.1", "2001:db8::1").starts_with("proxy.toml:12: The source"));
+        assert!(swap("name = \"vnc\"", "name = \"\"").starts_with("proxy.toml:18: A service"));
+    }
+
+    #[test]
+    fn the_example_in_the_documentation_is_valid() {
+        let source = include_str!("config.rs");
+        let example: String = source
+            .lines()
+            .map_while(|line| line.strip_prefix("//!"))
+            .skip_while(|line| !line.contains("```toml"))
+            .skip(1)
+            .take_while(|line| !line.contains("```"))
+            .map(|line| format!("{line}\n"))
+            .collect();
+        assert!(example.contains("[[guest.service]]"));
+        Config::parse(&example, "example").unwrap();
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_gives_an_answer(text in ".{0,200}", cut in 0_usize..500) {
+            let _ = Config::parse(&text, "x");
+            let _ = Config::parse(GOOD.get(..cut).unwrap_or(GOOD), "x");
+        }
+    }
+}
