@@ -5,6 +5,7 @@ pub mod config;
 mod error;
 pub mod proxy_protocol;
 pub mod repair;
+mod splice;
 mod sys;
 
 pub use error::{Error, Result};
