@@ -167,6 +167,9 @@ pub struct GuestConfig {
     pub address: IpAddr,
     /// The address of this host that the guest sees. Routing chooses it if not given.
     pub source: Option<IpAddr>,
+    /// The largest segment on connections to the guest, for sites with a smaller path MTU: a
+    /// connection keeps what it agreed on when it was opened.
+    pub mss: Option<u16>,
     /// The site where it is at first.
     pub site: Spanned<String>,
     /// The sites where it can be.

@@ -199,16 +199,12 @@ fn dump_in_repair(socket: &impl AsFd) -> Result<Snapshot> {
 }
 
 /// Makes a socket that continues the connection towards `options.remote`. Nothing is sent, not
-/// even a probe. `old` is the socket that was dumped: the clock of the timestamps is read from
-/// it, so that it never goes back.
+/// even a probe. `clock` is the old socket's [`clock`], read as late as possible, so that the
+/// timestamps never go back.
 ///
 /// # Errors
 /// What the kernel answered.
-pub fn restore(
-    snapshot: &Snapshot,
-    options: RestoreOptions,
-    old: Option<&impl AsFd>,
-) -> Result<Socket> {
+pub fn restore(snapshot: &Snapshot, options: RestoreOptions, clock: u32) -> Result<Socket> {
     let make = || step("restore");
     let domain = Domain::for_address(options.remote);
     let socket =
@@ -232,10 +228,6 @@ pub fn restore(
     socket.connect(&options.remote.into()).map_err(make())?;
     sys::set_options(fd, &snapshot.options()).map_err(make())?;
     if snapshot.info.timestamps {
-        let clock = match old {
-            Some(old) => sys::timestamp(old.as_fd()).map_err(make())?,
-            None => 0,
-        };
         sys::set_timestamp(fd, clock).map_err(make())?;
     }
     sys::set_window(fd, snapshot.window).map_err(make())?;
@@ -243,6 +235,14 @@ pub fn restore(
     sys::set_repair(fd, Repair::Off).map_err(make())?;
     let _ = sys::unlock_buffers(fd);
     Ok(socket)
+}
+
+/// The clock that a connection's timestamps show.
+///
+/// # Errors
+/// What the kernel answered.
+pub fn clock(socket: &impl AsFd) -> Result<u32> {
+    sys::timestamp(socket.as_fd()).map_err(step("read the state of"))
 }
 
 /// Makes room for the bytes that will be written at once, and for all that the peer may still

@@ -1,0 +1,248 @@
+//! What all threads know together: the guests, the limits, the counts.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use prometheus_client::metrics::counter::Counter;
+
+use crate::config::{GuestConfig, Limits};
+use crate::metrics::{Metrics, OfGuest, Refusal, Refused};
+use crate::splice::Budget;
+
+/// A guest as the proxy knows it.
+#[derive(Debug)]
+pub(crate) struct Guest {
+    pub name: String,
+    pub label: OfGuest,
+    /// Counters that are touched with every message, looked up once.
+    pub to_guest: Counter,
+    pub to_client: Counter,
+    settings: RwLock<Arc<GuestConfig>>,
+    site: RwLock<String>,
+    open: AtomicUsize,
+    draining: AtomicBool,
+}
+
+impl Guest {
+    pub(crate) fn new(settings: Arc<GuestConfig>, site: String, metrics: &Metrics) -> Self {
+        let name = settings.name.get_ref().clone();
+        let label = OfGuest {
+            guest: name.clone(),
+        };
+        Self {
+            to_guest: metrics.to_guest.get_or_create(&label).clone(),
+            to_client: metrics.to_client.get_or_create(&label).clone(),
+            label,
+            name,
+            settings: RwLock::new(settings),
+            site: RwLock::new(site),
+            open: AtomicUsize::new(0),
+            draining: AtomicBool::new(false),
+        }
+    }
+
+    pub(crate) fn settings(&self) -> Arc<GuestConfig> {
+        Arc::clone(&self.settings.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(crate) fn set_settings(&self, settings: Arc<GuestConfig>) {
+        *self
+            .settings
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = settings;
+    }
+
+    /// The site where it is.
+    pub(crate) fn site(&self) -> String {
+        self.site
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    pub(crate) fn set_site(&self, site: &str) {
+        site.clone_into(&mut self.site.write().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    pub(crate) fn open(&self) -> usize {
+        self.open.load(Ordering::Relaxed)
+    }
+
+    /// Whether new connections are refused so that the last one ends some day.
+    pub(crate) fn set_draining(&self, draining: bool) {
+        self.draining.store(draining, Ordering::Relaxed);
+    }
+
+    pub(crate) fn draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+}
+
+/// What all threads share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    limits: RwLock<Arc<Limits>>,
+    pub guests: RwLock<BTreeMap<String, Arc<Guest>>>,
+    pub metrics: Metrics,
+    pub budget: Budget,
+    pub mark: AtomicBool,
+    next_id: AtomicU64,
+    open: AtomicUsize,
+    clients: Mutex<HashMap<IpAddr, usize>>,
+}
+
+impl Shared {
+    pub(crate) fn new(limits: Limits) -> Self {
+        Self {
+            budget: Budget::new(limits.buffer_total.0),
+            limits: RwLock::new(Arc::new(limits)),
+            guests: RwLock::new(BTreeMap::new()),
+            metrics: Metrics::new(),
+            mark: AtomicBool::new(false),
+            next_id: AtomicU64::new(1),
+            open: AtomicUsize::new(0),
+            clients: Mutex::new(HashMap::new()),
+        }
+    }
+
+    pub(crate) fn limits(&self) -> Arc<Limits> {
+        Arc::clone(&self.limits.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(crate) fn set_limits(&self, limits: Limits) {
+        self.budget.set_limit(limits.buffer_total.0);
+        *self.limits.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(limits);
+    }
+
+    pub(crate) fn guest(&self, name: &str) -> Option<Arc<Guest>> {
+        self.guests
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(name)
+            .cloned()
+    }
+
+    pub(crate) fn open(&self) -> usize {
+        self.open.load(Ordering::Relaxed)
+    }
+
+    /// Counts a new connection of `client`, unless a limit says no.
+    pub(crate) fn admit(
+        self: &Arc<Self>,
+        guest: &Arc<Guest>,
+        client: IpAddr,
+    ) -> Result<Admission, Refusal> {
+        let limits = self.limits();
+        if guest.draining() {
+            return Err(Refusal::draining);
+        }
+        if self.open.load(Ordering::Relaxed) >= limits.connections {
+            return Err(Refusal::total_limit);
+        }
+        if guest.open() >= guest.settings().connections {
+            return Err(Refusal::guest_limit);
+        }
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = clients.entry(client).or_insert(0);
+        if *count >= limits.connections_per_client {
+            return Err(Refusal::client_limit);
+        }
+        *count += 1;
+        drop(clients);
+        self.open.fetch_add(1, Ordering::Relaxed);
+        guest.open.fetch_add(1, Ordering::Relaxed);
+        self.metrics.accepted.get_or_create(&guest.label).inc();
+        self.metrics.open.get_or_create(&guest.label).inc();
+        Ok(Admission {
+            id: self.next_id.fetch_add(1, Ordering::Relaxed),
+            shared: Arc::clone(self),
+            guest: Arc::clone(guest),
+            client,
+        })
+    }
+
+    pub(crate) fn count_refusal(&self, reason: Refusal) {
+        self.metrics
+            .refused
+            .get_or_create(&Refused { reason })
+            .inc();
+    }
+}
+
+/// A connection's place in the counts; dropping it gives the place back.
+#[derive(Debug)]
+pub(crate) struct Admission {
+    pub id: u64,
+    shared: Arc<Shared>,
+    guest: Arc<Guest>,
+    client: IpAddr,
+}
+
+impl Drop for Admission {
+    fn drop(&mut self) {
+        self.shared.open.fetch_sub(1, Ordering::Relaxed);
+        self.guest.open.fetch_sub(1, Ordering::Relaxed);
+        self.shared
+            .metrics
+            .open
+            .get_or_create(&self.guest.label)
+            .dec();
+        let mut clients = self
+            .shared
+            .clients
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = clients.get_mut(&self.client) {
+            *count -= 1;
+            if *count == 0 {
+                clients.remove(&self.client);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    fn guest(limit: usize) -> Arc<Guest> {
+        let text = format!(
+            "version = 1\n[[guest]]\nname = \"g\"\naddress = \"10.0.0.1\"\nsite = \"a\"\n\
+             connections = {limit}\n[guest.sites.a]\nrouted = true\n"
+        );
+        let config = Config::parse(&text, "x").unwrap();
+        Arc::new(Guest::new(
+            Arc::new(config.guests[0].clone()),
+            "a".into(),
+            &Metrics::new(),
+        ))
+    }
+
+    #[test]
+    fn each_limit_refuses_and_an_end_makes_room() {
+        let limits = Limits {
+            connections: 3,
+            connections_per_client: 2,
+            ..Limits::default()
+        };
+        let shared = Arc::new(Shared::new(limits));
+        let (first, second) = (guest(10), guest(1));
+        let [a, b, c] = ["192.0.2.1", "192.0.2.2", "192.0.2.3"].map(|ip| ip.parse().unwrap());
+        let _one = shared.admit(&first, a).unwrap();
+        let two = shared.admit(&first, a).unwrap();
+        assert_eq!(shared.admit(&first, a).unwrap_err(), Refusal::client_limit);
+        let _three = shared.admit(&second, b).unwrap();
+        assert_eq!(shared.admit(&first, c).unwrap_err(), Refusal::total_limit);
+        drop(two);
+        assert_eq!(shared.admit(&second, c).unwrap_err(), Refusal::guest_limit);
+        first.set_draining(true);
+        assert_eq!(shared.admit(&first, c).unwrap_err(), Refusal::draining);
+        first.set_draining(false);
+        let four = shared.admit(&first, c).unwrap();
+        assert_eq!((shared.open(), first.open()), (3, 2));
+        assert_eq!(four.id, 4);
+    }
+}

@@ -1,0 +1,91 @@
+//! Running the system's own programs: `ip` and `nft`.
+
+use std::io::Write;
+use std::process::{Child, Command, Stdio};
+
+use crate::error::{Error, Result};
+
+fn failed(program: &str, message: impl std::fmt::Display) -> Error {
+    Error::Program {
+        program: program.to_owned(),
+        message: message.to_string(),
+    }
+}
+
+/// Where the system's programs are, also if the caller's path lacks the directories of root.
+fn command(program: &str) -> Command {
+    let mut command = Command::new(program);
+    let path = std::env::var("PATH").unwrap_or_default();
+    command.env("PATH", format!("{path}:/usr/sbin:/sbin:/usr/bin:/bin"));
+    command
+}
+
+/// Runs a program with text on its standard input, and gives what it prints.
+pub(crate) fn run(program: &str, arguments: &[&str], input: &str) -> Result<String> {
+    let mut child = command(program)
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|error| failed(program, error))?;
+    if let Some(mut stdin) = child.stdin.take() {
+        // It may end without reading; what it says of that is below.
+        let _ = stdin.write_all(input.as_bytes());
+    }
+    let output = child
+        .wait_with_output()
+        .map_err(|error| failed(program, error))?;
+    if !output.status.success() {
+        let message = String::from_utf8_lossy(&output.stderr);
+        return Err(failed(program, message.trim()));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// A child that lives as long as this process and not longer: it reads a pipe that the kernel
+/// closes when this process ends, however it ends.
+#[derive(Debug)]
+pub(crate) struct Tethered {
+    child: Child,
+}
+
+impl Tethered {
+    /// A shell that runs `script` when the tether is dropped, or this process dies.
+    pub(crate) fn finally(script: &str) -> Result<Self> {
+        let child = command("/bin/sh")
+            .args(["-c", &format!("cat >/dev/null; {script}")])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(|error| failed("/bin/sh", error))?;
+        Ok(Self { child })
+    }
+
+    /// An `nft` that was given `rules`, and holds its netlink socket open: tables with
+    /// `flags owner` vanish with it.
+    pub(crate) fn nft(rules: &str) -> Result<Self> {
+        let mut child = command("nft")
+            .arg("-i")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(|error| failed("nft", error))?;
+        if let Some(stdin) = child.stdin.as_mut() {
+            stdin
+                .write_all(rules.as_bytes())
+                .and_then(|()| stdin.flush())
+                .map_err(|error| failed("nft", error))?;
+        }
+        Ok(Self { child })
+    }
+}
+
+impl Drop for Tethered {
+    fn drop(&mut self) {
+        drop(self.child.stdin.take());
+        let _ = self.child.wait();
+    }
+}

@@ -1,0 +1,611 @@
+//! The proxy as a whole: threads, listeners, and the steps of moves.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::{Config, GuestConfig, ServiceConfig};
+use crate::connection::ConnectionInfo;
+use crate::control::{ControlServer, Request};
+use crate::error::{Error, Result};
+use crate::event_loop::{self, Command, Tally, WorkerHandle};
+use crate::guest::{Guest, Shared};
+use crate::metrics::MetricsServer;
+use crate::repair;
+use crate::retarget::block::Block;
+use crate::retarget::path::{self, Paths, Warmth};
+use crate::retarget::phase::{Asked, Phase};
+use crate::state_file;
+
+/// How long the threads may take for one step.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// One guest in a list.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestInfo {
+    /// Its name.
+    pub name: String,
+    /// The site where it is.
+    pub site: String,
+    /// Where its move is.
+    #[serde(flatten)]
+    pub phase: Phase,
+    /// Whether it takes no new connections.
+    pub draining: bool,
+    /// Its connections.
+    pub connections: usize,
+    /// Where its clients connect to.
+    pub listeners: Vec<SocketAddr>,
+}
+
+/// Everything at a glance.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Overview {
+    /// The guests.
+    pub guests: Vec<GuestInfo>,
+    /// Their connections.
+    pub connections: Vec<ConnectionInfo>,
+}
+
+#[derive(Debug)]
+struct Listening {
+    id: usize,
+    guest: String,
+    /// With port 0 in the configuration, the port that the kernel chose.
+    address: SocketAddr,
+}
+
+#[derive(Debug, Default)]
+struct Listeners {
+    by_configured: BTreeMap<(String, String, SocketAddr), Listening>,
+    next_id: usize,
+}
+
+/// A running proxy. Dropping it ends it, and all its connections.
+#[derive(Debug)]
+pub struct Proxy {
+    shared: Arc<Shared>,
+    workers: Mutex<Vec<WorkerHandle>>,
+    listeners: Mutex<Listeners>,
+    moves: Mutex<BTreeMap<String, Arc<Mutex<Phase>>>>,
+    paths: Paths,
+    mark: u32,
+    grace: Duration,
+    state: Option<PathBuf>,
+    file: Option<PathBuf>,
+    servers: Mutex<(Option<ControlServer>, Option<MetricsServer>)>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Proxy {
+    /// Starts threads, listeners, the control socket and the metrics' listener. `file` is where
+    /// a reload reads the configuration again.
+    ///
+    /// # Errors
+    /// When a listener or socket can't be had, or the state file is not understood.
+    pub fn start(config: Config, file: Option<PathBuf>) -> Result<Arc<Self>> {
+        if let Err(error) = repair::probe_permission() {
+            log::warn!(
+                "Connections can't be re-targeted without CAP_NET_ADMIN: {}",
+                error.chain()
+            );
+        }
+        let settings = config.proxy.clone();
+        let shared = Arc::new(Shared::new(config.limits.clone()));
+        let threads = match settings.threads {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            threads => threads,
+        };
+        let pipes = settings.pipes.div_ceil(threads);
+        let workers = (0..threads)
+            .map(|index| event_loop::spawn(index, Arc::clone(&shared), pipes, settings.pipe_size.0))
+            .collect::<Result<Vec<_>>>()?;
+        let proxy = Arc::new(Self {
+            shared,
+            workers: Mutex::new(workers),
+            listeners: Mutex::default(),
+            moves: Mutex::default(),
+            paths: Paths::new(settings.mark, settings.table),
+            mark: settings.mark,
+            grace: settings.grace.0,
+            state: settings.state.clone(),
+            file,
+            servers: Mutex::default(),
+        });
+        proxy.apply(config)?;
+        let weak = Arc::downgrade(&proxy);
+        let control = ControlServer::start(
+            &settings.control,
+            Arc::new(move |request| Self::handle(&weak, request)),
+        )?;
+        lock(&proxy.servers).0 = Some(control);
+        if let Some(address) = settings.metrics {
+            let weak = Arc::downgrade(&proxy);
+            let render = move || weak.upgrade().map_or_else(String::new, |p| p.metrics());
+            lock(&proxy.servers).1 = Some(MetricsServer::start(address, render)?);
+        }
+        Ok(proxy)
+    }
+
+    /// Takes guests, services and limits of a configuration. Listeners that stay keep their
+    /// sockets, and with them the clients in their queues.
+    fn apply(&self, config: Config) -> Result<()> {
+        let known = match &self.state {
+            Some(path) => state_file::load(path)?,
+            None => BTreeMap::new(),
+        };
+        let mut listeners = lock(&self.listeners);
+        // First all that can fail: new sockets, one for each thread.
+        let threads = lock(&self.workers).len();
+        let mut opened = Vec::new();
+        for guest in &config.guests {
+            for (key, service) in keys_of(guest) {
+                if !listeners.by_configured.contains_key(&key) {
+                    let first = event_loop::open_listener(key.2)?;
+                    let address = event_loop::local_address(&first).unwrap_or(key.2);
+                    let mut sockets = vec![first];
+                    for _ in 1..threads {
+                        sockets.push(event_loop::open_listener(address)?);
+                    }
+                    opened.push((key, service, address, sockets));
+                }
+            }
+        }
+        self.shared.set_limits(config.limits);
+        self.send_all(|| Command::LimitsChanged);
+        let mut guests = self
+            .shared
+            .guests
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        let mut wanted = BTreeMap::new();
+        for settings in config.guests {
+            let name = settings.name.get_ref().clone();
+            let settings = Arc::new(settings);
+            let site = known
+                .get(&name)
+                .filter(|site| settings.sites.contains_key(*site));
+            let guest = match guests.get(&name) {
+                Some(guest) => {
+                    guest.set_settings(Arc::clone(&settings));
+                    if !settings.sites.contains_key(&guest.site()) {
+                        guest.set_site(settings.site.get_ref());
+                    }
+                    Arc::clone(guest)
+                }
+                None => {
+                    let site = site.unwrap_or(settings.site.get_ref()).clone();
+                    Arc::new(Guest::new(
+                        Arc::clone(&settings),
+                        site,
+                        &self.shared.metrics,
+                    ))
+                }
+            };
+            for (key, service) in keys_of(&settings) {
+                if let Some(listening) = listeners.by_configured.get(&key) {
+                    let id = listening.id;
+                    self.send_all(|| Command::UpdateListener {
+                        id,
+                        guest: Arc::clone(&guest),
+                        service: Arc::clone(&service),
+                    });
+                }
+                wanted.insert(key, Arc::clone(&guest));
+            }
+            guests.insert(name, guest);
+        }
+        guests.retain(|name, _| wanted.values().any(|guest| guest.name == *name));
+        drop(guests);
+        listeners.by_configured.retain(|key, listening| {
+            let stays = wanted.contains_key(key);
+            if !stays {
+                let id = listening.id;
+                self.send_all(|| Command::Unlisten { id });
+            }
+            stays
+        });
+        for (key, service, address, sockets) in opened {
+            let Some(guest) = wanted.get(&key) else {
+                continue;
+            };
+            let id = listeners.next_id;
+            listeners.next_id += 1;
+            for (worker, socket) in lock(&self.workers).iter().zip(sockets) {
+                worker.send(Command::Listen {
+                    id,
+                    socket,
+                    guest: Arc::clone(guest),
+                    service: Arc::clone(&service),
+                });
+            }
+            let guest = guest.name.clone();
+            listeners
+                .by_configured
+                .insert(key, Listening { id, guest, address });
+        }
+        Ok(())
+    }
+
+    fn send_all(&self, command: impl Fn() -> Command) {
+        for worker in lock(&self.workers).iter() {
+            worker.send(command());
+        }
+    }
+
+    /// Sends a command to all threads, and gathers their answers.
+    fn ask_all<T>(&self, command: impl Fn(Sender<T>) -> Command) -> Result<Vec<T>> {
+        let (sender, receiver) = channel();
+        let mut asked = 0;
+        for worker in lock(&self.workers).iter() {
+            asked += usize::from(worker.send(command(sender.clone())));
+        }
+        drop(sender);
+        (0..asked)
+            .map(|_| receiver.recv_timeout(PATIENCE).map_err(|_| Error::Worker))
+            .collect()
+    }
+
+    fn tally(&self, command: impl Fn(Sender<Tally>) -> Command) -> Result<Tally> {
+        let mut sum = Tally::default();
+        self.ask_all(command)?
+            .into_iter()
+            .for_each(|tally| sum += tally);
+        Ok(sum)
+    }
+
+    fn guest(&self, name: &str) -> Result<Arc<Guest>> {
+        self.shared
+            .guest(name)
+            .ok_or_else(|| Error::UnknownGuest(name.to_owned()))
+    }
+
+    fn phase(&self, guest: &str) -> Arc<Mutex<Phase>> {
+        Arc::clone(lock(&self.moves).entry(guest.to_owned()).or_default())
+    }
+
+    /// Warms the path to a site, ahead of a move there.
+    ///
+    /// # Errors
+    /// When there is no such guest or site, or its move is past this step.
+    pub fn prepare(&self, guest: &str, site: &str) -> Result<Warmth> {
+        let known = self.guest(guest)?;
+        let settings = known.settings();
+        if !settings.sites.contains_key(site) {
+            let (guest, site) = (guest.to_owned(), site.to_owned());
+            return Err(Error::UnknownSite { guest, site });
+        }
+        repair::probe_permission()?;
+        let phase = self.phase(guest);
+        let mut phase = lock(&phase);
+        let next = phase.after(guest, &Asked::Prepare(site.to_owned()))?;
+        let mut warmth = Warmth::default();
+        match settings.probe(site) {
+            Some(remote) => match path::probe(remote, settings.source) {
+                Ok(time) => warmth.connect_ms = Some(time.as_secs_f64() * 1000.0),
+                Err(error) => warmth.warnings.push(error.chain()),
+            },
+            None => warmth.warnings.push(format!(
+                "Site {site} has no probe_port: the round trip time is not known ahead"
+            )),
+        }
+        let remote = settings
+            .services
+            .iter()
+            .find_map(|s| settings.upstream(site, s));
+        if let Some(remote) = remote {
+            match self.paths.open(guest, remote.ip(), settings.source) {
+                Ok(()) => {
+                    warmth.window = true;
+                    self.shared.mark.store(true, Ordering::Release);
+                }
+                Err(error) => warmth.warnings.push(error.chain()),
+            }
+        }
+        for warning in &warmth.warnings {
+            log::warn!("Preparing {guest} for {site}: {warning}");
+        }
+        *phase = next;
+        Ok(warmth)
+    }
+
+    /// Freezes all connections of a guest that has been suspended. Returns when everything that
+    /// it had sent is in.
+    ///
+    /// # Errors
+    /// When the guest is unknown, or was not prepared.
+    pub fn hold(&self, guest: &str) -> Result<Tally> {
+        self.guest(guest)?;
+        let phase = self.phase(guest);
+        let mut phase = lock(&phase);
+        let next = phase.after(guest, &Asked::Hold)?;
+        *phase = next;
+        self.tally(|reply| Command::Hold {
+            guest: guest.to_owned(),
+            grace: self.grace,
+            reply,
+        })
+    }
+
+    /// Makes all connections of a held guest anew, towards the site it was prepared for.
+    ///
+    /// # Errors
+    /// When the guest is unknown or not held.
+    pub fn retarget(&self, guest: &str) -> Result<Tally> {
+        let known = self.guest(guest)?;
+        let phase = self.phase(guest);
+        let mut phase = lock(&phase);
+        let next = phase.after(guest, &Asked::Retarget)?;
+        let site = phase.destination().unwrap_or_default().to_owned();
+        let settings = known.settings();
+        let from = known.site();
+        let same: Vec<SocketAddr> = settings
+            .services
+            .iter()
+            .filter_map(|service| {
+                let remote = settings.upstream(&site, service)?;
+                (settings.upstream(&from, service) == Some(remote)).then_some(remote)
+            })
+            .collect();
+        let block = if same.is_empty() {
+            None
+        } else {
+            Some(Block::new(
+                &format!("netproxy_{}", std::process::id()),
+                &same,
+            )?)
+        };
+        let tally = self.tally(|reply| Command::Retarget {
+            guest: guest.to_owned(),
+            site: site.clone(),
+            mark: self.mark,
+            reply,
+        })?;
+        drop(block);
+        *phase = next;
+        Ok(tally)
+    }
+
+    /// Lets all connections go on at the new site. With a `wait`, one connection of each thread
+    /// asks the guest until it answers, at most so long, before anything pending is sent.
+    ///
+    /// # Errors
+    /// When the guest is unknown or not re-targeted.
+    pub fn release(&self, guest: &str, wait: Duration) -> Result<Tally> {
+        let known = self.guest(guest)?;
+        let phase = self.phase(guest);
+        let mut phase = lock(&phase);
+        let next = phase.after(guest, &Asked::Release)?;
+        let site = phase.destination().unwrap_or_default().to_owned();
+        known.set_site(&site);
+        let tally = self.tally(|reply| Command::Release {
+            guest: guest.to_owned(),
+            wait,
+            reply,
+        })?;
+        *phase = next;
+        drop(phase);
+        // After what is urgent.
+        self.end_move(guest);
+        self.remember()?;
+        Ok(tally)
+    }
+
+    /// Lets all connections go on at the old site.
+    ///
+    /// # Errors
+    /// When the guest is unknown or no move is under way.
+    pub fn cancel(&self, guest: &str) -> Result<Tally> {
+        self.guest(guest)?;
+        let phase = self.phase(guest);
+        let mut phase = lock(&phase);
+        let next = phase.after(guest, &Asked::Cancel)?;
+        let tally = self.tally(|reply| Command::Cancel {
+            guest: guest.to_owned(),
+            reply,
+        })?;
+        *phase = next;
+        drop(phase);
+        self.end_move(guest);
+        Ok(tally)
+    }
+
+    fn end_move(&self, guest: &str) {
+        self.paths.close(guest);
+    }
+
+    /// Writes down where each guest is.
+    fn remember(&self) -> Result<()> {
+        let Some(path) = &self.state else {
+            return Ok(());
+        };
+        let guests = self
+            .shared
+            .guests
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        let sites = guests
+            .iter()
+            .map(|(name, guest)| (name.clone(), guest.site()))
+            .collect();
+        drop(guests);
+        state_file::store(path, sites)
+    }
+
+    /// Refuses new connections, of one guest or of all, or takes them again. Open ones go on.
+    ///
+    /// # Errors
+    /// When the guest is unknown.
+    pub fn drain(&self, guest: Option<&str>, on: bool) -> Result<()> {
+        if let Some(guest) = guest {
+            self.guest(guest)?.set_draining(on);
+            return Ok(());
+        }
+        let guests = self
+            .shared
+            .guests
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        guests.values().for_each(|guest| guest.set_draining(on));
+        Ok(())
+    }
+
+    /// Takes another configuration: guests, services and limits. Connections go on, those of
+    /// removed services too.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] while a guest is moved; or why a new listener can't be had. Then nothing
+    /// has changed.
+    pub fn reload(&self, config: Config) -> Result<()> {
+        // No move may start meanwhile.
+        let moves = lock(&self.moves);
+        let mut phases = Vec::new();
+        for (name, phase) in moves.iter() {
+            let guard = phase.try_lock().map_err(|_| Error::Busy(name.clone()))?;
+            if *guard != Phase::Settled {
+                return Err(Error::Busy(name.clone()));
+            }
+            phases.push(guard);
+        }
+        self.apply(config)
+    }
+
+    fn reload_file(&self) -> Result<()> {
+        let Some(file) = &self.file else {
+            return Err(Error::Config("The proxy was started without a file".into()));
+        };
+        self.reload(Config::load(file)?)
+    }
+
+    /// All guests and all connections.
+    ///
+    /// # Errors
+    /// [`Error::Worker`] when a thread does not answer.
+    pub fn list(&self) -> Result<Overview> {
+        let mut connections: Vec<ConnectionInfo> = self
+            .ask_all(|reply| Command::List { reply })?
+            .into_iter()
+            .flatten()
+            .collect();
+        connections.sort_by_key(|connection| connection.id);
+        let guests = self
+            .shared
+            .guests
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        let listeners = lock(&self.listeners);
+        let guests = guests
+            .into_values()
+            .map(|guest| GuestInfo {
+                site: guest.site(),
+                phase: self
+                    .phase(&guest.name)
+                    .try_lock()
+                    .map_or_else(|_| Phase::Settled, |p| p.clone()),
+                draining: guest.draining(),
+                connections: guest.open(),
+                listeners: listeners
+                    .by_configured
+                    .values()
+                    .filter(|listening| listening.guest == guest.name)
+                    .map(|listening| listening.address)
+                    .collect(),
+                name: guest.name.clone(),
+            })
+            .collect();
+        Ok(Overview {
+            guests,
+            connections,
+        })
+    }
+
+    /// The metrics, as Prometheus reads them.
+    #[must_use]
+    pub fn metrics(&self) -> String {
+        let held = i64::try_from(self.shared.budget.held()).unwrap_or(i64::MAX);
+        self.shared.metrics.buffered.set(held);
+        self.shared.metrics.text()
+    }
+
+    /// Where metrics are asked for, if anywhere.
+    #[must_use]
+    pub fn metrics_address(&self) -> Option<SocketAddr> {
+        lock(&self.servers).1.as_ref().map(MetricsServer::address)
+    }
+
+    /// Connections that are open now.
+    #[must_use]
+    pub fn open(&self) -> usize {
+        self.shared.open()
+    }
+
+    fn handle(
+        weak: &Weak<Self>,
+        request: Request,
+    ) -> std::result::Result<serde_json::Value, String> {
+        let proxy = weak.upgrade().ok_or("The proxy is ending")?;
+        proxy.carry_out(request).map_err(|error| error.chain())
+    }
+
+    fn carry_out(&self, request: Request) -> Result<serde_json::Value> {
+        fn value(result: impl Serialize) -> Result<serde_json::Value> {
+            serde_json::to_value(result).map_err(|error| Error::Protocol(error.to_string()))
+        }
+        let nothing = || Ok(serde_json::json!({}));
+        match request {
+            Request::List => value(self.list()?),
+            Request::Prepare { guest, site } => value(self.prepare(&guest, &site)?),
+            Request::Hold { guest } => value(self.hold(&guest)?),
+            Request::Retarget { guest } => value(self.retarget(&guest)?),
+            Request::Release { guest, wait_ms } => {
+                value(self.release(&guest, Duration::from_millis(wait_ms))?)
+            }
+            Request::Cancel { guest } => value(self.cancel(&guest)?),
+            Request::Drain { guest, on } => {
+                self.drain(guest.as_deref(), on)?;
+                nothing()
+            }
+            Request::Reload => {
+                self.reload_file()?;
+                nothing()
+            }
+            Request::Metrics => Ok(serde_json::json!({ "text": self.metrics() })),
+        }
+    }
+}
+
+/// The listeners that a guest's configuration asks for.
+fn keys_of(guest: &GuestConfig) -> Vec<((String, String, SocketAddr), Arc<ServiceConfig>)> {
+    let mut keys = Vec::new();
+    for service in &guest.services {
+        let shared = Arc::new(service.clone());
+        for listen in &service.listen {
+            let key = (
+                guest.name.get_ref().clone(),
+                service.name.get_ref().clone(),
+                *listen.get_ref(),
+            );
+            keys.push((key, Arc::clone(&shared)));
+        }
+    }
+    keys
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        *lock(&self.servers) = (None, None);
+        for worker in lock(&self.workers).iter_mut() {
+            worker.stop();
+        }
+    }
+}

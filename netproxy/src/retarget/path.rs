@@ -1,0 +1,168 @@
+//! The path to the new site, warmed ahead of a move.
+//!
+//! A new socket starts with what the kernel knows of the destination. Two things are told to it:
+//!
+//! - the round trip time, by one ordinary connection to any port of the site that accepts: the
+//!   kernel keeps it in tcp_metrics. Without it the first timeout is seconds away;
+//! - an initial congestion window that takes all that may be in flight, by a route in a table of
+//!   its own, which only marked sockets use. Nobody else's routes are touched.
+//!
+//! Rule and routes go with the last move that needs them, or with this process, however it ends.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::error::{Result, system};
+use crate::program::{Tethered, run};
+
+/// Segments of the first flight: 2.9 MB at an MSS of 1,460.
+const INITIAL_WINDOW: &str = "2000";
+/// How long the ordinary connection may take.
+const PROBE: Duration = Duration::from_secs(3);
+
+/// What warming a path gave.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Warmth {
+    /// How long the ordinary connection took to open, in milliseconds; about one round trip.
+    pub connect_ms: Option<f64>,
+    /// Whether new sockets get the large initial window.
+    pub window: bool,
+    /// What is not as it should be. The move works all the same, with a longer stall.
+    pub warnings: Vec<String>,
+}
+
+/// The routes that are there for moves under way.
+#[derive(Debug)]
+pub(crate) struct Paths {
+    mark: u32,
+    table: u32,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Guests that need the routes.
+    users: BTreeSet<String>,
+    tether: Option<Tethered>,
+}
+
+#[derive(Deserialize)]
+struct RouteGet {
+    dev: String,
+    gateway: Option<String>,
+    prefsrc: Option<String>,
+}
+
+impl Paths {
+    /// Also removes what an earlier run left, should both it and its helper have been killed.
+    pub(crate) fn new(mark: u32, table: u32) -> Self {
+        let paths = Self {
+            mark,
+            table,
+            state: Mutex::default(),
+        };
+        let _ = run("/bin/sh", &["-c", &paths.removal()], "");
+        paths
+    }
+
+    fn rule(&self) -> String {
+        format!(
+            "fwmark {:#x} lookup {t} priority {t}",
+            self.mark,
+            t = self.table
+        )
+    }
+
+    fn removal(&self) -> String {
+        let (rule, table) = (self.rule(), self.table);
+        ["-4", "-6"]
+            .map(|family| {
+                format!(
+                    "while ip {family} rule del {rule} 2>/dev/null; do :; done; \
+                     ip {family} route flush table {table} 2>/dev/null; "
+                )
+            })
+            .concat()
+    }
+
+    /// Gives `guest` a route with a large initial window to `remote`.
+    pub(crate) fn open(&self, guest: &str, remote: IpAddr, source: Option<IpAddr>) -> Result<()> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let family = if remote.is_ipv4() { "-4" } else { "-6" };
+        if state.tether.is_none() {
+            // First what takes it away, then what is to be taken away.
+            state.tether = Some(Tethered::finally(&self.removal())?);
+            for family in ["-4", "-6"] {
+                let mut arguments = vec![family, "rule", "add"];
+                let rule = self.rule();
+                arguments.extend(rule.split(' '));
+                // A host without IPv6 has no such rules, and needs none.
+                let added = run("ip", &arguments, "");
+                if family == "-4" || remote.is_ipv6() {
+                    added?;
+                }
+            }
+        }
+        state.users.insert(guest.to_owned());
+        let address = remote.to_string();
+        let source = source.map(|source| source.to_string());
+        let mut arguments = vec![family, "-j", "route", "get", &address];
+        if let Some(source) = &source {
+            arguments.extend(["from", source]);
+        }
+        let routes: Vec<RouteGet> =
+            serde_json::from_str(&run("ip", &arguments, "")?).unwrap_or_default();
+        let Some(route) = routes.first() else {
+            return Err(crate::Error::Program {
+                program: "ip".into(),
+                message: format!("no route to {address}"),
+            });
+        };
+        let table = self.table.to_string();
+        let mut arguments = vec![family, "route", "replace", &address];
+        if let Some(gateway) = &route.gateway {
+            arguments.extend(["via", gateway]);
+        }
+        arguments.extend(["dev", &route.dev]);
+        if let Some(source) = source.as_ref().or(route.prefsrc.as_ref()) {
+            arguments.extend(["src", source]);
+        }
+        arguments.extend(["table", &table, "initcwnd", INITIAL_WINDOW]);
+        run("ip", &arguments, "").map(drop)
+    }
+
+    /// `guest` needs no routes any more.
+    pub(crate) fn close(&self, guest: &str) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.users.remove(guest);
+        if state.users.is_empty() {
+            state.tether = None;
+        }
+    }
+}
+
+/// Makes an ordinary connection, so that the kernel learns the round trip time.
+pub(crate) fn probe(remote: SocketAddr, source: Option<IpAddr>) -> Result<Duration> {
+    let failed = || system("The connection that measures the round trip time");
+    let socket = Socket::new(
+        Domain::for_address(remote),
+        Type::STREAM,
+        Some(Protocol::TCP),
+    )
+    .map_err(failed())?;
+    if let Some(source) = source {
+        socket
+            .bind(&SocketAddr::new(source, 0).into())
+            .map_err(failed())?;
+    }
+    let start = Instant::now();
+    socket
+        .connect_timeout(&remote.into(), PROBE)
+        .map_err(failed())?;
+    Ok(start.elapsed())
+}
