@@ -30,6 +30,7 @@ use crate::guest::{Admission, Guest, Shared};
 use crate::proxy_protocol;
 use crate::repair::state::{Snapshot, TcpState, covers};
 use crate::repair::{self, RestoreOptions};
+use crate::retarget::late::Late;
 use crate::splice::{End, Endpoint, Failure, Flow, PipePool, Turn, Workspace};
 
 /// How long one turn of a flow may go on before the others have theirs, in bytes.
@@ -50,6 +51,7 @@ pub(crate) struct Context<'a> {
     pub registry: &'a Registry,
     pub scratch: &'a mut [u8],
     pub pool: &'a mut PipePool,
+    pub late: &'a mut Late,
     pub shared: &'a Shared,
     pub limits: &'a Limits,
     pub now: Instant,
@@ -594,17 +596,24 @@ impl Connection {
         let snapshot = repair::dump(&endpoint.stream)?;
         let carried = snapshot.send.len() + snapshot.receive.len();
         if carried + self.to_guest.queued() + self.to_client.queued() > ctx.limits.carry.0 {
-            return Err(Error::Unmovable(
-                "it holds more bytes than the limit `carry`",
-            ));
+            return Err(Error::TooMuch {
+                to_guest: snapshot.send.len() + self.to_guest.queued(),
+                to_client: snapshot.receive.len() + self.to_client.queued(),
+            });
         }
         let mark = ctx
             .shared
             .mark
             .load(std::sync::atomic::Ordering::Acquire)
             .then_some(mark);
-        let options = RestoreOptions { remote, mark };
-        // Two sockets can't have the same addresses on both ends: there the old one goes first.
+        let waiting = self.to_client.queued() + snapshot.receive.len();
+        let options = RestoreOptions {
+            remote,
+            mark,
+            waiting,
+        };
+        // Two sockets can't have the same addresses on both ends: what has them goes first.
+        ctx.late.forget(snapshot.local, remote);
         let in_place = remote == snapshot.remote;
         let socket = if in_place {
             let Upstream::Open(old) = std::mem::replace(&mut self.upstream, Upstream::Waiting)
@@ -673,10 +682,12 @@ impl Connection {
 
     fn proceed(&mut self, moved: Moved, ctx: &mut Context<'_>) {
         let Moved { old, snapshot } = moved;
-        // Still in repair mode: nobody hears of its end.
-        drop(old);
+        if let Some(old) = old {
+            ctx.late.keep(snapshot.local, snapshot.remote, old, ctx.now);
+        }
         self.moved_before = true;
         let in_flight = snapshot.in_flight();
+        let send_buffer = snapshot.send_buffer;
         let peer_ended = matches!(
             snapshot.info.state,
             TcpState::CloseWait | TcpState::LastAck | TcpState::Closing
@@ -689,6 +700,7 @@ impl Connection {
         if peer_ended {
             self.to_client.source_ended();
         }
+        let pending = snapshot.send.len();
         self.to_guest.push_front(snapshot.send, &ctx.shared.budget);
         if let Upstream::Open(endpoint) = &self.upstream
             && let Err(error) = repair::kick(&endpoint.stream)
@@ -707,6 +719,22 @@ impl Connection {
             next_check: ctx.now + CHECK,
         }));
         self.last_activity = ctx.now;
+        // What is pending goes out as a whole, and nothing new with it: the buffer that was made
+        // for it is not to be filled again.
+        if let Upstream::Open(endpoint) = &mut self.upstream {
+            let mut work = Workspace {
+                scratch: ctx.scratch,
+                pool: ctx.pool,
+                budget: &ctx.shared.budget,
+                limit: 0,
+                turn: pending,
+            };
+            if let Err(failure) = self.to_guest.pump(None, Some(endpoint), &mut work) {
+                // The next turn meets it again.
+                log::debug!("Connection {}: {failure:?}", self.admission.id);
+            }
+            let _ = repair::relax(&endpoint.stream, send_buffer);
+        }
     }
 
     /// The move is off: the connection goes on at the old site.
@@ -740,7 +768,11 @@ impl Connection {
         }
     }
 
-    fn go_back(&mut self, frozen: bool, ctx: &mut Context<'_>) -> std::result::Result<Step, String> {
+    fn go_back(
+        &mut self,
+        frozen: bool,
+        ctx: &mut Context<'_>,
+    ) -> std::result::Result<Step, String> {
         match &self.upstream {
             Upstream::Open(endpoint) => {
                 if frozen {

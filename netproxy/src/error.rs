@@ -50,6 +50,17 @@ pub enum Error {
     /// A connection is in a state that can't be carried to another socket.
     #[error("The connection can't be moved: {0}")]
     Unmovable(&'static str),
+    /// A connection holds more than the limit `carry` lets it take to another socket.
+    #[error(
+        "The connection holds more than the limit `carry`: {to_guest} bytes to the guest, \
+         {to_client} to the client"
+    )]
+    TooMuch {
+        /// Bytes that the guest has not acknowledged.
+        to_guest: usize,
+        /// Bytes that the client's socket has not taken.
+        to_client: usize,
+    },
     /// A socket's state, as read, contradicts itself.
     #[error("The state of the connection contradicts itself: {0}")]
     Inconsistent(&'static str),

@@ -13,7 +13,7 @@
 //! the other site ([`repair`]).
 //!
 //! Start one with [`Proxy::start`]; the steps of a move are its methods, or requests on its
-//! control socket ([`control`]).
+//! control socket ([`control`]). [`site`] is the sites' side: the translation.
 #![warn(unreachable_pub)]
 
 pub mod config;
@@ -28,6 +28,7 @@ mod proxy;
 pub mod proxy_protocol;
 pub mod repair;
 pub mod retarget;
+pub mod site;
 mod splice;
 mod state_file;
 mod sys;

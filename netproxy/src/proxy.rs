@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +19,7 @@ use crate::guest::{Guest, Shared};
 use crate::metrics::MetricsServer;
 use crate::repair;
 use crate::retarget::block::Block;
+use crate::retarget::late::LATE;
 use crate::retarget::path::{self, Paths, Warmth};
 use crate::retarget::phase::{Asked, Phase};
 use crate::state_file;
@@ -74,6 +75,9 @@ pub struct Proxy {
     workers: Mutex<Vec<WorkerHandle>>,
     listeners: Mutex<Listeners>,
     moves: Mutex<BTreeMap<String, Arc<Mutex<Phase>>>>,
+    /// When each guest last left a site.
+    left: Mutex<BTreeMap<(String, String), Instant>>,
+    blocks: AtomicU64,
     paths: Paths,
     mark: u32,
     grace: Duration,
@@ -114,6 +118,8 @@ impl Proxy {
             workers: Mutex::new(workers),
             listeners: Mutex::default(),
             moves: Mutex::default(),
+            left: Mutex::default(),
+            blocks: AtomicU64::new(0),
             paths: Paths::new(settings.mark, settings.table),
             mark: settings.mark,
             grace: settings.grace.0,
@@ -346,24 +352,7 @@ impl Proxy {
         let mut phase = lock(&phase);
         let next = phase.after(guest, &Asked::Retarget)?;
         let site = phase.destination().unwrap_or_default().to_owned();
-        let settings = known.settings();
-        let from = known.site();
-        let same: Vec<SocketAddr> = settings
-            .services
-            .iter()
-            .filter_map(|service| {
-                let remote = settings.upstream(&site, service)?;
-                (settings.upstream(&from, service) == Some(remote)).then_some(remote)
-            })
-            .collect();
-        let block = if same.is_empty() {
-            None
-        } else {
-            Some(Block::new(
-                &format!("netproxy_{}", std::process::id()),
-                &same,
-            )?)
-        };
+        let block = self.block(&known, &site)?;
         let tally = self.tally(|reply| Command::Retarget {
             guest: guest.to_owned(),
             site: site.clone(),
@@ -373,6 +362,33 @@ impl Proxy {
         drop(block);
         *phase = next;
         Ok(tally)
+    }
+
+    /// Where sockets with the new addresses are still there, they go first, and for a moment the
+    /// connection has none: nothing may come in then.
+    fn block(&self, guest: &Guest, site: &str) -> Result<Option<Block>> {
+        let (settings, from) = (guest.settings(), guest.site());
+        let back = lock(&self.left)
+            .get(&(guest.name.clone(), site.to_owned()))
+            .is_some_and(|left| left.elapsed() < LATE + Duration::from_secs(1));
+        let remotes: Vec<SocketAddr> = settings
+            .services
+            .iter()
+            .filter_map(|service| {
+                let remote = settings.upstream(site, service)?;
+                let same = settings.upstream(&from, service) == Some(remote);
+                (same || back).then_some(remote)
+            })
+            .collect();
+        if remotes.is_empty() {
+            return Ok(None);
+        }
+        let number = self.blocks.fetch_add(1, Ordering::Relaxed);
+        Block::new(
+            &format!("netproxy_{}_{number}", std::process::id()),
+            &remotes,
+        )
+        .map(Some)
     }
 
     /// Lets all connections go on at the new site. With a `wait`, one connection of each thread
@@ -386,6 +402,7 @@ impl Proxy {
         let mut phase = lock(&phase);
         let next = phase.after(guest, &Asked::Release)?;
         let site = phase.destination().unwrap_or_default().to_owned();
+        lock(&self.left).insert((guest.to_owned(), known.site()), Instant::now());
         known.set_site(&site);
         let tally = self.tally(|reply| Command::Release {
             guest: guest.to_owned(),

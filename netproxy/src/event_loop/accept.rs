@@ -158,6 +158,7 @@ impl Worker {
             &self.poll,
             &mut self.scratch,
             &mut self.pool,
+            &mut self.late,
             &self.shared,
             &self.limits,
             self.now,

@@ -30,6 +30,7 @@ use crate::config::{Limits, ServiceConfig};
 use crate::connection::{Connection, ConnectionInfo, Context, Next};
 use crate::error::{Result, system};
 use crate::guest::{Guest, Shared};
+use crate::retarget::late::Late;
 use crate::splice::PipePool;
 use accept::Listener;
 pub(crate) use accept::open as open_listener;
@@ -160,6 +161,7 @@ pub(crate) fn spawn(
         freezes: Vec::new(),
         canaries: Vec::new(),
         jobs: VecDeque::new(),
+        late: Late::default(),
     };
     let thread = std::thread::Builder::new()
         .name(format!("proxy-{index}"))
@@ -203,6 +205,7 @@ struct Worker {
     freezes: Vec<Freeze>,
     canaries: Vec<Canary>,
     jobs: VecDeque<Job>,
+    late: Late,
 }
 
 impl Worker {
@@ -240,6 +243,7 @@ impl Worker {
             self.accept_some();
             self.on_deadlines();
             self.move_some();
+            self.late.expire(self.now);
             for _ in 0..self.turns.len() {
                 let Some(key) = self.turns.pop_front() else {
                     break;
@@ -261,7 +265,7 @@ impl Worker {
             return Some(Duration::ZERO);
         }
         let timer = self.timers.peek().map(|Reverse((at, _))| *at);
-        [timer, self.accept_again, self.next_move()]
+        [timer, self.accept_again, self.next_move(), self.late.next()]
             .into_iter()
             .flatten()
             .min()
@@ -272,6 +276,7 @@ impl Worker {
         poll: &'a Poll,
         scratch: &'a mut [u8],
         pool: &'a mut PipePool,
+        late: &'a mut Late,
         shared: &'a Shared,
         limits: &'a Limits,
         now: Instant,
@@ -280,6 +285,7 @@ impl Worker {
             registry: poll.registry(),
             scratch,
             pool,
+            late,
             shared,
             limits,
             now,
@@ -296,6 +302,7 @@ impl Worker {
             &self.poll,
             &mut self.scratch,
             &mut self.pool,
+            &mut self.late,
             &self.shared,
             &self.limits,
             self.now,

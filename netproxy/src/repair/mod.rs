@@ -43,6 +43,9 @@ pub struct RestoreOptions {
     pub remote: SocketAddr,
     /// The mark (SO_MARK) by which routing gives a large initial congestion window.
     pub mark: Option<u32>,
+    /// Bytes of the peer that wait for the client outside the socket. The new receive buffer is
+    /// so much smaller: else a client that does not read would gain a buffer with every move.
+    pub waiting: usize,
 }
 
 fn step(step: &'static str) -> impl FnOnce(io::Error) -> Error {
@@ -173,6 +176,7 @@ fn dump_in_repair(socket: &impl AsFd) -> Result<Snapshot> {
             info,
             mss: sys::max_segment(fd).map_err(read())?,
             receive_buffer: reference.recv_buffer_size().map_err(read())?,
+            send_buffer: reference.send_buffer_size().map_err(read())?,
             window: sys::window(fd).map_err(read())?,
             write_seq,
             rcv_nxt,
@@ -220,7 +224,7 @@ pub fn restore(snapshot: &Snapshot, options: RestoreOptions, clock: u32) -> Resu
     if snapshot.mss > 0 {
         let _ = socket.set_tcp_mss(snapshot.mss);
     }
-    force_buffers(&socket, snapshot)?;
+    force_buffers(&socket, snapshot, options.waiting)?;
     sys::set_repair_queue(fd, Queue::Send).map_err(make())?;
     sys::set_queue_seq(fd, snapshot.snd_una).map_err(make())?;
     sys::set_repair_queue(fd, Queue::Receive).map_err(make())?;
@@ -247,16 +251,28 @@ pub fn clock(socket: &impl AsFd) -> Result<u32> {
 
 /// Makes room for the bytes that will be written at once, and for all that the peer may still
 /// send into the window it was offered. The kernel doubles the figures for its own accounting.
-fn force_buffers(socket: &Socket, snapshot: &Snapshot) -> Result<()> {
+fn force_buffers(socket: &Socket, snapshot: &Snapshot, waiting: usize) -> Result<()> {
     use nix::sys::socket::{setsockopt, sockopt};
     let restore = |error: nix::Error| step("restore")(error.into());
-    let receive = snapshot.receive_buffer / 2;
+    let receive = (snapshot.receive_buffer / 2)
+        .saturating_sub(waiting)
+        .max(snapshot.offered() as usize)
+        .max(4096);
     setsockopt(socket, sockopt::RcvBufForce, &receive).map_err(restore)?;
-    if !snapshot.send.is_empty() {
-        let send = snapshot.send.len().saturating_add(64 * 1024);
-        setsockopt(socket, sockopt::SndBufForce, &send).map_err(restore)?;
-    }
-    Ok(())
+    let send = (snapshot.send_buffer / 2).max(snapshot.send.len().saturating_add(64 * 1024));
+    setsockopt(socket, sockopt::SndBufForce, &send).map_err(restore)
+}
+
+/// Gives a new socket the send buffer of the old one, after all that was pending is written.
+///
+/// # Errors
+/// What the kernel answered.
+pub fn relax(socket: &impl AsFd, snapshot_buffer: usize) -> Result<()> {
+    use nix::sys::socket::{setsockopt, sockopt};
+    let fd = socket.as_fd();
+    let size = snapshot_buffer / 2;
+    setsockopt(&fd, sockopt::SndBufForce, &size).map_err(|error| step("set up")(error.into()))?;
+    sys::unlock_buffers(fd).map_err(step("set up"))
 }
 
 /// What a socket has not sent yet; a FIN counts as one.

@@ -134,6 +134,7 @@ pub(crate) struct Raw {
     pub info: TcpInfo,
     pub mss: u32,
     pub receive_buffer: usize,
+    pub send_buffer: usize,
     pub window: Window,
     pub write_seq: u32,
     pub rcv_nxt: u32,
@@ -168,6 +169,8 @@ pub struct Snapshot {
     pub receive: Vec<u8>,
     /// The size of the receive buffer (SO_RCVBUF, as the kernel shows it).
     pub(crate) receive_buffer: usize,
+    /// The size of the send buffer (SO_SNDBUF, as the kernel shows it).
+    pub(crate) send_buffer: usize,
     pub(crate) window: Window,
 }
 
@@ -210,6 +213,7 @@ impl Snapshot {
             send,
             receive: raw.receive_queue,
             receive_buffer: raw.receive_buffer,
+            send_buffer: raw.send_buffer,
             window: raw.window,
         })
     }
@@ -219,6 +223,15 @@ impl Snapshot {
     #[must_use]
     pub fn in_flight(&self) -> u32 {
         self.snd_nxt.wrapping_sub(self.snd_una)
+    }
+
+    /// What the peer may still send: it was offered so much, and that can't be taken back.
+    #[must_use]
+    pub fn offered(&self) -> u32 {
+        let end = self.window.rcv_wup.wrapping_add(self.window.rcv_wnd);
+        let left = end.wrapping_sub(self.rcv_nxt);
+        // Behind rcv_nxt means nothing is left.
+        if left > u32::MAX / 2 { 0 } else { left }
     }
 
     /// Whether a FIN of ours has to be sent again.
@@ -285,6 +298,7 @@ mod tests {
             info: info(state),
             mss: 1448,
             receive_buffer: 131_072,
+            send_buffer: 16_384,
             window: Window::default(),
             write_seq,
             rcv_nxt: 77,
@@ -316,6 +330,17 @@ mod tests {
         // The numbers wrap.
         assert_eq!(snapshot.snd_una, 3_u32.wrapping_sub(10));
         assert_eq!(snapshot.in_flight(), 6);
+    }
+
+    #[test]
+    fn what_was_offered_is_counted_from_what_came() {
+        let mut raw = raw(TcpState::Established, 0, 0, 0, 0);
+        raw.rcv_nxt = 5;
+        raw.window.rcv_wup = u32::MAX - 4;
+        raw.window.rcv_wnd = 100;
+        assert_eq!(Snapshot::from_raw(raw.clone()).unwrap().offered(), 90);
+        raw.window.rcv_wnd = 3;
+        assert_eq!(Snapshot::from_raw(raw).unwrap().offered(), 0);
     }
 
     #[test]

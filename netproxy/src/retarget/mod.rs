@@ -15,5 +15,6 @@
 //! | cancel   | any time before the release            | all goes on at the old site         |
 
 pub(crate) mod block;
+pub(crate) mod late;
 pub mod path;
 pub mod phase;

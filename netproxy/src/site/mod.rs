@@ -1,0 +1,15 @@
+//! The sites' side: how a guest that keeps its own address is reached under the site's.
+//!
+//! ```text
+//!  edge ──▶ site:15900 ── prerouting: destination := guest:5900 ──▶ guest
+//!  edge ◀── site:15900 ◀─ postrouting: source := site:15900 ─────── guest
+//! ```
+//!
+//! The rules belong at the new site before the first packet comes there, and leave the old one
+//! only after the edge has switched.
+
+mod neighbour;
+mod translation;
+
+pub use neighbour::Neighbour;
+pub use translation::{Forward, Translation, forwards_packets};

@@ -1,0 +1,572 @@
+//! The proxy in network namespaces: connections that outlive the move of their guest.
+//!
+//! These tests need root, and fail without it.
+#![allow(missing_docs)]
+
+mod traffic;
+mod world;
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use netproxy::Proxy;
+use netproxy::config::Config;
+use netproxy::control::Client;
+use traffic::{Kind, Noise, Reads, Running, Sends, serve, start};
+use world::{EDGE, GUEST, PROBE_PORT, SITES, World};
+
+const LISTEN: &str = "10.1.0.1:5900";
+
+fn configuration(control: &str, extra: &str) -> String {
+    let mut text = format!(
+        "version = 1\n[proxy]\ncontrol = {control:?}\nthreads = 2\n{extra}\n\
+         [[guest]]\nname = \"desktop\"\naddress = {GUEST:?}\nsource = {EDGE:?}\nsite = \"a\"\n"
+    );
+    for (site, address) in SITES {
+        text.push_str(&format!(
+            "[guest.sites.{site}]\naddress = {address:?}\nprobe_port = {PROBE_PORT}\n"
+        ));
+    }
+    text.push_str(&format!(
+        "[[guest.service]]\nname = \"vnc\"\nlisten = [{LISTEN:?}]\nport = 5900\nsite_port = 15900\n"
+    ));
+    text
+}
+
+/// A proxy in the edge's namespace, and its control socket.
+struct Edge {
+    proxy: Option<Arc<Proxy>>,
+    control: PathBuf,
+    at: &'static str,
+}
+
+impl Edge {
+    fn new(world: &World, extra: &str) -> Self {
+        let _ = env_logger::builder().is_test(true).try_init();
+        let control = std::env::temp_dir()
+            .join(format!("netproxy-{}-{}", std::process::id(), world.ns("x")))
+            .join("control");
+        let text = configuration(&control.display().to_string(), extra);
+        let proxy = world.in_namespace("edge", move || {
+            Proxy::start(Config::parse(&text, "test").unwrap(), None).unwrap()
+        });
+        Self {
+            proxy: Some(proxy),
+            control,
+            at: "a",
+        }
+    }
+
+    fn client(&self) -> Client {
+        Client::connect(&self.control).unwrap()
+    }
+
+    /// Moves the guest to the other site as `vmshadow migrate` does.
+    fn migrate(&mut self, world: &World) -> netproxy::Tally {
+        let to = if self.at == "a" { "b" } else { "a" };
+        let mut control = self.client();
+        let warmth = control.prepare("desktop", to).unwrap();
+        assert!(warmth.warnings.is_empty(), "{warmth:?}");
+        world.place(None);
+        control.hold("desktop").unwrap();
+        let tally = control.retarget("desktop").unwrap();
+        world.place(Some(to));
+        let released = control.release("desktop", Duration::ZERO).unwrap();
+        assert_eq!(tally.failed + released.failed, 0, "{tally:?} {released:?}");
+        self.at = to;
+        tally
+    }
+
+    fn metric(&self, name: &str) -> u64 {
+        let text = self.proxy.as_ref().unwrap().metrics();
+        let line = text
+            .lines()
+            .find(|line| line.starts_with(name))
+            .unwrap_or_default();
+        line.rsplit(' ')
+            .next()
+            .and_then(|n| n.parse::<f64>().ok())
+            .unwrap_or(0.0) as u64
+    }
+}
+
+impl Drop for Edge {
+    fn drop(&mut self) {
+        drop(self.proxy.take());
+        if let Some(directory) = self.control.parent() {
+            let _ = std::fs::remove_dir_all(directory);
+        }
+    }
+}
+
+fn listen() -> SocketAddr {
+    LISTEN.parse().unwrap()
+}
+
+/// Moves the guest `times` at random moments while streams of the kinds run, and compares.
+fn streams_survive(world: &World, edge: &mut Edge, kinds: &[Kind], times: usize, seed: u64) {
+    let streams: Vec<Running> = kinds
+        .iter()
+        .map(|kind| start(world, listen(), *kind))
+        .collect();
+    let mut dice = Noise::new(seed);
+    let begin = Instant::now();
+    for round in 0..times {
+        std::thread::sleep(Duration::from_millis(dice.below(60)));
+        let tally = edge.migrate(world);
+        assert_eq!(
+            tally.connections + tally.waiting,
+            kinds.len(),
+            "round {round}"
+        );
+    }
+    let carried: u64 = streams.into_iter().map(Running::finish).sum();
+    println!(
+        "{times} moves in {:.1} s, {} MB, fallbacks {}",
+        begin.elapsed().as_secs_f64(),
+        carried / 1_000_000,
+        edge.metric("netproxy_retarget_fallbacks_total")
+    );
+    assert!(carried > 0);
+}
+
+const FAST: Reads = Reads::Fast;
+
+fn all_kinds() -> Vec<Kind> {
+    let messages = Sends::Messages(600);
+    vec![
+        // Small messages both ways, as VNC and ssh.
+        Kind {
+            client: (messages, FAST),
+            guest: (messages, FAST),
+        },
+        // Bulk, each way and both.
+        Kind {
+            client: (Sends::Bulk, FAST),
+            guest: (messages, FAST),
+        },
+        Kind {
+            client: (messages, FAST),
+            guest: (Sends::Bulk, FAST),
+        },
+        Kind {
+            client: (Sends::Bulk, FAST),
+            guest: (Sends::Bulk, FAST),
+        },
+        // Half-closed, each way, while data flows the other way.
+        Kind {
+            client: (Sends::Nothing, FAST),
+            guest: (messages, FAST),
+        },
+        Kind {
+            client: (messages, FAST),
+            guest: (Sends::Nothing, FAST),
+        },
+        Kind {
+            client: (Sends::Nothing, FAST),
+            guest: (Sends::Bulk, FAST),
+        },
+        Kind {
+            client: (Sends::Bulk, FAST),
+            guest: (Sends::Nothing, FAST),
+        },
+        // Full buffers and zero windows.
+        Kind {
+            client: (Sends::Bulk, FAST),
+            guest: (messages, Reads::Stalling),
+        },
+        Kind {
+            client: (messages, Reads::Stalling),
+            guest: (Sends::Bulk, FAST),
+        },
+    ]
+}
+
+#[test]
+fn one_stream_survives_one_move() {
+    let world = World::new(Duration::from_millis(10));
+    serve(&world, 5900);
+    let mut edge = Edge::new(&world, "");
+    let kind = all_kinds()[0];
+    streams_survive(&world, &mut edge, &[kind], 1, 1);
+}
+
+#[test]
+fn every_kind_of_stream_survives_many_moves() {
+    let world = World::new(Duration::from_millis(8));
+    serve(&world, 5900);
+    let mut edge = Edge::new(&world, "");
+    streams_survive(&world, &mut edge, &all_kinds(), 100, 2);
+}
+
+/// A short mixed run under other TCP options.
+fn options(settings: &[(&'static str, &'static str)], seed: u64) {
+    let world = World::new(Duration::from_millis(6));
+    for (key, value) in settings {
+        world.sysctl("guest", key, value);
+    }
+    serve(&world, 5900);
+    let mut edge = Edge::new(&world, "");
+    let kinds = all_kinds();
+    streams_survive(
+        &world,
+        &mut edge,
+        &[kinds[0], kinds[3], kinds[5], kinds[6]],
+        12,
+        seed,
+    );
+}
+
+#[test]
+fn without_timestamps() {
+    options(&[("tcp_timestamps", "0")], 11);
+}
+
+#[test]
+fn without_window_scaling() {
+    options(&[("tcp_window_scaling", "0")], 12);
+}
+
+#[test]
+fn without_sack() {
+    options(&[("tcp_sack", "0")], 13);
+}
+
+#[test]
+fn without_any_option() {
+    options(
+        &[
+            ("tcp_timestamps", "0"),
+            ("tcp_window_scaling", "0"),
+            ("tcp_sack", "0"),
+        ],
+        14,
+    );
+}
+
+fn echoing(world: &World) -> TcpStream {
+    let mut stream = world.in_namespace("client", || TcpStream::connect(listen()).unwrap());
+    stream
+        .set_read_timeout(Some(Duration::from_secs(30)))
+        .unwrap();
+    stream.write_all(&0_u64.to_le_bytes()).unwrap();
+    stream
+}
+
+fn exchange(stream: &mut TcpStream, text: &[u8]) {
+    stream.write_all(text).unwrap();
+    let mut answer = vec![0; text.len()];
+    stream.read_exact(&mut answer).unwrap();
+    assert_eq!(answer, text);
+}
+
+#[test]
+fn a_thousand_connections_move_at_once() {
+    let world = World::new(Duration::from_millis(10));
+    serve(&world, 5900);
+    let mut edge = Edge::new(&world, "");
+    let mut streams: Vec<TcpStream> = (0..1000).map(|_| echoing(&world)).collect();
+    streams
+        .iter_mut()
+        .for_each(|stream| exchange(stream, b"before"));
+    for round in 0..4_u32 {
+        // Every other one has something under way.
+        let text = format!("round {round}");
+        for stream in streams.iter_mut().step_by(2) {
+            stream.write_all(text.as_bytes()).unwrap();
+        }
+        assert_eq!(edge.migrate(&world).connections, 1000);
+        for stream in streams.iter_mut().step_by(2) {
+            let mut answer = vec![0; text.len()];
+            stream.read_exact(&mut answer).unwrap();
+            assert_eq!(answer, text.as_bytes());
+        }
+        streams
+            .iter_mut()
+            .for_each(|stream| exchange(stream, b"after"));
+    }
+    assert_eq!(edge.metric("netproxy_retargets_total"), 4000);
+    assert_eq!(edge.metric("netproxy_retarget_failures_total"), 0);
+}
+
+#[test]
+fn the_connection_is_at_the_other_site_and_nothing_goes_to_the_old_one() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let mut edge = Edge::new(&world, "");
+    let mut stream = echoing(&world);
+    exchange(&mut stream, b"here");
+    let upstream = |edge: &Edge| {
+        edge.client().list().unwrap().connections[0]
+            .upstream
+            .unwrap()
+    };
+    assert_eq!(upstream(&edge), "198.51.100.1:15900".parse().unwrap());
+    edge.migrate(&world);
+    assert_eq!(upstream(&edge), "203.0.113.1:15900".parse().unwrap());
+    // The old site could as well be gone.
+    world.wires[0].cut.store(true, Ordering::Relaxed);
+    exchange(&mut stream, b"there");
+    // New connections go there too.
+    exchange(&mut echoing(&world), b"new");
+    world.wires[0].cut.store(false, Ordering::Relaxed);
+}
+
+#[test]
+fn a_cancelled_move_leaves_everything_as_it_was() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let rules = world.rules("edge");
+    let streams: Vec<Running> = all_kinds()
+        .into_iter()
+        .map(|kind| start(&world, listen(), kind))
+        .collect();
+    let mut control = edge.client();
+    for round in 0..12 {
+        std::thread::sleep(Duration::from_millis(20));
+        control.prepare("desktop", "b").unwrap();
+        let steps = round % 3;
+        if steps > 0 {
+            world.place(None);
+            control.hold("desktop").unwrap();
+        }
+        if steps > 1 {
+            assert_eq!(control.retarget("desktop").unwrap().failed, 0);
+        }
+        world.place(Some("a"));
+        assert_eq!(control.cancel("desktop").unwrap().failed, 0);
+    }
+    let overview = control.list().unwrap();
+    assert_eq!(overview.guests[0].site, "a");
+    streams
+        .into_iter()
+        .map(Running::finish)
+        .for_each(|carried| assert!(carried > 0));
+    assert_eq!(world.rules("edge"), rules);
+    assert_eq!(edge.metric("netproxy_retargets_total"), 0);
+}
+
+#[test]
+fn steps_out_of_order_change_nothing() {
+    let world = World::new(Duration::from_millis(1));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let mut stream = echoing(&world);
+    let mut control = edge.client();
+    for refused in [
+        control.hold("desktop").unwrap_err(),
+        control.retarget("desktop").unwrap_err(),
+        control.release("desktop", Duration::ZERO).unwrap_err(),
+        control.cancel("desktop").unwrap_err(),
+        control.prepare("desktop", "nowhere").unwrap_err(),
+        control.prepare("nobody", "b").unwrap_err(),
+    ] {
+        assert!(matches!(refused, netproxy::Error::Refused(_)), "{refused}");
+    }
+    control.prepare("desktop", "b").unwrap();
+    control.hold("desktop").unwrap();
+    assert!(control.release("desktop", Duration::ZERO).is_err());
+    assert!(control.prepare("desktop", "b").is_err());
+    control.cancel("desktop").unwrap();
+    exchange(&mut stream, b"as ever");
+}
+
+#[test]
+fn clients_who_come_or_go_during_a_move() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let mut stays = echoing(&world);
+    let mut ends = echoing(&world);
+    let mut leaves = echoing(&world);
+    let resets = echoing(&world);
+    for stream in [&mut stays, &mut ends, &mut leaves] {
+        exchange(stream, b"before");
+    }
+    let mut control = edge.client();
+    control.prepare("desktop", "b").unwrap();
+    world.place(None);
+    control.hold("desktop").unwrap();
+    let mut early = echoing(&world);
+    early.write_all(b"early").unwrap();
+    stays.write_all(b"while held").unwrap();
+    ends.write_all(b"last words").unwrap();
+    ends.shutdown(std::net::Shutdown::Write).unwrap();
+    drop(leaves);
+    control.retarget("desktop").unwrap();
+    socket2::SockRef::from(&resets)
+        .set_linger(Some(Duration::ZERO))
+        .unwrap();
+    drop(resets);
+    let mut late = echoing(&world);
+    late.write_all(b"late").unwrap();
+    // The proxy hears of all that.
+    std::thread::sleep(Duration::from_millis(50));
+    world.place(Some("b"));
+    let tally = control.release("desktop", Duration::ZERO).unwrap();
+    assert_eq!((tally.connections, tally.waiting, tally.failed), (4, 2, 0));
+    let expect = |stream: &mut TcpStream, text: &[u8]| {
+        let mut answer = vec![0; text.len()];
+        stream.read_exact(&mut answer).unwrap();
+        assert_eq!(answer, text);
+    };
+    expect(&mut stays, b"while held");
+    expect(&mut early, b"early");
+    expect(&mut late, b"late");
+    let mut rest = Vec::new();
+    ends.read_to_end(&mut rest).unwrap();
+    assert_eq!(rest, b"last words");
+    exchange(&mut stays, b"after");
+    // Those who left are gone at both ends.
+    wait_until(|| control.list().unwrap().connections.len() == 3);
+    wait_until(|| established(&world) == 3);
+}
+
+/// Connections that the guest's TCP has open.
+fn established(world: &World) -> usize {
+    let text = world.in_namespace("guest", || {
+        world::run(
+            "ss",
+            &["-Htn", "state", "established", "sport", "=", ":5900"],
+        )
+    });
+    text.lines().count()
+}
+
+fn wait_until(what: impl FnMut() -> bool) {
+    let mut what = what;
+    let limit = Instant::now() + Duration::from_secs(30);
+    while !what() {
+        assert!(Instant::now() < limit, "It did not happen");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn lost_packets_at_the_release() {
+    let world = World::new(Duration::from_millis(6));
+    serve(&world, 5900);
+    let mut edge = Edge::new(&world, "");
+    let kinds = all_kinds();
+    let streams: Vec<Running> = [kinds[0], kinds[3], kinds[4]]
+        .iter()
+        .map(|kind| start(&world, listen(), *kind))
+        .collect();
+    for wire in &world.wires {
+        wire.loss.store(20, Ordering::Relaxed);
+    }
+    for round in 0..10 {
+        let to = 1 - round % 2;
+        let mut control = edge.client();
+        control.prepare("desktop", SITES[to].0).unwrap();
+        world.place(None);
+        control.hold("desktop").unwrap();
+        control.retarget("desktop").unwrap();
+        // Nothing of what is sent at first arrives, the probe least of all.
+        world.wires[to].cut.store(true, Ordering::Relaxed);
+        world.place(Some(SITES[to].0));
+        let tally = control.release("desktop", Duration::ZERO).unwrap();
+        assert_eq!(tally.failed, 0);
+        edge.at = SITES[to].0;
+        std::thread::sleep(Duration::from_millis(30));
+        world.wires[to].cut.store(false, Ordering::Relaxed);
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    streams
+        .into_iter()
+        .map(Running::finish)
+        .for_each(|carried| assert!(carried > 0));
+}
+
+#[test]
+fn a_canary_finds_out_when_the_guest_can_be_reached() {
+    let world = World::new(Duration::from_millis(6));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let mut streams: Vec<TcpStream> = (0..20).map(|_| echoing(&world)).collect();
+    streams
+        .iter_mut()
+        .for_each(|stream| exchange(stream, b"before"));
+    let mut control = edge.client();
+    control.prepare("desktop", "b").unwrap();
+    world.place(None);
+    control.hold("desktop").unwrap();
+    streams
+        .iter_mut()
+        .for_each(|stream| stream.write_all(b"held").unwrap());
+    control.retarget("desktop").unwrap();
+    let mut releasing = edge.client();
+    let release = std::thread::spawn(move || {
+        releasing
+            .release("desktop", Duration::from_secs(20))
+            .unwrap()
+    });
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(!release.is_finished(), "Nobody has answered yet");
+    world.place(Some("b"));
+    assert_eq!(release.join().unwrap().connections, 20);
+    for stream in &mut streams {
+        let mut answer = [0; 4];
+        stream.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"held");
+    }
+}
+
+#[test]
+fn killed_in_the_middle_nothing_is_left_behind() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let directory = std::env::temp_dir().join(format!("netproxy-kill-{}", world.ns("x")));
+    std::fs::create_dir_all(&directory).unwrap();
+    let control = directory.join("control");
+    let file = directory.join("proxy.toml");
+    std::fs::write(&file, configuration(&control.display().to_string(), "")).unwrap();
+    let rules = world.rules("edge");
+    for steps in 0..4 {
+        world.place(Some("a"));
+        let path = file.clone();
+        let mut child = world.in_namespace("edge", move || {
+            std::process::Command::new(env!("CARGO_BIN_EXE_netproxy"))
+                .arg(path)
+                .stdout(std::process::Stdio::piped())
+                .spawn()
+                .unwrap()
+        });
+        let mut lines = std::io::BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        while line != "ready\n" {
+            line.clear();
+            assert!(std::io::BufRead::read_line(&mut lines, &mut line).unwrap() > 0);
+        }
+        let mut stream = echoing(&world);
+        exchange(&mut stream, b"before");
+        let mut client = Client::connect(&control).unwrap();
+        let warmth = client.prepare("desktop", "b").unwrap();
+        assert!(warmth.window, "{warmth:?}");
+        assert_ne!(world.rules("edge"), rules, "A move has a routing rule");
+        if steps > 0 {
+            world.place(None);
+            client.hold("desktop").unwrap();
+        }
+        if steps > 1 {
+            client.retarget("desktop").unwrap();
+        }
+        if steps > 2 {
+            world.place(Some("b"));
+            client.release("desktop", Duration::ZERO).unwrap();
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        wait_until(|| world.rules("edge") == rules);
+        let table = world.in_namespace("edge", || {
+            world::run("ip", &["route", "show", "table", "all"])
+        });
+        assert!(!table.contains("initcwnd"), "{table}");
+    }
+    std::fs::remove_dir_all(&directory).unwrap();
+}
