@@ -45,15 +45,14 @@ impl Pipe {
     /// Takes bytes from `source`; 0 is its end. Full pipe and empty source both are
     /// `WouldBlock`: the kernel does not say which.
     pub(crate) fn fill(&mut self, source: &impl AsFd) -> io::Result<usize> {
+        // The kernel counts slots, and a slot may hold far more than a page: the bytes are
+        // counted here.
+        let room = self.capacity.saturating_sub(self.filled);
+        if room == 0 {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
         let flags = SpliceFFlags::SPLICE_F_MOVE | SpliceFFlags::SPLICE_F_NONBLOCK;
-        let taken = splice(
-            source.as_fd(),
-            None,
-            self.writer.as_fd(),
-            None,
-            self.capacity,
-            flags,
-        )?;
+        let taken = splice(source.as_fd(), None, self.writer.as_fd(), None, room, flags)?;
         self.filled += taken;
         Ok(taken)
     }

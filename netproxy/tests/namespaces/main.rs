@@ -1,7 +1,7 @@
 //! The proxy in network namespaces: connections that outlive the move of their guest.
 //!
 //! These tests need root, and fail without it.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used)]
 
 mod traffic;
 mod world;
@@ -21,14 +21,19 @@ use world::{EDGE, GUEST, PROBE_PORT, SITES, World};
 
 const LISTEN: &str = "10.1.0.1:5900";
 
-fn configuration(control: &str, extra: &str) -> String {
+fn configuration(control: &str, extra: &str, routed: bool) -> String {
     let mut text = format!(
         "version = 1\n[proxy]\ncontrol = {control:?}\nthreads = 2\n{extra}\n\
          [[guest]]\nname = \"desktop\"\naddress = {GUEST:?}\nsource = {EDGE:?}\nsite = \"a\"\n"
     );
     for (site, address) in SITES {
+        let reach = if routed {
+            format!("routed = true\nprobe_address = {address:?}")
+        } else {
+            format!("address = {address:?}")
+        };
         text.push_str(&format!(
-            "[guest.sites.{site}]\naddress = {address:?}\nprobe_port = {PROBE_PORT}\n"
+            "[guest.sites.{site}]\n{reach}\nprobe_port = {PROBE_PORT}\n"
         ));
     }
     text.push_str(&format!(
@@ -42,15 +47,21 @@ struct Edge {
     proxy: Option<Arc<Proxy>>,
     control: PathBuf,
     at: &'static str,
+    routed: bool,
 }
 
 impl Edge {
     fn new(world: &World, extra: &str) -> Self {
+        Self::with(world, extra, false)
+    }
+
+    /// `routed`: the guest is reached by its own address, and a move changes the route.
+    fn with(world: &World, extra: &str, routed: bool) -> Self {
         let _ = env_logger::builder().is_test(true).try_init();
         let control = std::env::temp_dir()
             .join(format!("netproxy-{}-{}", std::process::id(), world.ns("x")))
             .join("control");
-        let text = configuration(&control.display().to_string(), extra);
+        let text = configuration(&control.display().to_string(), extra, routed);
         let proxy = world.in_namespace("edge", move || {
             Proxy::start(Config::parse(&text, "test").unwrap(), None).unwrap()
         });
@@ -58,6 +69,7 @@ impl Edge {
             proxy: Some(proxy),
             control,
             at: "a",
+            routed,
         }
     }
 
@@ -73,6 +85,9 @@ impl Edge {
         assert!(warmth.warnings.is_empty(), "{warmth:?}");
         world.place(None);
         control.hold("desktop").unwrap();
+        if self.routed {
+            world.route_guest(to);
+        }
         let tally = control.retarget("desktop").unwrap();
         world.place(Some(to));
         let released = control.release("desktop", Duration::ZERO).unwrap();
@@ -249,12 +264,21 @@ fn without_any_option() {
 }
 
 fn echoing(world: &World) -> TcpStream {
-    let mut stream = world.in_namespace("client", || TcpStream::connect(listen()).unwrap());
-    stream
-        .set_read_timeout(Some(Duration::from_secs(30)))
-        .unwrap();
-    stream.write_all(&0_u64.to_le_bytes()).unwrap();
-    stream
+    many_echoing(world, 1).remove(0)
+}
+
+fn many_echoing(world: &World, count: usize) -> Vec<TcpStream> {
+    world.in_namespace("client", move || {
+        let connect = |_| {
+            let mut stream = TcpStream::connect(listen()).unwrap();
+            stream
+                .set_read_timeout(Some(Duration::from_secs(30)))
+                .unwrap();
+            stream.write_all(&0_u64.to_le_bytes()).unwrap();
+            stream
+        };
+        (0..count).map(connect).collect()
+    })
 }
 
 fn exchange(stream: &mut TcpStream, text: &[u8]) {
@@ -269,7 +293,7 @@ fn a_thousand_connections_move_at_once() {
     let world = World::new(Duration::from_millis(10));
     serve(&world, 5900);
     let mut edge = Edge::new(&world, "");
-    let mut streams: Vec<TcpStream> = (0..1000).map(|_| echoing(&world)).collect();
+    let mut streams: Vec<TcpStream> = many_echoing(&world, 1000);
     streams
         .iter_mut()
         .for_each(|stream| exchange(stream, b"before"));
@@ -488,7 +512,7 @@ fn a_canary_finds_out_when_the_guest_can_be_reached() {
     let world = World::new(Duration::from_millis(6));
     serve(&world, 5900);
     let edge = Edge::new(&world, "");
-    let mut streams: Vec<TcpStream> = (0..20).map(|_| echoing(&world)).collect();
+    let mut streams: Vec<TcpStream> = many_echoing(&world, 20);
     streams
         .iter_mut()
         .for_each(|stream| exchange(stream, b"before"));
@@ -525,7 +549,11 @@ fn killed_in_the_middle_nothing_is_left_behind() {
     std::fs::create_dir_all(&directory).unwrap();
     let control = directory.join("control");
     let file = directory.join("proxy.toml");
-    std::fs::write(&file, configuration(&control.display().to_string(), "")).unwrap();
+    std::fs::write(
+        &file,
+        configuration(&control.display().to_string(), "", false),
+    )
+    .unwrap();
     let rules = world.rules("edge");
     for steps in 0..4 {
         world.place(Some("a"));
@@ -569,4 +597,22 @@ fn killed_in_the_middle_nothing_is_left_behind() {
         assert!(!table.contains("initcwnd"), "{table}");
     }
     std::fs::remove_dir_all(&directory).unwrap();
+}
+
+#[test]
+fn a_guest_that_is_routed_keeps_its_address() {
+    let world = World::new(Duration::from_millis(6));
+    serve(&world, 5900);
+    world.route_guest("a");
+    let mut edge = Edge::with(&world, "", true);
+    let rules = world.rules("edge");
+    let kinds = all_kinds();
+    streams_survive(
+        &world,
+        &mut edge,
+        &[kinds[0], kinds[3], kinds[4], kinds[5]],
+        30,
+        21,
+    );
+    assert_eq!(world.rules("edge"), rules);
 }

@@ -243,22 +243,9 @@ pub fn start(world: &World, to: SocketAddr, kind: Kind) -> Running {
 }
 
 impl Running {
-    /// Bytes that have arrived, both directions together.
-    pub fn received(&self) -> u64 {
-        self.plan
-            .received
-            .iter()
-            .map(|count| count.load(Ordering::Relaxed))
-            .sum()
-    }
-
-    pub fn ask_to_stop(&self) {
-        self.plan.stop.store(true, Ordering::Relaxed);
-    }
-
     /// Ends it and compares. Returns the bytes carried.
     pub fn finish(self) -> u64 {
-        self.ask_to_stop();
+        self.plan.stop.store(true, Ordering::Relaxed);
         let limit = std::time::Instant::now() + Duration::from_secs(60);
         while !self.thread.is_finished() {
             assert!(

@@ -327,6 +327,15 @@ impl World {
         }
     }
 
+    /// Routes the guest's own address to a site, as an overlay does.
+    pub fn route_guest(&self, site: &str) {
+        let net = SITES.iter().position(|(name, _)| *name == site).unwrap() + 1;
+        self.ip(
+            "edge",
+            &format!("route replace {GUEST}/32 via 10.2.{net}.2 src {EDGE}"),
+        );
+    }
+
     fn port(&self, site: &str, open: bool) {
         let state = if open { "3" } else { "0" };
         let port = format!("port-{site}");

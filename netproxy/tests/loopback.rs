@@ -1,0 +1,359 @@
+//! The proxy on the loopback interface: all that needs no privileges.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use netproxy::config::Config;
+use netproxy::control::{Client, Request};
+use netproxy::{Error, Proxy};
+
+/// A guest that echoes. Returns its address.
+fn echo_server() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            std::thread::spawn(move || {
+                let mut other = stream.try_clone().unwrap();
+                let _ = std::io::copy(&mut stream, &mut other);
+                let _ = other.shutdown(Shutdown::Write);
+            });
+        }
+    });
+    address
+}
+
+struct Setup {
+    proxy: Arc<Proxy>,
+    directory: PathBuf,
+    guest: SocketAddr,
+}
+
+impl Setup {
+    fn text(&self, limits: &str, service: &str, listen: &str) -> String {
+        text(&self.directory, self.guest, limits, service, listen)
+    }
+
+    fn new(limits: &str, service: &str) -> Self {
+        Self::with(echo_server(), limits, service, r#""127.0.0.1:0""#)
+    }
+
+    fn with(guest: SocketAddr, limits: &str, service: &str, listen: &str) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let directory =
+            std::env::temp_dir().join(format!("netproxy-lo-{}-{number}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        let text = text(&directory, guest, limits, service, listen);
+        let file = directory.join("proxy.toml");
+        std::fs::write(&file, &text).unwrap();
+        let proxy = Proxy::start(Config::load(&file).unwrap(), Some(file)).unwrap();
+        Self {
+            proxy,
+            directory,
+            guest,
+        }
+    }
+
+    fn address(&self) -> SocketAddr {
+        self.proxy.list().unwrap().guests[0].listeners[0]
+    }
+
+    fn connect(&self) -> TcpStream {
+        let stream = TcpStream::connect(self.address()).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        stream
+    }
+
+    fn control(&self) -> PathBuf {
+        self.directory.join("control")
+    }
+}
+
+impl Drop for Setup {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
+
+fn text(
+    directory: &std::path::Path,
+    guest: SocketAddr,
+    limits: &str,
+    service: &str,
+    listen: &str,
+) -> String {
+    format!(
+        "version = 1\n[proxy]\ncontrol = {:?}\nthreads = 2\nmetrics = \"127.0.0.1:0\"\n\
+         [limits]\n{limits}\n\
+         [[guest]]\nname = \"g\"\naddress = \"127.0.0.1\"\nsite = \"a\"\n\
+         [guest.sites.a]\naddress = {:?}\n\
+         [[guest.service]]\nname = \"echo\"\nlisten = [{listen}]\nport = {}\n{service}\n",
+        directory.join("control").display().to_string(),
+        guest.ip().to_string(),
+        guest.port(),
+    )
+}
+
+fn exchange(stream: &mut TcpStream, data: &[u8]) {
+    stream.write_all(data).unwrap();
+    let mut answer = vec![0; data.len()];
+    stream.read_exact(&mut answer).unwrap();
+    assert!(answer == data);
+}
+
+/// Whether the proxy turned the client away: it sees a reset or an end before any byte.
+fn refused(stream: &mut TcpStream) -> bool {
+    let _ = stream.write_all(b"?");
+    !matches!(stream.read(&mut [0; 1]), Ok(1))
+}
+
+fn wait_until(mut what: impl FnMut() -> bool) {
+    let limit = Instant::now() + Duration::from_secs(20);
+    while !what() {
+        assert!(Instant::now() < limit, "It did not happen");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn bytes_pass_both_ways_and_ends_too() {
+    let setup = Setup::new("", "");
+    let mut stream = setup.connect();
+    for size in [1, 64, 1000, 16_384] {
+        exchange(&mut stream, &vec![7; size]);
+    }
+    let data: Vec<u8> = (0..20_000_000_u32)
+        .map(|i| u8::try_from(i % 251).unwrap())
+        .collect();
+    let mut writer = stream.try_clone().unwrap();
+    let sent = data.clone();
+    let thread = std::thread::spawn(move || {
+        writer.write_all(&sent).unwrap();
+        writer.shutdown(Shutdown::Write).unwrap();
+    });
+    let mut got = Vec::new();
+    stream.read_to_end(&mut got).unwrap();
+    assert!(got == data);
+    thread.join().unwrap();
+    wait_until(|| setup.proxy.open() == 0);
+    let counted = format!(
+        "netproxy_to_client_bytes_total{{guest=\"g\"}} {}",
+        17_449 + data.len()
+    );
+    assert!(
+        setup.proxy.metrics().contains(&counted),
+        "{}",
+        setup.proxy.metrics()
+    );
+}
+
+#[test]
+fn clients_come_by_either_family() {
+    let setup = Setup::with(echo_server(), "", "", r#""127.0.0.1:0", "[::1]:0""#);
+    let listeners = setup.proxy.list().unwrap().guests[0].listeners.clone();
+    assert!(listeners.iter().any(SocketAddr::is_ipv4) && listeners.iter().any(SocketAddr::is_ipv6));
+    for address in listeners {
+        exchange(&mut TcpStream::connect(address).unwrap(), b"hello");
+    }
+}
+
+#[test]
+fn the_guest_is_told_who_the_client_is() {
+    let setup = Setup::new("", "proxy_protocol = true");
+    let mut stream = setup.connect();
+    stream.write_all(b"hello").unwrap();
+    // The echo gives the header back.
+    let mut answer = [0; 33];
+    stream.read_exact(&mut answer).unwrap();
+    let own = stream.local_addr().unwrap();
+    let expected = netproxy::proxy_protocol::header(own, setup.address());
+    assert_eq!(answer[..28], expected);
+    assert_eq!(&answer[28..], b"hello");
+}
+
+#[test]
+fn a_guest_that_does_not_answer_is_a_reset_to_the_client() {
+    let closed = TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
+    let setup = Setup::with(closed, "", "", r#""127.0.0.1:0""#);
+    assert!(refused(&mut setup.connect()));
+    wait_until(|| {
+        setup
+            .proxy
+            .metrics()
+            .contains("connect_failures_total{guest=\"g\"} 1")
+    });
+}
+
+#[test]
+fn limits_refuse_the_newcomer_only() {
+    let setup = Setup::new("connections = 2", "");
+    let (mut one, mut two) = (setup.connect(), setup.connect());
+    exchange(&mut one, b"1");
+    exchange(&mut two, b"2");
+    assert!(refused(&mut setup.connect()));
+    exchange(&mut one, b"still here");
+    drop(two);
+    wait_until(|| setup.proxy.open() == 1);
+    exchange(&mut setup.connect(), b"room again");
+}
+
+#[test]
+fn only_those_the_configuration_names_get_through() {
+    let setup = Setup::new("", "allow = [\"192.0.2.0/24\"]");
+    assert!(refused(&mut setup.connect()));
+    assert!(
+        setup
+            .proxy
+            .metrics()
+            .contains("refused_total{reason=\"not_allowed\"} 1")
+    );
+}
+
+#[test]
+fn a_silent_connection_ends() {
+    let setup = Setup::new("idle = \"50ms\"", "");
+    let mut stream = setup.connect();
+    exchange(&mut stream, b"hello");
+    assert!(matches!(stream.read(&mut [0; 1]), Ok(0) | Err(_)));
+    wait_until(|| setup.proxy.open() == 0);
+}
+
+#[test]
+fn a_client_that_does_not_read_holds_no_more_than_its_share() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let guest = listener.local_addr().unwrap();
+    let setup = Setup::with(guest, "buffer = \"64KiB\"", "", r#""127.0.0.1:0""#);
+    let client = setup.connect();
+    let (mut at_guest, _) = listener.accept().unwrap();
+    at_guest
+        .set_write_timeout(Some(Duration::from_millis(500)))
+        .unwrap();
+    // Until every buffer on the way is full.
+    while at_guest.write(&[0; 65_536]).is_ok() {}
+    let held = setup.proxy.list().unwrap().connections[0].held;
+    // The bound of bytes, or one pipe.
+    assert!(held <= (1 << 20) + (64 << 10), "{held}");
+    // Others are served.
+    let other = setup.connect();
+    let (mut second, _) = listener.accept().unwrap();
+    second.write_all(b"x").unwrap();
+    (&other).read_exact(&mut [0]).unwrap();
+    drop(client);
+}
+
+#[test]
+fn a_reset_reaches_the_other_side() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let setup = Setup::with(listener.local_addr().unwrap(), "", "", r#""127.0.0.1:0""#);
+    let mut client = setup.connect();
+    let (guest, _) = listener.accept().unwrap();
+    socket2::SockRef::from(&guest)
+        .set_linger(Some(Duration::ZERO))
+        .unwrap();
+    drop(guest);
+    let error = client.read(&mut [0]).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+#[test]
+fn draining_refuses_and_keeps() {
+    let setup = Setup::new("", "");
+    let mut stream = setup.connect();
+    exchange(&mut stream, b"before");
+    let mut control = Client::connect(&setup.control()).unwrap();
+    control
+        .call(&Request::Drain {
+            guest: Some("g".into()),
+            on: true,
+        })
+        .unwrap();
+    assert!(refused(&mut setup.connect()));
+    exchange(&mut stream, b"goes on");
+    control
+        .call(&Request::Drain {
+            guest: None,
+            on: false,
+        })
+        .unwrap();
+    exchange(&mut setup.connect(), b"again");
+}
+
+#[test]
+fn a_reload_keeps_connections_and_a_bad_file_changes_nothing() {
+    let setup = Setup::new("", "");
+    let mut stream = setup.connect();
+    exchange(&mut stream, b"before");
+    let first = setup.address();
+    let file = setup.directory.join("proxy.toml");
+    let mut control = Client::connect(&setup.control()).unwrap();
+    std::fs::write(&file, "version = 1\nnonsense = 2\n").unwrap();
+    let error = control.call(&Request::Reload).unwrap_err().to_string();
+    assert!(error.contains("proxy.toml:2:"), "{error}");
+    exchange(&mut setup.connect(), b"as it was");
+    // The same listener, with another rule.
+    let same = r#""127.0.0.1:0""#;
+    std::fs::write(&file, setup.text("", "allow = [\"192.0.2.0/24\"]", same)).unwrap();
+    control.call(&Request::Reload).unwrap();
+    assert_eq!(setup.address(), first);
+    assert!(refused(&mut setup.connect()));
+    exchange(&mut stream, b"goes on");
+    // Another listener instead.
+    std::fs::write(&file, setup.text("", "", r#""127.0.0.2:0""#)).unwrap();
+    control.call(&Request::Reload).unwrap();
+    assert_ne!(setup.address(), first);
+    exchange(&mut setup.connect(), b"new place");
+    wait_until(|| TcpStream::connect(first).is_err());
+    exchange(&mut stream, b"goes on");
+}
+
+#[test]
+fn control_is_for_its_owner_and_speaks_one_version() {
+    let setup = Setup::new("", "");
+    let mode = std::fs::metadata(setup.control())
+        .unwrap()
+        .permissions()
+        .mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let stream = UnixStream::connect(setup.control()).unwrap();
+    let mut reader = BufReader::new(&stream);
+    let mut ask = |line: &str| {
+        (&stream).write_all(line.as_bytes()).unwrap();
+        let mut answer = String::new();
+        reader.read_line(&mut answer).unwrap();
+        answer
+    };
+    assert!(ask("{\"version\":1,\"command\":\"list\"}\n").contains("\"ok\":true"));
+    assert!(ask("{\"version\":2,\"command\":\"list\"}\n").contains("is not spoken here"));
+    assert!(ask("nonsense\n").contains("\"ok\":false"));
+    assert!(ask(&"x".repeat(70_000)).contains("at most"));
+    let mut again = Client::connect(&setup.control()).unwrap();
+    assert!(matches!(
+        again.prepare("nobody", "a"),
+        Err(Error::Refused(message)) if message.contains("nobody")
+    ));
+}
+
+#[test]
+fn a_second_proxy_does_not_take_the_control_socket() {
+    let setup = Setup::new("", "");
+    let config = Config::parse(&setup.text("", "", r#""127.0.0.1:0""#), "x").unwrap();
+    assert!(matches!(
+        Proxy::start(config, None),
+        Err(Error::File { .. })
+    ));
+    assert!(Client::connect(&setup.control()).unwrap().list().is_ok());
+}
