@@ -92,7 +92,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Proxy {
     /// Starts threads, listeners, the control socket and the metrics' listener. `file` is where
-    /// a reload reads the configuration again.
+    /// a reload reads the configuration again. The process's limit of open files is raised to
+    /// what it may be.
     ///
     /// # Errors
     /// When a listener or socket can't be had, or the state file is not understood.
@@ -103,6 +104,7 @@ impl Proxy {
                 error.chain()
             );
         }
+        raise_descriptor_limit();
         let settings = config.proxy.clone();
         let shared = Arc::new(Shared::new(config.limits.clone()));
         let threads = match settings.threads {
@@ -598,6 +600,18 @@ impl Proxy {
             }
             Request::Metrics => Ok(serde_json::json!({ "text": self.metrics() })),
         }
+    }
+}
+
+/// A connection takes two descriptors. The limit that a shell gives is for old programs that
+/// use select.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        log::info!("The limit of open files stays at {soft}: {error}");
     }
 }
 

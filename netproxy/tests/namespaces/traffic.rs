@@ -180,7 +180,10 @@ fn play(stream: &TcpStream, plan: &Arc<Plan>, as_client: bool) {
 /// The guest's server: plays its part of the plan whose number the client sends first.
 pub fn serve(world: &World, port: u16) {
     let listener = world.in_namespace("guest", move || {
-        TcpListener::bind(("0.0.0.0", port)).unwrap()
+        let listener = TcpListener::bind(("0.0.0.0", port)).unwrap();
+        // For a thousand clients at once.
+        socket2::SockRef::from(&listener).listen(4096).unwrap();
+        listener
     });
     std::thread::spawn(move || {
         for stream in listener.incoming() {

@@ -78,6 +78,19 @@ fn remove_stale() {
     }
 }
 
+fn translation(site: &str) -> Translation {
+    Translation {
+        guest: "desktop".into(),
+        site_address: site.parse().unwrap(),
+        guest_address: GUEST.parse().unwrap(),
+        edges: vec![EDGE.parse().unwrap()],
+        forwards: vec![Forward {
+            site_port: 15900,
+            guest_port: 5900,
+        }],
+    }
+}
+
 /// A connection between edge and site, with delay, and faults when asked for.
 #[derive(Default)]
 pub struct Wire {
@@ -160,22 +173,13 @@ impl World {
             world.in_namespace(site, move || {
                 std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
             });
-            let translation = Translation {
-                guest: "desktop".into(),
-                site_address: address.parse().unwrap(),
-                guest_address: GUEST.parse().unwrap(),
-                edges: vec![EDGE.parse().unwrap()],
-                forwards: vec![Forward {
-                    site_port: 15900,
-                    guest_port: 5900,
-                }],
-            };
             let neighbour = Neighbour {
                 address: GUEST.parse().unwrap(),
                 mac: [2, 0, 0, 0, 0, 5],
                 device: "lan0".into(),
             };
             world.in_namespace(site, move || {
+                let translation = translation(address);
                 translation.apply().unwrap();
                 assert!(translation.is_applied());
                 neighbour.apply().unwrap();
@@ -324,6 +328,16 @@ impl World {
         }
         if let Some(site) = site {
             self.port(site, true);
+        }
+    }
+
+    /// Leaves the guest to its own address.
+    pub fn remove_translations(&self) {
+        for (site, address) in SITES {
+            self.in_namespace(site, move || {
+                translation(address).remove().unwrap();
+                assert!(!translation(address).is_applied());
+            });
         }
     }
 

@@ -1,0 +1,425 @@
+//! What the steps of a guest's move do to one connection.
+
+use std::time::{Duration, Instant};
+
+use mio::net::TcpStream;
+use socket2::SockRef;
+
+use super::{Connection, Context, Next, Stage, Upstream, tune};
+use crate::error::{Error, Result};
+use crate::repair::state::{Snapshot, TcpState, covers};
+use crate::repair::{self, RestoreOptions};
+use crate::splice::{End, Endpoint, Workspace};
+
+/// How often a released connection is looked at until the guest has answered.
+const CHECK: Duration = Duration::from_millis(5);
+/// How often one is looked at whose guest does not answer for long.
+const LATE_CHECK: Duration = Duration::from_millis(100);
+/// How long before a probe is repeated at first; it doubles up to a second.
+const FIRST_PROBE: Duration = Duration::from_millis(40);
+/// After this, an answer is left to TCP's own timers.
+const PROVING: Duration = Duration::from_secs(30);
+#[derive(Debug)]
+pub(super) struct Moved {
+    /// The old socket, in repair mode. None if the new one has the very same addresses.
+    old: Option<TcpStream>,
+    snapshot: Snapshot,
+}
+
+#[derive(Debug)]
+pub(super) struct Proving {
+    released: Instant,
+    /// What the guest may acknowledge, counted from the first byte written again.
+    in_flight: u32,
+    /// `written` of the flow to the guest at the release.
+    base: u64,
+    rtt: Duration,
+    covered: bool,
+    answered: bool,
+    next_probe: Instant,
+    probe_wait: Duration,
+    pub(super) next_check: Instant,
+}
+
+/// What a step of a move did to a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// It has no upstream connection now.
+    Waits,
+    /// It took the step.
+    Taken,
+    /// It could not, and is closed at the release.
+    Failed,
+}
+
+impl Connection {
+    pub(crate) fn is_waiting(&self) -> bool {
+        matches!(self.upstream, Upstream::Waiting)
+    }
+
+    /// The round trip time to the guest, if known.
+    pub(crate) fn rtt(&self) -> Option<Duration> {
+        let Upstream::Open(endpoint) = &self.upstream else {
+            return None;
+        };
+        let info = repair::tcp_info(&endpoint.stream).ok()?;
+        (info.rtt_us > 0)
+            .then(|| Duration::from_micros(u64::from(info.rtt_us) + u64::from(info.rtt_var_us)))
+    }
+
+    /// From now on nothing is written to the guest.
+    pub(crate) fn hold(&mut self) -> Step {
+        if let Stage::Proving(proving) = &self.stage
+            && !proving.covered
+            && let Upstream::Open(endpoint) = &self.upstream
+        {
+            // The guest may still know more than this socket: settle that before it is moved
+            // on.
+            let _ = repair::mark_as_sent(&endpoint.stream);
+        }
+        if matches!(self.stage, Stage::Normal | Stage::Proving(_)) {
+            self.stage = Stage::Held { frozen: false };
+        }
+        if self.is_waiting() {
+            Step::Waits
+        } else {
+            Step::Taken
+        }
+    }
+
+    /// The upstream socket hears nothing from now on. One that is being opened is dropped: the
+    /// connection waits, and is opened anew at the release.
+    pub(crate) fn freeze(&mut self) -> Step {
+        match &self.upstream {
+            Upstream::Waiting | Upstream::Connecting(..) => {
+                self.upstream = Upstream::Waiting;
+                return Step::Waits;
+            }
+            Upstream::Open(endpoint) => {
+                if let Err(error) = repair::freeze(&endpoint.stream) {
+                    self.unmovable(error.chain());
+                    return Step::Failed;
+                }
+            }
+        }
+        self.stage = Stage::Held { frozen: true };
+        Step::Taken
+    }
+
+    fn unmovable(&mut self, why: String) {
+        log::warn!(
+            "Connection {} of {}: {why}",
+            self.admission.id,
+            self.guest.name
+        );
+        self.stage = Stage::Unmovable(why);
+    }
+
+    /// Makes the upstream socket anew, towards `site`. The new one has sent nothing yet.
+    pub(crate) fn retarget(&mut self, site: &str, mark: u32, ctx: &mut Context<'_>) -> Step {
+        if matches!(self.stage, Stage::Unmovable(_)) {
+            return Step::Failed;
+        }
+        if !matches!(self.stage, Stage::Held { frozen: true }) {
+            match self.freeze() {
+                Step::Taken => {}
+                other => return other,
+            }
+        }
+        match self.try_retarget(site, mark, ctx) {
+            Ok(step) => step,
+            Err(error) => {
+                self.unmovable(error.chain());
+                Step::Failed
+            }
+        }
+    }
+
+    fn try_retarget(&mut self, site: &str, mark: u32, ctx: &mut Context<'_>) -> Result<Step> {
+        let settings = self.guest.settings();
+        let remote = settings
+            .upstream(site, &self.service)
+            .ok_or_else(|| Error::UnknownSite {
+                guest: self.guest.name.clone(),
+                site: site.to_owned(),
+            })?;
+        let Upstream::Open(endpoint) = &mut self.upstream else {
+            return Ok(Step::Waits);
+        };
+        let snapshot = repair::dump(&endpoint.stream)?;
+        let carried = snapshot.send.len() + snapshot.receive.len();
+        if carried + self.to_guest.queued() + self.to_client.queued() > ctx.limits.carry.0 {
+            return Err(Error::TooMuch {
+                to_guest: snapshot.send.len() + self.to_guest.queued(),
+                to_client: snapshot.receive.len() + self.to_client.queued(),
+            });
+        }
+        let mark = ctx
+            .shared
+            .mark
+            .load(std::sync::atomic::Ordering::Acquire)
+            .then_some(mark);
+        let waiting = self.to_client.queued() + snapshot.receive.len();
+        let options = RestoreOptions {
+            remote,
+            mark,
+            waiting,
+        };
+        // Two sockets can't have the same addresses on both ends: what has them goes first.
+        ctx.late.forget(snapshot.local, remote);
+        let in_place = remote == snapshot.remote;
+        let socket = if in_place {
+            let Upstream::Open(old) = std::mem::replace(&mut self.upstream, Upstream::Waiting)
+            else {
+                return Ok(Step::Waits);
+            };
+            let clock = repair::clock(&old.stream)?;
+            drop(old);
+            repair::restore(&snapshot, options, clock)?
+        } else {
+            repair::restore(&snapshot, options, repair::clock(&endpoint.stream)?)?
+        };
+        tune(SockRef::from(&socket), ctx.limits).map_err(|source| Error::Repair {
+            step: "set up",
+            source,
+        })?;
+        let mut stream = TcpStream::from_std(socket.into());
+        let registered = |source| Error::Repair {
+            step: "watch",
+            source,
+        };
+        if let Upstream::Open(endpoint) = &mut self.upstream {
+            ctx.registry
+                .deregister(&mut endpoint.stream)
+                .map_err(registered)?;
+        }
+        self.register(&mut stream, ctx).map_err(registered)?;
+        let new = Upstream::Open(Endpoint::new(stream));
+        let old = match std::mem::replace(&mut self.upstream, new) {
+            Upstream::Open(endpoint) => Some(endpoint.stream),
+            _ => None,
+        };
+        self.stage = Stage::Moved(Box::new(Moved { old, snapshot }));
+        Ok(Step::Taken)
+    }
+
+    /// Sends a probe to the guest, and says whether it has ever answered the new socket. None if
+    /// this connection can't tell.
+    pub(crate) fn ask(&self) -> Option<bool> {
+        let (Stage::Moved(_), Upstream::Open(endpoint)) = (&self.stage, &self.upstream) else {
+            return None;
+        };
+        if repair::tcp_info(&endpoint.stream).ok()?.segments_in > 0 {
+            return Some(true);
+        }
+        repair::kick(&endpoint.stream).ok()?;
+        Some(false)
+    }
+
+    /// The guest can be reached: the connection goes on.
+    pub(crate) fn release(&mut self, ctx: &mut Context<'_>) -> std::result::Result<Step, String> {
+        match std::mem::replace(&mut self.stage, Stage::Normal) {
+            Stage::Moved(moved) => {
+                self.proceed(*moved, ctx);
+                Ok(Step::Taken)
+            }
+            Stage::Unmovable(why) => Err(why),
+            // Not re-targeted: it goes on where it was.
+            Stage::Held { frozen } => self.go_back(frozen, ctx),
+            stage @ (Stage::Normal | Stage::Proving(_)) => {
+                self.stage = stage;
+                Ok(Step::Taken)
+            }
+        }
+    }
+
+    fn proceed(&mut self, moved: Moved, ctx: &mut Context<'_>) {
+        let Moved { old, snapshot } = moved;
+        if let Some(old) = old {
+            ctx.late.keep(snapshot.local, snapshot.remote, old, ctx.now);
+        }
+        self.moved_before = true;
+        let in_flight = snapshot.in_flight();
+        let send_buffer = snapshot.send_buffer;
+        let peer_ended = matches!(
+            snapshot.info.state,
+            TcpState::CloseWait | TcpState::LastAck | TcpState::Closing
+        );
+        if snapshot.fin_outstanding() {
+            self.to_guest.tell_again();
+        }
+        self.to_client
+            .push_back(&snapshot.receive, &ctx.shared.budget);
+        if peer_ended {
+            self.to_client.source_ended();
+        }
+        let pending = snapshot.send.len();
+        self.to_guest.push_front(snapshot.send, &ctx.shared.budget);
+        if let Upstream::Open(endpoint) = &self.upstream
+            && let Err(error) = repair::kick(&endpoint.stream)
+        {
+            log::debug!("Connection {}: {}", self.admission.id, error.chain());
+        }
+        self.stage = Stage::Proving(Box::new(Proving {
+            released: ctx.now,
+            in_flight,
+            base: self.to_guest.written(),
+            rtt: Duration::from_micros(u64::from(snapshot.info.rtt_us)),
+            covered: in_flight == 0,
+            answered: false,
+            next_probe: ctx.now + FIRST_PROBE,
+            probe_wait: FIRST_PROBE,
+            next_check: ctx.now + CHECK,
+        }));
+        self.last_activity = ctx.now;
+        // What is pending goes out as a whole, and nothing new with it: the buffer that was made
+        // for it is not to be filled again.
+        if let Upstream::Open(endpoint) = &mut self.upstream {
+            let mut work = Workspace {
+                scratch: ctx.scratch,
+                pool: ctx.pool,
+                budget: &ctx.shared.budget,
+                limit: 0,
+                turn: pending,
+            };
+            if let Err(failure) = self.to_guest.pump(None, Some(endpoint), &mut work) {
+                // The next turn meets it again.
+                log::debug!("Connection {}: {failure:?}", self.admission.id);
+            }
+            let _ = repair::relax(&endpoint.stream, send_buffer);
+        }
+    }
+
+    /// The move is off: the connection goes on at the old site.
+    pub(crate) fn cancel(&mut self, ctx: &mut Context<'_>) -> std::result::Result<Step, String> {
+        match std::mem::replace(&mut self.stage, Stage::Normal) {
+            Stage::Held { frozen } => self.go_back(frozen, ctx),
+            Stage::Unmovable(why) => match self.upstream {
+                Upstream::Open(_) => self.go_back(true, ctx),
+                _ => Err(why),
+            },
+            Stage::Moved(moved) => match moved.old {
+                Some(mut old) => {
+                    if let Upstream::Open(new) = &self.upstream {
+                        repair::silence(&new.stream).map_err(|error| error.chain())?;
+                    }
+                    self.upstream = Upstream::Waiting;
+                    self.register(&mut old, ctx)
+                        .map_err(|error| error.to_string())?;
+                    self.upstream = Upstream::Open(Endpoint::new(old));
+                    self.go_back(true, ctx)
+                }
+                None => {
+                    self.proceed(*moved, ctx);
+                    Ok(Step::Taken)
+                }
+            },
+            stage @ (Stage::Normal | Stage::Proving(_)) => {
+                self.stage = stage;
+                Ok(Step::Taken)
+            }
+        }
+    }
+
+    fn go_back(
+        &mut self,
+        frozen: bool,
+        ctx: &mut Context<'_>,
+    ) -> std::result::Result<Step, String> {
+        match &self.upstream {
+            Upstream::Open(endpoint) => {
+                if frozen {
+                    repair::thaw(&endpoint.stream).map_err(|error| error.chain())?;
+                }
+                if self.client_lost {
+                    return Err("the client has gone".into());
+                }
+                Ok(Step::Taken)
+            }
+            Upstream::Connecting(..) => Ok(Step::Waits),
+            Upstream::Waiting => {
+                if self.client_lost {
+                    return Err("the client has gone".into());
+                }
+                self.connect(ctx).map_err(|error| error.chain())?;
+                Ok(Step::Waits)
+            }
+        }
+    }
+
+    /// Looks after a released connection until the guest has answered and can't know more than
+    /// the new socket does.
+    pub(crate) fn check(&mut self, ctx: &mut Context<'_>) -> Next {
+        let (Stage::Proving(proving), Upstream::Open(endpoint)) = (&mut self.stage, &self.upstream)
+        else {
+            return Next::Wait;
+        };
+        let age = ctx.now.duration_since(proving.released);
+        let Ok(info) = repair::tcp_info(&endpoint.stream) else {
+            return Next::Failed("its state can't be read".into());
+        };
+        let metrics = &ctx.shared.metrics;
+        if !proving.answered && info.segments_in > 0 {
+            proving.answered = true;
+            metrics
+                .stall
+                .get_or_create(&self.guest.label)
+                .observe(age.as_secs_f64());
+        }
+        if !proving.covered {
+            let fin = u64::from(self.to_guest.end() == End::Told);
+            let written = self.to_guest.written() - proving.base + fin;
+            let written = u32::try_from(written).unwrap_or(u32::MAX);
+            let unsent = repair::unsent(&endpoint.stream).unwrap_or(written);
+            proving.covered = covers(proving.in_flight, written, unsent);
+            if !proving.covered && age > proving.rtt * 2 + Duration::from_millis(20) {
+                log::debug!(
+                    "Connection {}: {} of {} bytes sent again",
+                    self.admission.id,
+                    written - unsent.min(written),
+                    proving.in_flight
+                );
+                if repair::mark_as_sent(&endpoint.stream).is_ok() && written >= proving.in_flight {
+                    metrics
+                        .move_fallbacks
+                        .get_or_create(&self.guest.label)
+                        .inc();
+                    proving.covered = true;
+                }
+            }
+        }
+        if !proving.answered && ctx.now >= proving.next_probe {
+            let _ = repair::kick(&endpoint.stream);
+            proving.probe_wait = (proving.probe_wait * 2).min(Duration::from_secs(1));
+            proving.next_probe = ctx.now + proving.probe_wait;
+        }
+        let wait = if age < Duration::from_secs(1) {
+            CHECK
+        } else {
+            LATE_CHECK
+        };
+        proving.next_check = ctx.now + wait;
+        let done = proving.covered && proving.answered || age > PROVING;
+        if done {
+            if !proving.answered {
+                metrics
+                    .stall
+                    .get_or_create(&self.guest.label)
+                    .observe(age.as_secs_f64());
+            }
+            self.stage = Stage::Normal;
+            if self.client_lost {
+                return Next::Failed("the client has gone".into());
+            }
+            if self.ended() {
+                return self.settle(ctx);
+            }
+        }
+        Next::Wait
+    }
+
+    /// Whether [`Self::check`] has work on any event of the guest's side.
+    pub(crate) fn is_proving(&self) -> bool {
+        matches!(self.stage, Stage::Proving(_))
+    }
+}
