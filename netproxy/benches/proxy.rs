@@ -1,6 +1,6 @@
 //! The proxy beside HAProxy and a direct connection, on the loopback interface, in one run.
 //!
-//! `cargo bench -p netproxy --bench proxy [-- SECONDS]`. HAProxy is left out, with a word, where
+//! `cargo bench -p netproxy --bench proxy [-- SECONDS [NAME]]`, NAME being one of the peers. HAProxy is left out, with a word, where
 //! it is not installed. CPU is that of the proxy's process alone.
 #![allow(missing_docs, clippy::unwrap_used)]
 
@@ -138,7 +138,7 @@ fn haproxy(
         ""
     };
     let text = format!(
-        "global\n nbthread 2\n maxconn 30000\n{}defaults\n mode tcp\n timeout connect 5s\n \
+        "global\n nbthread 2\n maxconn 4000\n{}defaults\n mode tcp\n timeout connect 5s\n \
          timeout client 1h\n timeout server 1h\n{options}listen l\n bind {address}\n \
          server s {server}\n",
         if splice { "" } else { " nosplice\n" }
@@ -256,6 +256,17 @@ fn main() {
         .find_map(|word| word.parse().ok())
         .unwrap_or(3);
     let time = Duration::from_secs(seconds);
+    let wanted = [
+        "direct",
+        "netproxy",
+        "netproxy, copying",
+        "haproxy, splice",
+        "haproxy",
+    ];
+    let asked: Vec<String> = std::env::args().skip(1).collect();
+    let only = wanted
+        .into_iter()
+        .find(|name| asked.iter().any(|word| word == name));
     let directory: PathBuf =
         std::env::temp_dir().join(format!("netproxy-bench-{}", std::process::id()));
     std::fs::create_dir_all(&directory).unwrap();
@@ -277,6 +288,9 @@ fn main() {
     println!("{:18} {:>15} {:>15} {:>15}", "connections", 1, 16, 256);
     for start in start {
         let Some(proxy) = start() else { continue };
+        if only.is_some_and(|name| name != proxy.name) {
+            continue;
+        }
         print!("{:18}", proxy.name);
         for connections in [1, 16, 256] {
             let (rate, cpu) = throughput(&proxy, connections, time);
@@ -288,6 +302,9 @@ fn main() {
     println!("{:18} {:>21} {:>21} {:>21}", "bytes", 64, 1024, 16_384);
     for start in start {
         let Some(proxy) = start() else { continue };
+        if only.is_some_and(|name| name != proxy.name) {
+            continue;
+        }
         print!("{:18}", proxy.name);
         for size in [64, 1024, 16_384] {
             let (p50, p99, cpu) = latency(&proxy, size, time);

@@ -421,13 +421,22 @@ impl Proxy {
 
     /// Lets all connections go on at the old site.
     ///
+    /// The old sockets have waited for answers in vain, longer each time, and would go on waiting.
+    /// So frozen ones are made anew too, as for a move that ends where it began.
+    ///
     /// # Errors
     /// When the guest is unknown or no move is under way.
     pub fn cancel(&self, guest: &str) -> Result<Tally> {
-        self.guest(guest)?;
+        let known = self.guest(guest)?;
         let phase = self.phase(guest);
         let mut phase = lock(&phase);
         let next = phase.after(guest, &Asked::Cancel)?;
+        if !matches!(*phase, Phase::Prepared { .. })
+            && let Err(error) = self.renew(&known)
+        {
+            // They go on as they are, a little later.
+            log::warn!("Cancelling the move of {guest}: {}", error.chain());
+        }
         let tally = self.tally(|reply| Command::Cancel {
             guest: guest.to_owned(),
             reply,
@@ -436,6 +445,33 @@ impl Proxy {
         drop(phase);
         self.end_move(guest);
         Ok(tally)
+    }
+
+    /// Makes the frozen sockets of a guest anew, towards the site where it is.
+    fn renew(&self, guest: &Guest) -> Result<()> {
+        let name = || guest.name.clone();
+        let site = guest.site();
+        self.tally(|reply| Command::Undo {
+            guest: name(),
+            reply,
+        })?;
+        let settings = guest.settings();
+        let remote = settings
+            .services
+            .iter()
+            .find_map(|s| settings.upstream(&site, s));
+        if let Some(remote) = remote {
+            self.paths.open(&guest.name, remote.ip(), settings.source)?;
+        }
+        let _block = self.block(guest, &site)?;
+        let mark = self.mark;
+        self.tally(|reply| Command::Retarget {
+            guest: name(),
+            site: site.clone(),
+            mark,
+            reply,
+        })?;
+        Ok(())
     }
 
     fn end_move(&self, guest: &str) {

@@ -117,8 +117,10 @@ impl Connection {
 
     /// Makes the upstream socket anew, towards `site`. The new one has sent nothing yet.
     pub(crate) fn retarget(&mut self, site: &str, mark: u32, ctx: &mut Context<'_>) -> Step {
-        if matches!(self.stage, Stage::Unmovable(_)) {
-            return Step::Failed;
+        match self.stage {
+            Stage::Unmovable(_) => return Step::Failed,
+            Stage::Moved(_) => return Step::Taken,
+            _ => {}
         }
         if !matches!(self.stage, Stage::Held { frozen: true }) {
             match self.freeze() {
@@ -290,6 +292,42 @@ impl Connection {
         }
     }
 
+    /// Goes back from the new socket to the old one, which is frozen still. Where there is no
+    /// old one, the new one has its addresses and serves as well.
+    pub(crate) fn undo(&mut self, ctx: &mut Context<'_>) -> Step {
+        let Stage::Moved(moved) = &mut self.stage else {
+            return if self.is_waiting() {
+                Step::Waits
+            } else {
+                Step::Taken
+            };
+        };
+        let Some(mut old) = moved.old.take() else {
+            return Step::Taken;
+        };
+        let silenced = match &self.upstream {
+            Upstream::Open(new) => repair::silence(&new.stream),
+            _ => Ok(()),
+        };
+        // In repair mode it could not be read.
+        let silenced = silenced.and_then(|()| repair::resume(&old));
+        self.upstream = Upstream::Waiting;
+        let registered = self.register(&mut old, ctx);
+        self.upstream = Upstream::Open(Endpoint::new(old));
+        self.stage = Stage::Held { frozen: true };
+        match (silenced, registered) {
+            (Ok(()), Ok(())) => Step::Taken,
+            (Err(error), _) => {
+                self.unmovable(error.chain());
+                Step::Failed
+            }
+            (_, Err(error)) => {
+                self.unmovable(error.to_string());
+                Step::Failed
+            }
+        }
+    }
+
     /// The move is off: the connection goes on at the old site.
     pub(crate) fn cancel(&mut self, ctx: &mut Context<'_>) -> std::result::Result<Step, String> {
         match std::mem::replace(&mut self.stage, Stage::Normal) {
@@ -298,22 +336,15 @@ impl Connection {
                 Upstream::Open(_) => self.go_back(true, ctx),
                 _ => Err(why),
             },
-            Stage::Moved(moved) => match moved.old {
-                Some(mut old) => {
-                    if let Upstream::Open(new) = &self.upstream {
-                        repair::silence(&new.stream).map_err(|error| error.chain())?;
-                    }
-                    self.upstream = Upstream::Waiting;
-                    self.register(&mut old, ctx)
-                        .map_err(|error| error.to_string())?;
-                    self.upstream = Upstream::Open(Endpoint::new(old));
-                    self.go_back(true, ctx)
-                }
-                None => {
-                    self.proceed(*moved, ctx);
-                    Ok(Step::Taken)
-                }
-            },
+            Stage::Moved(moved) if moved.old.is_some() => {
+                self.stage = Stage::Moved(moved);
+                self.undo(ctx);
+                self.cancel(ctx)
+            }
+            Stage::Moved(moved) => {
+                self.proceed(*moved, ctx);
+                Ok(Step::Taken)
+            }
             stage @ (Stage::Normal | Stage::Proving(_)) => {
                 self.stage = stage;
                 Ok(Step::Taken)

@@ -100,6 +100,11 @@ pub(crate) enum Command {
         wait: Duration,
         reply: Sender<Tally>,
     },
+    /// Back from the new sockets to the old ones, frozen still.
+    Undo {
+        guest: String,
+        reply: Sender<Tally>,
+    },
     Cancel {
         guest: String,
         reply: Sender<Tally>,
@@ -418,6 +423,7 @@ impl Worker {
                 self.retarget(&guest, site, mark, reply);
             }
             Command::Release { guest, wait, reply } => self.release(guest, wait, reply),
+            Command::Undo { guest, reply } => self.undo(&guest, reply),
             Command::Cancel { guest, reply } => self.cancel(&guest, reply),
             Command::Stop => {}
         }

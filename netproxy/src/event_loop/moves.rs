@@ -44,6 +44,7 @@ enum Work {
     Freeze,
     Retarget { site: String, mark: u32 },
     Release,
+    Undo,
     Cancel,
 }
 
@@ -53,6 +54,7 @@ impl Work {
             Self::Freeze => Ok(connection.freeze()),
             Self::Retarget { site, mark } => Ok(connection.retarget(site, *mark, ctx)),
             Self::Release => connection.release(ctx),
+            Self::Undo => Ok(connection.undo(ctx)),
             Self::Cancel => connection.cancel(ctx),
         };
         let metrics = &ctx.shared.metrics;
@@ -145,6 +147,10 @@ impl Worker {
     fn let_go(&mut self, guest: &str, reply: Sender<Tally>) {
         self.held.remove(guest);
         self.start(guest, Work::Release, reply);
+    }
+
+    pub(super) fn undo(&mut self, guest: &str, reply: Sender<Tally>) {
+        self.start(guest, Work::Undo, reply);
     }
 
     pub(super) fn cancel(&mut self, guest: &str, reply: Sender<Tally>) {

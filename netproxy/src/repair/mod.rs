@@ -317,3 +317,11 @@ pub fn mark_as_sent(socket: &impl AsFd) -> Result<()> {
 pub fn silence(socket: &impl AsFd) -> Result<()> {
     sys::set_repair(socket.as_fd(), Repair::On).map_err(step("silence"))
 }
+
+/// Makes a socket ordinary again, and sends nothing. A frozen one stays frozen.
+///
+/// # Errors
+/// What the kernel answered.
+pub fn resume(socket: &impl AsFd) -> Result<()> {
+    sys::set_repair(socket.as_fd(), Repair::Off).map_err(step("resume"))
+}

@@ -623,3 +623,47 @@ fn a_guest_that_is_routed_keeps_its_address() {
     );
     assert_eq!(world.rules("edge"), rules);
 }
+
+/// Not a test: prints how long clients wait from the moment when the guest can be reached.
+#[test]
+#[ignore = "a measurement: run it with --ignored --nocapture, in a release build"]
+fn measure_stalls() {
+    println!("RTT ms, connections: first answer ms, last answer ms (with data under way)");
+    for rtt in [10, 40, 200] {
+        for count in [1, 100, 1000] {
+            let world = World::new(Duration::from_millis(rtt));
+            serve(&world, 5900);
+            let edge = Edge::new(&world, "");
+            let mut streams = many_echoing(&world, count);
+            exchange_all(&mut streams, b"before");
+            let mut figures = Vec::new();
+            for to in ["b", "a", "b"] {
+                std::thread::sleep(Duration::from_millis(500));
+                let mut control = edge.client();
+                control.prepare("desktop", to).unwrap();
+                for stream in &mut streams {
+                    stream.write_all(b"on its way").unwrap();
+                }
+                world.place(None);
+                control.hold("desktop").unwrap();
+                control.retarget("desktop").unwrap();
+                world.place(Some(to));
+                let reachable = Instant::now();
+                control.release("desktop", Duration::ZERO).unwrap();
+                let mut first = None;
+                for stream in &mut streams {
+                    stream.read_exact(&mut [0; 10]).unwrap();
+                    first.get_or_insert(reachable.elapsed());
+                }
+                let last = reachable.elapsed();
+                let first = first.unwrap_or_default();
+                figures.push(format!(
+                    "{:.1} {:.1}",
+                    first.as_secs_f64() * 1e3,
+                    last.as_secs_f64() * 1e3
+                ));
+            }
+            println!("{rtt:4} {count:5}: {}", figures.join("   "));
+        }
+    }
+}
