@@ -1,6 +1,7 @@
 //! Running the system's own programs: `ip` and `nft`.
 
 use std::io::Write;
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
 use crate::error::{Error, Result};
@@ -58,6 +59,8 @@ impl Tethered {
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
+            // A Ctrl-C in the terminal is for this process: the child sees its end.
+            .process_group(0)
             .spawn()
             .map_err(|error| failed("/bin/sh", error))?;
         Ok(Self { child })
@@ -71,6 +74,8 @@ impl Tethered {
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
+            // A Ctrl-C in the terminal is for this process: the child sees its end.
+            .process_group(0)
             .spawn()
             .map_err(|error| failed("nft", error))?;
         if let Some(stdin) = child.stdin.as_mut() {

@@ -19,6 +19,7 @@ const LATE_CHECK: Duration = Duration::from_millis(100);
 const FIRST_PROBE: Duration = Duration::from_millis(40);
 /// After this, an answer is left to TCP's own timers.
 const PROVING: Duration = Duration::from_secs(30);
+
 #[derive(Debug)]
 pub(super) struct Moved {
     /// The old socket, in repair mode. None if the new one has the very same addresses.
@@ -257,7 +258,9 @@ impl Connection {
         }
         let pending = snapshot.send.len();
         self.to_guest.push_front(snapshot.send, &ctx.shared.budget);
-        if let Upstream::Open(endpoint) = &self.upstream
+        // Data asks as well as a probe.
+        if pending == 0
+            && let Upstream::Open(endpoint) = &self.upstream
             && let Err(error) = repair::kick(&endpoint.stream)
         {
             log::debug!("Connection {}: {}", self.admission.id, error.chain());
@@ -290,6 +293,8 @@ impl Connection {
             }
             let _ = repair::relax(&endpoint.stream, send_buffer);
         }
+        // Mostly everything that was in flight is so again by now.
+        self.check(ctx);
     }
 
     /// Goes back from the new socket to the old one, which is frozen still. Where there is no
@@ -424,10 +429,13 @@ impl Connection {
             proving.probe_wait = (proving.probe_wait * 2).min(Duration::from_secs(1));
             proving.next_probe = ctx.now + proving.probe_wait;
         }
-        let wait = if age < Duration::from_secs(1) {
-            CHECK
-        } else {
+        let wait = if age >= Duration::from_secs(1) {
             LATE_CHECK
+        } else if proving.covered && age < proving.rtt {
+            // Nobody answers sooner than that; data that comes is an event anyhow.
+            CHECK.max(proving.rtt - age)
+        } else {
+            CHECK
         };
         proving.next_check = ctx.now + wait;
         let done = proving.covered && proving.answered || age > PROVING;

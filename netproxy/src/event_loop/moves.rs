@@ -33,6 +33,7 @@ pub(super) struct Canary {
 /// A step that is being taken, a batch at a time.
 #[derive(Debug)]
 pub(super) struct Job {
+    guest: String,
     work: Work,
     keys: Vec<usize>,
     tally: Tally,
@@ -113,6 +114,7 @@ impl Worker {
     fn start(&mut self, guest: &str, work: Work, reply: Sender<Tally>) {
         let keys = self.keys_of(guest);
         self.jobs.push_back(Job {
+            guest: guest.to_owned(),
             work,
             keys,
             tally: Tally::default(),
@@ -198,8 +200,17 @@ impl Worker {
         };
         for _ in 0..BATCH {
             let Some(key) = job.keys.pop() else { break };
-            let (work, tally) = (&job.work, &mut job.tally);
-            self.with(key, |connection, ctx| work.one(connection, ctx, tally));
+            let Job {
+                guest, work, tally, ..
+            } = &mut job;
+            self.with(key, |connection, ctx| {
+                // A slot may have a new tenant since.
+                if connection.guest.name == *guest {
+                    work.one(connection, ctx, tally)
+                } else {
+                    Next::Wait
+                }
+            });
         }
         if job.keys.is_empty() {
             let _ = job.reply.send(job.tally);

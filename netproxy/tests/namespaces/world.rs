@@ -155,9 +155,13 @@ impl World {
                 "edge",
                 &format!("address add 10.2.{net}.1/24 dev {edge_device}"),
             );
-            world.ip("edge", &format!("link set {edge_device} up"));
+            // A thousand connections at once fill the queue that a TUN device has by default.
+            world.ip(
+                "edge",
+                &format!("link set {edge_device} txqueuelen 10000 up"),
+            );
             world.ip(site, &format!("address add 10.2.{net}.2/24 dev up0"));
-            world.ip(site, "link set up0 up");
+            world.ip(site, "link set up0 txqueuelen 10000 up");
             world.ip(site, &format!("address add {address}/32 dev lo"));
             world.ip(site, &format!("route add {EDGE}/32 via 10.2.{net}.1"));
             world.ip(
@@ -165,7 +169,6 @@ impl World {
                 &format!("route add {address}/32 via 10.2.{net}.2 src {EDGE}"),
             );
             world.veth(site, "lan0", "lan", &format!("port-{site}"));
-            world.ip("lan", &format!("link set port-{site} master hub"));
             world.ip(site, "link set lan0 down");
             world.ip(site, "link set lan0 address 02:00:00:00:00:01");
             world.ip(site, "link set lan0 up");
@@ -351,21 +354,9 @@ impl World {
     }
 
     fn port(&self, site: &str, open: bool) {
-        let state = if open { "3" } else { "0" };
-        let port = format!("port-{site}");
-        run(
-            "bridge",
-            &[
-                "-n",
-                &self.ns("lan"),
-                "link",
-                "set",
-                "dev",
-                &port,
-                "state",
-                state,
-            ],
-        );
+        // Not by the port's state: the kernel sets that too, when a carrier comes up.
+        let master = if open { "master hub" } else { "nomaster" };
+        self.ip("lan", &format!("link set port-{site} {master}"));
     }
 
     /// The rules and routing rules in a namespace, for comparison.
