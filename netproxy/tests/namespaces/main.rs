@@ -657,6 +657,108 @@ fn one_that_can_not_be_moved_is_closed_alone() {
     assert_eq!(edge.metric("netproxy_retarget_failures_total"), 1);
 }
 
+#[test]
+fn a_guest_that_gives_up_during_a_move_is_seen_to() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let mut edge = Edge::new(&world, "");
+    let mut stream = echoing(&world);
+    exchange(&mut stream, b"before");
+    let mut control = edge.client();
+    control.prepare("desktop", "b").unwrap();
+    world.place(None);
+    control.hold("desktop").unwrap();
+    // The guest's end is gone, and nobody hears of it.
+    world.in_namespace("guest", || world::run("ss", &["-K", "sport", "=", ":5900"]));
+    control.retarget("desktop").unwrap();
+    world.place(Some("b"));
+    control.release("desktop", Duration::ZERO).unwrap();
+    edge.at = "b";
+    let error = stream.read(&mut [0]).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    // The next one is served, and moved.
+    let mut next = echoing(&world);
+    exchange(&mut next, b"next");
+    edge.migrate(&world);
+    exchange(&mut next, b"moved");
+}
+
+#[test]
+fn a_smaller_path_mtu_at_the_new_site() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    world.ip("edge", "link set to-b mtu 1280");
+    world.ip("b", "link set up0 mtu 1280");
+    let mut edge = Edge::new(&world, "");
+    let kinds = all_kinds();
+    streams_survive(&world, &mut edge, &[kinds[0], kinds[1], kinds[2]], 4, 31);
+    // One that was opened there goes on where the path is wider.
+    let mut stream = echoing(&world);
+    exchange(&mut stream, &[1; 10_000]);
+    edge.migrate(&world);
+    exchange(&mut stream, &[2; 10_000]);
+}
+
+/// The parts by themselves: one socket, IPv6, data in both queues.
+#[test]
+fn one_socket_is_made_anew_over_ipv6() {
+    use netproxy::repair::{self, RestoreOptions};
+    let world = World::new(Duration::ZERO);
+    let listener = world.in_namespace("edge", || {
+        std::net::TcpListener::bind("[fd00:1::1]:7000").unwrap()
+    });
+    let mut old = world.in_namespace("client", || TcpStream::connect("[fd00:1::1]:7000").unwrap());
+    let (mut peer, _) = listener.accept().unwrap();
+    exchange_with(&mut old, &mut peer, b"before");
+    peer.write_all(b"unread").unwrap();
+    wait_until(|| old.peek(&mut [0; 6]).unwrap() == 6);
+    world.ip("edge", "link set e0 down");
+    old.write_all(b"unacknowledged").unwrap();
+    repair::freeze(&old).unwrap();
+    let snapshot = repair::dump(&old).unwrap();
+    assert_eq!(snapshot.receive, b"unread");
+    assert_eq!(snapshot.send, b"unacknowledged");
+    let clock = repair::clock(&old).unwrap();
+    let remote = snapshot.remote;
+    drop(old);
+    let options = RestoreOptions {
+        remote,
+        mark: None,
+        waiting: 0,
+    };
+    let state = snapshot.clone();
+    let socket = world.in_namespace("client", move || {
+        repair::restore(&state, options, clock).unwrap()
+    });
+    world.ip("edge", "link set e0 up");
+    world.ip("edge", "-6 address replace fd00:1::1/64 dev e0 nodad");
+    let mut new: TcpStream = socket.into();
+    new.set_nonblocking(false).unwrap();
+    repair::kick(&new).unwrap();
+    new.write_all(&snapshot.send).unwrap();
+    let mut got = [0; 14];
+    peer.read_exact(&mut got).unwrap();
+    assert_eq!(&got, b"unacknowledged");
+    exchange_with(&mut new, &mut peer, b"after");
+    // Closed in repair mode, the peer sees nothing.
+    repair::silence(&new).unwrap();
+    drop(new);
+    peer.set_read_timeout(Some(Duration::from_millis(100)))
+        .unwrap();
+    let error = peer.read(&mut [0]).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+}
+
+fn exchange_with(one: &mut TcpStream, two: &mut TcpStream, text: &[u8]) {
+    let mut got = vec![0; text.len()];
+    one.write_all(text).unwrap();
+    two.read_exact(&mut got).unwrap();
+    assert_eq!(got, text);
+    two.write_all(text).unwrap();
+    one.read_exact(&mut got).unwrap();
+    assert_eq!(got, text);
+}
+
 /// Not a test: prints how long clients wait from the moment when the guest can be reached.
 #[test]
 #[ignore = "a measurement: run it with --ignored --nocapture, in a release build"]
