@@ -547,6 +547,132 @@ fn a_canary_finds_out_when_the_guest_can_be_reached() {
     }
 }
 
+/// Runs the program in the edge's namespace; returns when it is ready.
+fn start_program(world: &World, file: &std::path::Path) -> std::process::Child {
+    let file = file.to_owned();
+    let mut child = world.in_namespace("edge", move || {
+        std::process::Command::new(env!("CARGO_BIN_EXE_netproxy"))
+            .arg(file)
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap()
+    });
+    let mut lines = std::io::BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    while line != "ready\n" {
+        line.clear();
+        let read = std::io::BufRead::read_line(&mut lines, &mut line).unwrap();
+        assert!(read > 0, "The program ended before it was ready");
+    }
+    child
+}
+
+#[test]
+fn an_ordinary_user_with_one_capability_is_enough() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let directory = std::env::temp_dir().join(format!("netproxy-user-{}", world.ns("x")));
+    std::fs::create_dir_all(&directory).unwrap();
+    std::os::unix::fs::chown(&directory, Some(65534), Some(65534)).unwrap();
+    let control = directory.join("control");
+    let file = directory.join("proxy.toml");
+    std::fs::write(
+        &file,
+        configuration(&control.display().to_string(), "", false),
+    )
+    .unwrap();
+    // The program itself must be reachable for that user.
+    let program = directory.join("netproxy");
+    std::fs::copy(env!("CARGO_BIN_EXE_netproxy"), &program).unwrap();
+    let words = [
+        "setpriv",
+        "--reuid=65534",
+        "--regid=65534",
+        "--clear-groups",
+    ];
+    let capability = [
+        "--inh-caps=+net_admin",
+        "--ambient-caps=+net_admin",
+        "--bounding-set=-all,+net_admin",
+    ];
+    let (path, binary) = (file.clone(), program.clone());
+    let mut child = world.in_namespace("edge", move || {
+        std::process::Command::new(words[0])
+            .args(&words[1..])
+            .args(capability)
+            .arg(binary)
+            .arg(path)
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap()
+    });
+    wait_until(|| Client::connect(&control).is_ok());
+    let mut stream = echoing(&world);
+    exchange(&mut stream, b"before");
+    let mut client = Client::connect(&control).unwrap();
+    // There and back: the way back needs a rule too.
+    for to in ["b", "a"] {
+        let warmth = client.prepare("desktop", to).unwrap();
+        assert!(warmth.warnings.is_empty(), "{warmth:?}");
+        world.place(None);
+        stream.write_all(b"under way").unwrap();
+        client.hold("desktop").unwrap();
+        assert_eq!(client.retarget("desktop").unwrap().connections, 1);
+        world.place(Some(to));
+        assert_eq!(
+            client
+                .release("desktop", Duration::ZERO)
+                .unwrap()
+                .connections,
+            1
+        );
+        let mut answer = [0; 9];
+        stream.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"under way");
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    std::fs::remove_dir_all(&directory).unwrap();
+}
+
+#[test]
+fn an_end_that_is_lost_on_the_way_is_told_again() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let mut silent = echoing(&world);
+    let mut speaking = echoing(&world);
+    for stream in [&mut silent, &mut speaking] {
+        exchange(stream, b"before");
+    }
+    let mut control = edge.client();
+    world.place(None);
+    // Unacknowledged: FIN_WAIT1, with and without data before it.
+    silent.shutdown(std::net::Shutdown::Write).unwrap();
+    speaking.write_all(b"last words").unwrap();
+    speaking.shutdown(std::net::Shutdown::Write).unwrap();
+    std::thread::sleep(Duration::from_millis(20));
+    for to in ["b", "a"] {
+        control.prepare("desktop", to).unwrap();
+        control.hold("desktop").unwrap();
+        assert_eq!(control.retarget("desktop").unwrap().failed, 0);
+        // Only the last time the guest is there again.
+        if to == "a" {
+            world.place(Some(to));
+        }
+        assert_eq!(
+            control.release("desktop", Duration::ZERO).unwrap().failed,
+            0
+        );
+    }
+    let mut rest = Vec::new();
+    silent.read_to_end(&mut rest).unwrap();
+    speaking.read_to_end(&mut rest).unwrap();
+    assert_eq!(rest, b"last words");
+    wait_until(|| control.list().unwrap().connections.is_empty());
+    wait_until(|| established(&world) == 0);
+}
+
 #[test]
 fn killed_in_the_middle_nothing_is_left_behind() {
     let world = World::new(Duration::from_millis(4));
@@ -563,20 +689,7 @@ fn killed_in_the_middle_nothing_is_left_behind() {
     let rules = world.rules("edge");
     for steps in 0..4 {
         world.place(Some("a"));
-        let path = file.clone();
-        let mut child = world.in_namespace("edge", move || {
-            std::process::Command::new(env!("CARGO_BIN_EXE_netproxy"))
-                .arg(path)
-                .stdout(std::process::Stdio::piped())
-                .spawn()
-                .unwrap()
-        });
-        let mut lines = std::io::BufReader::new(child.stdout.take().unwrap());
-        let mut line = String::new();
-        while line != "ready\n" {
-            line.clear();
-            assert!(std::io::BufRead::read_line(&mut lines, &mut line).unwrap() > 0);
-        }
+        let mut child = start_program(&world, &file);
         let mut stream = echoing(&world);
         exchange(&mut stream, b"before");
         let mut client = Client::connect(&control).unwrap();
