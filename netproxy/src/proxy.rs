@@ -1,6 +1,6 @@
 //! The proxy as a whole: threads, listeners, and the steps of moves.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -176,6 +176,11 @@ impl Proxy {
             .write()
             .unwrap_or_else(PoisonError::into_inner);
         let mut wanted = BTreeMap::new();
+        let named: BTreeSet<String> = config
+            .guests
+            .iter()
+            .map(|guest| guest.name.get_ref().clone())
+            .collect();
         for settings in config.guests {
             let name = settings.name.get_ref().clone();
             let settings = Arc::new(settings);
@@ -212,7 +217,7 @@ impl Proxy {
             }
             guests.insert(name, guest);
         }
-        guests.retain(|name, _| wanted.values().any(|guest| guest.name == *name));
+        guests.retain(|name, _| named.contains(name));
         drop(guests);
         listeners.by_configured.retain(|key, listening| {
             let stays = wanted.contains_key(key);
@@ -415,7 +420,13 @@ impl Proxy {
         drop(phase);
         // After what is urgent.
         self.end_move(guest);
-        self.remember()?;
+        if let Err(error) = self.remember() {
+            // The connections are where they should be; only a restart would not know.
+            log::error!(
+                "Where {guest} is could not be written down: {}",
+                error.chain()
+            );
+        }
         Ok(tally)
     }
 
@@ -515,7 +526,8 @@ impl Proxy {
     }
 
     /// Takes another configuration: guests, services and limits. Connections go on, those of
-    /// removed services too.
+    /// removed services too; but a guest that is no longer named can't be moved. What is below
+    /// `[proxy]` is only read at the start.
     ///
     /// # Errors
     /// [`Error::Busy`] while a guest is moved; or why a new listener can't be had. Then nothing
