@@ -1,3 +1,60 @@
-//! The command `vmshadow`.
+//! The command `vmshadow`: subcommands in the manner of xl. No logic of its own.
 
-fn main() {}
+mod check;
+mod cli;
+mod list;
+mod migrate;
+mod policy;
+mod progress;
+mod receive;
+mod resolve;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use ::migrate::directories::Directories;
+use ::migrate::handover::guardian;
+use ::migrate::keeper;
+use clap::Parser;
+
+use cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    env_logger::Builder::from_env(env_logger::Env::new().filter_or("VMSHADOW_LOG", "warn"))
+        .format_timestamp_millis()
+        .init();
+    let cli = Cli::parse();
+    let directories = Directories::default();
+    let result = match &cli.command {
+        Command::Check(options) => return check::run(options),
+        Command::List(options) => list::run(options),
+        Command::Migrate(options) => migrate::run(options, &directories),
+        Command::Resolve(options) => resolve::run(options, &directories),
+        Command::Receive(options) => receive::run(options, &directories),
+        Command::Guard(options) => {
+            guardian::run(&directories, &options.journal).map_err(Into::into)
+        }
+        Command::Keeper(options) => keeper::run(&directories, &options.uuid).map_err(Into::into),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vmshadow: {error:#}");
+            ExitCode::from(1)
+        }
+    }
+}
+
+/// Set by Ctrl-C and by a polite kill: the move is given up in good order.
+fn cancelled() -> anyhow::Result<Arc<AtomicBool>> {
+    let flag = Arc::new(AtomicBool::new(false));
+    for signal in [
+        signal_hook::consts::SIGINT,
+        signal_hook::consts::SIGTERM,
+        signal_hook::consts::SIGHUP,
+    ] {
+        signal_hook::flag::register(signal, Arc::clone(&flag))?;
+    }
+    Ok(flag)
+}

@@ -1,1 +1,38 @@
 //! Moving a running guest: what changed, how it is encoded, how it crosses, how it is handed over.
+//!
+//! ```text
+//!            source site                                        destination site
+//!   guest/xen/pv  --pages-->  source  --codec, wire-->  link  -->  destination  -->  image
+//!        ^                      |                                      |               |
+//!   log-dirty, scan          rounds                                    |       guest/xen/restore
+//!                               |                                      |               v
+//!                               +------------- handover ---------------+        stock libxl
+//!                                    journal, guardian, recovery
+//! ```
+//!
+//! [`outgoing`] and [`incoming`] put the pieces together for a real guest; [`keeper`] watches it
+//! afterwards. The protocol ([`wire`]), the codec and the policies are pure.
+
+mod bytes;
+pub mod codec;
+pub mod configuration;
+pub mod destination;
+pub mod digest;
+pub mod directories;
+pub mod error;
+pub mod guest;
+pub mod handover;
+mod hexadecimal;
+mod hold;
+pub mod image;
+pub mod incoming;
+pub mod keeper;
+pub mod link;
+pub mod outgoing;
+pub mod pages;
+pub mod report;
+pub mod rounds;
+pub mod source;
+pub mod wire;
+
+pub use error::{Error, Result};

@@ -1,0 +1,93 @@
+# What to run, for people and for continuous integration. See README.md.
+
+CARGO ?= cargo
+JOBS ?= $(shell nproc)
+
+# A toolchain that rustup installed is often not in root's PATH.
+export PATH := $(PATH):$(HOME)/.cargo/bin
+export CARGO_BUILD_JOBS ?= $(JOBS)
+export CARGO
+
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+TESTBED := $(TARGET)/release/testbed
+VERSION := $(shell sed -n '/^\[workspace\.package\]/,/^\[/s/^version = "\(.*\)"/\1/p' Cargo.toml)
+DEB := $(CURDIR)/dist/vmshadow_$(VERSION)_amd64.deb
+
+# Runs inside the testbed's guests, which bring it along themselves.
+WORKSPACE := --workspace --exclude testbed-guest
+
+# The end-to-end tests of `make test`; `make test-full` runs all.
+E2E ?= with_log_dirty
+
+SCRIPTS := .ci/run packaging/build-deb packaging/deb/postinst packaging/deb/prerm \
+	packaging/deb/postrm $(wildcard tests/testbed/install-packages)
+
+.PHONY: help demo test test-full unit bench-xl deb lint clean packages root toolchain
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'VMShadow $(VERSION): live migration of Xen guests'
+	@echo
+	@echo '  make demo       two Xen sites here, a guest, and its move, to look at'
+	@echo '  make test       all tests, with a selection of the end-to-end ones'
+	@echo '  make test-full  all tests'
+	@echo '  make bench-xl   measure against xl migrate'
+	@echo '  make deb        the Debian package, into dist/'
+	@echo '  make lint       formatting, warnings, shell scripts, the package'
+	@echo '  make clean      remove what was built'
+	@echo
+	@echo 'They need Debian 12, root and a Rust toolchain, and install the Debian'
+	@echo 'packages that they miss. JOBS=N limits how many compilers run at once.'
+
+demo: deb
+	$(CARGO) build --release --locked -p testbed
+	VMSHADOW_DEB='$(DEB)' $(TESTBED) demo
+
+test: unit deb
+	VMSHADOW_DEB='$(DEB)' $(CARGO) test --release --locked --test e2e -- --test-threads=1 $(E2E)
+
+test-full: unit deb
+	$(CARGO) test --release --locked -p netproxy --test namespaces
+	VMSHADOW_FULL=1 VMSHADOW_DEB='$(DEB)' \
+		$(CARGO) test --release --locked --test e2e -- --test-threads=1
+
+# Unit, property and documentation tests.
+unit: packages
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	$(CARGO) test $(WORKSPACE) --exclude netproxy --locked
+	$(CARGO) test -p netproxy --locked --lib --test loopback
+	$(CARGO) test -p netproxy --locked --doc
+
+bench-xl: deb
+	$(CARGO) build --release --locked -p testbed
+	VMSHADOW_DEB='$(DEB)' $(TESTBED) bench-xl
+
+deb: packages
+	packaging/build-deb dist
+
+lint: deb
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	for script in $(SCRIPTS); do sh -n "$$script" || exit 1; done
+	if command -v shellcheck >/dev/null; then shellcheck $(SCRIPTS); fi
+	if command -v lintian >/dev/null; then \
+		lintian --allow-root --fail-on error,warning '$(DEB)'; fi
+
+clean:
+	$(CARGO) clean
+	rm -rf dist
+
+# What the build and the testbed need of Debian. Quick when all is there.
+packages: root toolchain
+	tests/testbed/install-packages
+
+root:
+	@[ "$$(id -u)" = 0 ] || { \
+		echo 'This has to run as root: it installs packages, and its tests use network namespaces.' >&2; \
+		exit 1; }
+
+toolchain:
+	@command -v $(CARGO) >/dev/null || { \
+		echo 'There is no $(CARGO) here. Install a Rust toolchain first, for example with rustup.' >&2; \
+		exit 1; }

@@ -1,0 +1,280 @@
+//! Writing batches.
+
+use super::{Class, HEADER_SIZE, LZ4, MAX_BATCH_PAGES, STORED};
+use crate::bytes::push_varint;
+use crate::pages::{MAX_PAGES, PAGE_SIZE, Page, PageType, Pfn, is_zero};
+use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
+use std::fmt;
+
+/// Collects pages and writes them as one batch. It keeps its buffers from one batch to the next:
+/// the raw content of the largest batch so far, once plain and once compressed.
+///
+/// A page is copied once, into the place where it is digested and normalised and where the
+/// compressor finds it:
+///
+/// ```
+/// # use migrate::codec::BatchEncoder;
+/// # use migrate::pages::{PAGE_SIZE, PageType};
+/// # fn main() -> Result<(), migrate::codec::EncodeError> {
+/// # let mapped = [1; PAGE_SIZE];
+/// let mut batch = BatchEncoder::new();
+/// let copy = batch.slot();
+/// copy.copy_from_slice(&mapped);
+/// // Look at the copy, and keep it, or leave it and take the next page.
+/// batch.keep(7, PageType::Normal)?;
+/// let mut payload = Vec::new();
+/// let statistics = batch.finish(&mut payload);
+/// # assert_eq!(statistics.raw, 1);
+/// # Ok(())
+/// # }
+/// ```
+pub struct BatchEncoder {
+    runs: Vec<Run>,
+    pages: usize,
+    next_pfn: Pfn,
+    /// The content of the raw pages, and behind it the slot.
+    raw: Vec<u8>,
+    raw_pages: usize,
+    zero_pages: usize,
+    compressed: Vec<u8>,
+    table: CompressTable,
+}
+
+struct Run {
+    first: Pfn,
+    length: u64,
+    class: Class,
+    page_type: PageType,
+}
+
+/// What was in a batch, and what became of it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct BatchStatistics {
+    /// Pages in all.
+    pub pages: usize,
+    /// Pages of zeros.
+    pub zero: usize,
+    /// Pages whose content is in the block.
+    pub raw: usize,
+    /// Bytes of the whole batch.
+    pub bytes: usize,
+}
+
+/// A page that cannot be added to a batch. These are mistakes of the caller's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum EncodeError {
+    /// The batch has as many pages as it may.
+    #[error("Batch of pages is full")]
+    Full,
+    /// The page does not come after the last one.
+    #[error("Page {0:#x} is not above the batch's last one")]
+    NotAscending(Pfn),
+    /// No guest has this page.
+    #[error("Page {0:#x} is beyond any guest's memory")]
+    OutsideMemory(Pfn),
+    /// The type has no content, and the call is about content, or the other way round.
+    #[error("Page {0:#x} of type {1} does not fit the call")]
+    ClassAndType(Pfn, PageType),
+}
+
+impl Default for BatchEncoder {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl BatchEncoder {
+    /// An empty batch. Buffers grow as pages come.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            runs: Vec::new(),
+            pages: 0,
+            next_pfn: 0,
+            raw: Vec::new(),
+            raw_pages: 0,
+            zero_pages: 0,
+            compressed: Vec::new(),
+            table: CompressTable::large(),
+        }
+    }
+
+    /// How many pages are in the batch.
+    #[must_use]
+    pub const fn len(&self) -> usize {
+        self.pages
+    }
+
+    /// Whether there is no page in the batch.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.pages == 0
+    }
+
+    /// Whether no other page fits.
+    #[must_use]
+    pub const fn is_full(&self) -> bool {
+        self.pages == MAX_BATCH_PAGES
+    }
+
+    /// Bytes of content that wait for the compressor.
+    #[must_use]
+    pub const fn raw_bytes(&self) -> usize {
+        self.raw_pages * PAGE_SIZE
+    }
+
+    /// The place for the content of the next page. What is in it is forgotten unless
+    /// [`keep`](Self::keep) comes next. It holds arbitrary bytes at first.
+    pub fn slot(&mut self) -> &mut Page {
+        let start = self.raw_bytes();
+        if self.raw.len() < start + PAGE_SIZE {
+            self.raw.resize(start + PAGE_SIZE, 0);
+        }
+        let (slots, _) = self.raw[start..].as_chunks_mut();
+        &mut slots[0]
+    }
+
+    /// Adds the page whose content is in the slot: as zeros if it is all zeros, else raw.
+    ///
+    /// # Errors
+    /// Fails when the batch is full, the pfn is not above the last one, or the type has no
+    /// content.
+    pub fn keep(&mut self, pfn: Pfn, page_type: PageType) -> Result<Class, EncodeError> {
+        let class = if is_zero(self.slot()) {
+            Class::Zero
+        } else {
+            Class::Raw
+        };
+        self.add(pfn, page_type, class)?;
+        Ok(class)
+    }
+
+    /// Adds a page with its content, by a copy.
+    ///
+    /// # Errors
+    /// As [`keep`](Self::keep).
+    pub fn push(
+        &mut self,
+        pfn: Pfn,
+        page_type: PageType,
+        content: &Page,
+    ) -> Result<Class, EncodeError> {
+        *self.slot() = *content;
+        self.keep(pfn, page_type)
+    }
+
+    /// Adds a page that is known to be all zeros.
+    ///
+    /// # Errors
+    /// As [`keep`](Self::keep).
+    pub fn push_zero(&mut self, pfn: Pfn, page_type: PageType) -> Result<(), EncodeError> {
+        self.add(pfn, page_type, Class::Zero)
+    }
+
+    /// Adds a page whose type has no content.
+    ///
+    /// # Errors
+    /// As [`keep`](Self::keep), but the type must have no content.
+    pub fn push_hole(&mut self, pfn: Pfn, page_type: PageType) -> Result<(), EncodeError> {
+        self.add(pfn, page_type, Class::None)
+    }
+
+    fn add(&mut self, pfn: Pfn, page_type: PageType, class: Class) -> Result<(), EncodeError> {
+        if page_type.has_data() == (class == Class::None) {
+            return Err(EncodeError::ClassAndType(pfn, page_type));
+        }
+        if self.is_full() {
+            return Err(EncodeError::Full);
+        }
+        if pfn >= MAX_PAGES {
+            return Err(EncodeError::OutsideMemory(pfn));
+        }
+        if pfn < self.next_pfn {
+            return Err(EncodeError::NotAscending(pfn));
+        }
+        match self.runs.last_mut() {
+            Some(run)
+                if run.first + run.length == pfn
+                    && run.class == class
+                    && run.page_type == page_type =>
+            {
+                run.length += 1;
+            }
+            _ => self.runs.push(Run {
+                first: pfn,
+                length: 1,
+                class,
+                page_type,
+            }),
+        }
+        self.next_pfn = pfn + 1;
+        self.pages += 1;
+        self.zero_pages += usize::from(class == Class::Zero);
+        self.raw_pages += usize::from(class == Class::Raw);
+        Ok(())
+    }
+
+    /// Appends the batch to `to` and empties it. An empty batch is not written.
+    pub fn finish(&mut self, to: &mut Vec<u8>) -> BatchStatistics {
+        let start = to.len();
+        if self.pages > 0 {
+            self.write(to);
+        }
+        let statistics = BatchStatistics {
+            pages: self.pages,
+            zero: self.zero_pages,
+            raw: self.raw_pages,
+            bytes: to.len() - start,
+        };
+        self.clear();
+        statistics
+    }
+
+    /// Forgets the pages of the batch.
+    pub fn clear(&mut self) {
+        self.runs.clear();
+        self.pages = 0;
+        self.next_pfn = 0;
+        self.raw_pages = 0;
+        self.zero_pages = 0;
+    }
+
+    fn write(&mut self, to: &mut Vec<u8>) {
+        let raw = &self.raw[..self.raw_pages * PAGE_SIZE];
+        // The compressor asks for room for the worst case, although only a result that is shorter
+        // than its input is of use.
+        let room = get_maximum_output_size(raw.len());
+        if self.compressed.len() < room {
+            self.compressed.resize(room, 0);
+        }
+        let (compression, block) = match raw {
+            [] => (STORED, raw),
+            _ => match compress_into_with_table(raw, &mut self.compressed, &mut self.table) {
+                Ok(length) if length < raw.len() => (LZ4, &self.compressed[..length]),
+                _ => (STORED, raw),
+            },
+        };
+
+        to.reserve(HEADER_SIZE + self.runs.len() * 4 + block.len());
+        to.extend([compression, 0]);
+        // There are no more runs than pages, and 1,024 of these at most.
+        to.extend((self.runs.len() as u16).to_le_bytes());
+        let mut end = 0;
+        for run in &self.runs {
+            to.push((run.class as u8) << 4 | run.page_type.bits());
+            push_varint(to, run.first - end);
+            push_varint(to, run.length - 1);
+            end = run.first + run.length;
+        }
+        to.extend_from_slice(block);
+    }
+}
+
+impl fmt::Debug for BatchEncoder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BatchEncoder")
+            .field("pages", &self.pages)
+            .field("raw", &self.raw_pages)
+            .finish_non_exhaustive()
+    }
+}

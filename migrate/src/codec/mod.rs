@@ -1,0 +1,121 @@
+//! How a batch of pages is written: pure functions over bytes.
+//!
+//! ```text
+//!   u8 compression | u8 0 | u16 runs | run ... run | block
+//!
+//!   run    u8 class << 4 | type          class: what stands for the pages' content
+//!          varint gap                    pfns between the end of the last run and this one
+//!          varint length - 1             pages in the run
+//!   block  the content of all raw pages, one after the other, compressed as one
+//! ```
+//!
+//! Numbers are little-endian; a varint is made of groups of seven bits, the lowest first, in its
+//! shortest form. A batch holds 1 to [`MAX_BATCH_PAGES`] pages in ascending order, each once. The
+//! block ends where the batch ends, and its uncompressed size follows from the runs.
+//!
+//! | class | content |
+//! |---|---|
+//! | 0 | none: the type says it all |
+//! | 1 | zeros |
+//! | 2 | raw: in the block |
+//!
+//! | compression | block |
+//! |---|---|
+//! | 0 | as it is; empty when no page is raw |
+//! | 1 | one LZ4 block |
+//!
+//! Other numbers are kept for techniques to come; a later version of the protocol may use them,
+//! and a decoder refuses what it does not know.
+
+mod decode;
+mod encode;
+
+pub use decode::{Batch, BatchDecoder, BatchPage, Content};
+pub use encode::{BatchEncoder, BatchStatistics, EncodeError};
+
+use crate::bytes::Malformed;
+use crate::pages::{MAX_PAGES, PAGE_SIZE, Pfn, UnknownPageType};
+
+/// The most pages in a batch. It is what Xen takes in one getpageframeinfo3.
+pub const MAX_BATCH_PAGES: usize = 1024;
+
+/// The most bytes that a batch can have: every page raw, incompressible, in a run of its own.
+pub const MAX_BATCH_BYTES: usize =
+    HEADER_SIZE + MAX_BATCH_PAGES * (1 + MAX_GAP_SIZE + 1) + MAX_BATCH_PAGES * PAGE_SIZE;
+
+const HEADER_SIZE: usize = 4;
+
+/// The bytes of the largest gap.
+const MAX_GAP_SIZE: usize = MAX_PAGES.ilog2() as usize / 7 + 1;
+
+/// What stands for a page's content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Class {
+    /// Nothing: its type has no content.
+    None = 0,
+    /// Nothing: it is all zeros.
+    Zero = 1,
+    /// The content itself.
+    Raw = 2,
+}
+
+impl Class {
+    const fn from_bits(bits: u8) -> Option<Self> {
+        Some(match bits {
+            0 => Self::None,
+            1 => Self::Zero,
+            2 => Self::Raw,
+            _ => return None,
+        })
+    }
+}
+
+const STORED: u8 = 0;
+const LZ4: u8 = 1;
+
+/// A batch that is not one.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CodecError {
+    /// It ends too early, or a number is not in its shortest form.
+    #[error("Batch of pages is truncated or malformed")]
+    Malformed,
+    /// Its class of content is not known to this version.
+    #[error("Unknown class {0} in a batch of pages")]
+    UnknownClass(u8),
+    /// Its page type is none.
+    #[error("Bad page type in a batch of pages")]
+    UnknownType(#[from] UnknownPageType),
+    /// Its compression is not known to this version.
+    #[error("Unknown compression {0} of a batch of pages")]
+    UnknownCompression(u8),
+    /// It claims content for a type without, or the other way round.
+    #[error("Class and type of page {0:#x} do not fit together")]
+    ClassAndType(Pfn),
+    /// It has a page that the guest has not.
+    #[error("Page {0:#x} is outside the guest's memory")]
+    OutsideMemory(Pfn),
+    /// It has none, or too many pages.
+    #[error("Batch does not have 1 to {MAX_BATCH_PAGES} pages")]
+    PageCount,
+    /// The block is not as long as its pages.
+    #[error("Block of a batch has {found} bytes, and its pages {expected}")]
+    BlockLength {
+        /// Bytes that the raw pages need.
+        expected: usize,
+        /// Bytes that the block has.
+        found: usize,
+    },
+    /// The block is no valid LZ4 block of its pages' length.
+    #[error("Block of a batch does not decompress")]
+    Decompress,
+}
+
+impl From<Malformed> for CodecError {
+    fn from(_: Malformed) -> Self {
+        Self::Malformed
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,403 @@
+//! The side where a guest arrives.
+//!
+//! ```text
+//! Greeted -> Accepted -> Receiving ---------> Restored -------> Owned -> done
+//!    |          |        pages -> image          | ready          |
+//!    |          |        image -> restore        | wait           journal: owner
+//!    |          |        round end -> ack        | commit         unpause, running
+//!    +----------+-----------+--------------------+
+//!                           |
+//!                     discard: nothing is left here
+//! ```
+//!
+//! Pages never wait for the restore: they go into the image, and the restore is fed from there,
+//! each page as often as it has time for. So the link is always read, and a restore that has to
+//! start over starts from the image.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use crate::codec::{BatchDecoder, Content};
+use crate::digest::{Digester, MemoryDigest};
+use crate::directories::Directories;
+use crate::error::{Error, Result, chain};
+use crate::guest::xen::stream::state::GuestState;
+use crate::guest::{Destination, PageState};
+use crate::handover::guardian::Guardian;
+use crate::handover::journal::{Journal, Outcome, Phase};
+use crate::handover::lock::GuestLock;
+use crate::hold::hold;
+use crate::image::Image;
+use crate::keeper;
+use crate::link::Conversation;
+use crate::pages::Page;
+use crate::report::rounded;
+use crate::wire::{
+    Acceptance, Message, Offer, Part, Readiness, Refusal, RefusalCode, Text, ToDestination,
+    ToSource, XenVersion,
+};
+
+/// How long a source may take between two messages. Its heartbeats don't count: they only show
+/// that it lives.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// How long a source may take to greet.
+const GREETING: Duration = Duration::from_secs(60);
+
+/// What this site prepared for an offer that it accepts.
+pub struct Prepared {
+    /// The guest to be.
+    pub guest: Box<dyn Destination>,
+    /// Held until the move has ended here: nobody else settles it meanwhile.
+    pub lock: GuestLock,
+    /// The journal, begun.
+    pub journal: Journal,
+    /// Outlives us.
+    pub guardian: Guardian,
+    /// Where the memory goes.
+    pub image: Image,
+    /// Made from the offer's key.
+    pub digester: Digester,
+    /// This host's hypervisor.
+    pub xen: XenVersion,
+    /// What the operator at the source should know.
+    pub warnings: Vec<String>,
+}
+
+/// Says whether this site takes a guest, and prepares for it: checks, journal, guardian, image.
+pub type Prepare<'a> = dyn FnMut(&Offer) -> Result<Prepared> + 'a;
+
+/// Receives one guest from `peer`.
+///
+/// # Errors
+/// Whatever failed; then nothing of the guest is left here, or the journal says what is.
+pub fn run(
+    directories: &Directories,
+    mut peer: Conversation,
+    prepare: &mut Prepare<'_>,
+) -> Result<()> {
+    let accepted = peer
+        .greet(Instant::now() + GREETING)
+        .and_then(|_| receive_offer(&mut peer))
+        .and_then(|offer| prepare(&offer).map(|prepared| (offer, prepared)));
+    match accepted {
+        Err(error) => {
+            tell(&mut peer, &error, |reason| {
+                ToSource::Refuse(Refusal {
+                    code: RefusalCode::Other,
+                    reason,
+                })
+            });
+            peer.close();
+            Err(error)
+        }
+        Ok((offer, prepared)) => Receiving::new(directories, peer, *offer, prepared).run(),
+    }
+}
+
+fn receive_offer(peer: &mut Conversation) -> Result<Box<Offer>> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let received = peer.receive(deadline)?;
+        match ToDestination::decode(received.frame())? {
+            ToDestination::Ping(token) => peer.send(&ToSource::Pong(token))?,
+            ToDestination::Offer(offer) => return Ok(offer),
+            other => return Err(unexpected(peer, &other)),
+        }
+    }
+}
+
+struct Receiving<'a> {
+    directories: &'a Directories,
+    peer: Conversation,
+    guest: Box<dyn Destination>,
+    lock: Option<GuestLock>,
+    journal: Journal,
+    guardian: Option<Guardian>,
+    image: Arc<Mutex<Image>>,
+    digester: Digester,
+    offer: Offer,
+    acceptance: Acceptance,
+    decoder: BatchDecoder,
+    vanished: bool,
+}
+
+/// What the source says of the suspended guest.
+struct Last {
+    state: GuestState,
+    digest: MemoryDigest,
+}
+
+impl<'a> Receiving<'a> {
+    fn new(
+        directories: &'a Directories,
+        peer: Conversation,
+        offer: Offer,
+        prepared: Prepared,
+    ) -> Self {
+        let warnings = prepared
+            .warnings
+            .iter()
+            .map(|warning| Text::new(warning))
+            .collect();
+        Receiving {
+            directories,
+            peer,
+            guest: prepared.guest,
+            lock: Some(prepared.lock),
+            journal: prepared.journal,
+            guardian: Some(prepared.guardian),
+            image: Arc::new(Mutex::new(prepared.image)),
+            digester: prepared.digester,
+            offer,
+            acceptance: Acceptance {
+                xen: prepared.xen,
+                tsc_khz: None,
+                warnings,
+            },
+            decoder: BatchDecoder::new(),
+            vanished: false,
+        }
+    }
+
+    fn run(mut self) -> Result<()> {
+        let result = self.receive_guest();
+        let result = match result {
+            Err(error) if self.journal.entry().phase < Phase::Owner => {
+                self.discard(&error);
+                Err(error)
+            }
+            other => other,
+        };
+        self.peer.close();
+        self.lock = None;
+        // The guardian finds the end in the journal, or what is left to do.
+        if let Some(guardian) = self.guardian.take() {
+            guardian.finish();
+        }
+        result
+    }
+
+    fn receive_guest(&mut self) -> Result<()> {
+        hold("accepting");
+        self.guest
+            .start(Arc::clone(&self.image), self.offer.static_data())?;
+        self.peer
+            .send(&ToSource::Accept(Box::new(self.acceptance.clone())))?;
+        let last = self.receive_pages()?;
+        self.restore(last)?;
+        self.wait_for_commit()?;
+        self.take_over()
+    }
+
+    fn receive_pages(&mut self) -> Result<Last> {
+        let mut state = None;
+        let mut pages_here = 0;
+        loop {
+            let received = self.peer.receive(Instant::now() + PATIENCE)?;
+            match (ToDestination::decode(received.frame())?, &state) {
+                (ToDestination::Ping(token), _) => self.peer.send(&ToSource::Pong(token))?,
+                (ToDestination::Pong(_), _) => {}
+                (ToDestination::P2mFrames { max_pfn, frames }, None) => {
+                    if max_pfn + 1 != self.offer.pages {
+                        return Err(self.protocol("a p2m of another size than was offered"));
+                    }
+                    self.guest.p2m_frames(&frames)?;
+                }
+                (ToDestination::Pages(batch), None) => {
+                    if pages_here == 0 {
+                        hold("receiving");
+                    }
+                    pages_here += self.store(batch)?;
+                }
+                (
+                    ToDestination::RoundEnd {
+                        round,
+                        populated,
+                        last,
+                        ..
+                    },
+                    None,
+                ) => {
+                    let vanished = std::mem::take(&mut self.vanished);
+                    if self.guest.adapt(populated, vanished)? {
+                        log::info!(
+                            "The guest's memory changed its size: starting over from what is here"
+                        );
+                    }
+                    if !last {
+                        self.peer.send(&ToSource::RoundAck {
+                            round,
+                            pages: pages_here,
+                        })?;
+                    }
+                    pages_here = 0;
+                }
+                (ToDestination::State(given), None) => state = Some(*given),
+                (ToDestination::Final(digest), Some(_)) => {
+                    let state = state.ok_or_else(|| self.protocol("no state of the guest"))?;
+                    return Ok(Last { state, digest });
+                }
+                (other, _) => return Err(unexpected(&self.peer, &other)),
+            }
+        }
+    }
+
+    /// Puts a batch into the image; how many pages it had.
+    fn store(&mut self, batch: &[u8]) -> Result<u64> {
+        let batch = self
+            .decoder
+            .decode(batch, self.offer.pages)
+            .map_err(|error| Error::Protocol {
+                peer: self.peer.peer().to_owned(),
+                what: error.to_string(),
+            })?;
+        let digester = &self.digester;
+        let mut changed = Vec::with_capacity(batch.len());
+        let mut image = lock(&self.image)?;
+        for page in batch.iter() {
+            let (digest, content): (_, Option<&Page>) = match page.content {
+                Content::None => (digester.hole(page.page_type), None),
+                Content::Zero => (digester.zero(page.page_type), None),
+                Content::Raw(content) => (digester.page(page.page_type, content), Some(content)),
+            };
+            let had = image
+                .table()
+                .get(page.pfn)
+                .is_some_and(|before| before.page_type.has_data());
+            self.vanished |= had && !page.page_type.has_data();
+            changed.push(page.pfn);
+            image.store(
+                page.pfn,
+                PageState {
+                    page_type: page.page_type,
+                    digest,
+                },
+                content,
+            )?;
+        }
+        drop(image);
+        self.guest.changed(&changed)?;
+        Ok(changed.len() as u64)
+    }
+
+    fn protocol(&self, what: &str) -> Error {
+        Error::Protocol {
+            peer: self.peer.peer().to_owned(),
+            what: what.to_owned(),
+        }
+    }
+
+    fn restore(&mut self, last: Last) -> Result<()> {
+        let started = Instant::now();
+        self.guest.complete(last.state)?;
+        let digest = lock(&self.image)?.table().digest(&self.digester);
+        if digest != last.digest {
+            return Err(Error::Verify("What arrived is not what was sent".into()));
+        }
+        let mut parts = vec![("digest".to_owned(), rounded(started.elapsed()))];
+        hold("restoring");
+        loop {
+            if let Some(restored) = self.guest.completed()? {
+                parts.extend(restored);
+                break;
+            }
+            if let Some(received) = self.peer.receive_for(Duration::from_millis(10))? {
+                return Err(unexpected(
+                    &self.peer,
+                    &ToDestination::decode(received.frame())?,
+                ));
+            }
+        }
+        if self.offer.verify {
+            let verifying = Instant::now();
+            self.guest.verify()?;
+            parts.push(("verify".into(), rounded(verifying.elapsed())));
+        }
+        hold("restored");
+        self.journal.reach(Phase::Ready)?;
+        let parts = parts
+            .into_iter()
+            .map(|(name, seconds)| Part {
+                name: Text::new(&name),
+                seconds,
+            })
+            .collect();
+        self.peer
+            .send(&ToSource::Ready(Readiness { digest, parts }))
+    }
+
+    fn wait_for_commit(&mut self) -> Result<()> {
+        hold("ready");
+        let received = self.peer.receive(Instant::now() + PATIENCE)?;
+        match ToDestination::decode(received.frame())? {
+            ToDestination::Commit => Ok(()),
+            other => Err(unexpected(&self.peer, &other)),
+        }
+    }
+
+    fn take_over(&mut self) -> Result<()> {
+        hold("commit-received");
+        self.peer.ignore_cancel();
+        // From here on the guest is ours, whatever happens to us or to the link.
+        self.journal.reach(Phase::Owner)?;
+        hold("owner");
+        self.guest.take_over()?;
+        // A source that can't be told asks.
+        if let Err(error) = self.peer.send(&ToSource::Running) {
+            log::warn!("{}", chain(&error));
+        }
+        let begin = &self.journal.entry().begin;
+        keeper::start(self.directories, &begin.name, &begin.uuid)?;
+        lock(&self.image)?.remove()?;
+        self.journal.end(Outcome::Moved)
+    }
+
+    /// Before the commit: nothing of the guest stays here.
+    fn discard(&mut self, error: &Error) {
+        tell(&mut self.peer, error, ToSource::Failed);
+        let removed = self
+            .guest
+            .discard()
+            .and_then(|()| lock(&self.image)?.remove());
+        match removed {
+            Ok(()) => {
+                if let Err(error) = self.journal.end(Outcome::Aborted) {
+                    log::error!("{}", chain(&error));
+                }
+            }
+            // The journal stays open: the guardian tries again.
+            Err(error) => log::error!("{}", chain(&error)),
+        }
+    }
+}
+
+fn lock(image: &Mutex<Image>) -> Result<MutexGuard<'_, Image>> {
+    image
+        .lock()
+        .map_err(|_| Error::Refused("A thread of ours failed with the image in hand".into()))
+}
+
+/// Tells the source what failed, as long as it can be told.
+fn tell(peer: &mut Conversation, error: &Error, message: impl FnOnce(Text) -> ToSource) {
+    if matches!(error, Error::LinkLost { .. }) {
+        return;
+    }
+    peer.ignore_cancel();
+    // Why it can't be told is of no interest beside the error itself.
+    let _ = peer.send(&message(Text::new(&chain(error))));
+}
+
+fn unexpected(peer: &Conversation, message: &ToDestination<'_>) -> Error {
+    let peer = peer.peer().to_owned();
+    match message {
+        ToDestination::Abort(reason) => Error::PeerFailed {
+            peer,
+            reason: reason.to_string(),
+        },
+        other => Error::Protocol {
+            peer,
+            what: format!("{:?} out of order", other.tag()),
+        },
+    }
+}

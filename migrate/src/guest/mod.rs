@@ -1,0 +1,323 @@
+//! What the engine needs of a guest.
+//!
+//! The engine moves pages, types and opaque records. What they mean, and how they are read and
+//! restored, is behind two traits: [`Source`] for a guest that leaves and [`Destination`] for one
+//! that arrives. [`xen`] has the real ones.
+//!
+//! ```text
+//!            begin          next_dirty, read ...      suspend      next_dirty, read, state
+//! Source     ------------------------------------------------------------------------------>
+//!                                                      resume at any time, or destroy
+//!
+//! Destination    start    feed pages ...    restart, feed all again    complete    take over
+//!            ------------------------------------------------------------------------------>
+//!                                                  discard at any time
+//! ```
+
+pub mod xen;
+
+use std::sync::{Arc, Mutex};
+
+use serde::{Deserialize, Serialize};
+
+use crate::digest::{Digester, MemoryDigest, PageDigest};
+use crate::error::Result;
+use crate::guest::xen::stream::state::{GuestState, StaticData};
+use crate::image::Image;
+use crate::pages::{PAGE_SIZE, PageSet, PageType};
+use crate::report::TrackerKind;
+
+/// What kind of guest it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// Paravirtualised, 64-bit.
+    Pv,
+}
+
+impl std::fmt::Display for Kind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Kind::Pv => "pv",
+        })
+    }
+}
+
+/// What is known of a guest before anything moves, and is true to the end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Facts {
+    /// Its name.
+    pub name: String,
+    /// Its UUID, as text.
+    pub uuid: String,
+    /// Its kind.
+    pub kind: Kind,
+    /// One more than the highest pfn: the length of every table of pages.
+    pub pages: u64,
+    /// Virtual CPUs it may have.
+    pub vcpus: u32,
+}
+
+/// A page's type and the digest of both its type and its normalised content: what both sites must
+/// agree on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageState {
+    /// The page's type.
+    pub page_type: PageType,
+    /// The digest; for a type without content, that of the type alone.
+    pub digest: PageDigest,
+}
+
+/// What is known of every page of a guest, by pfn: 17 bytes a page, all that grows with the guest.
+#[derive(Debug, Clone)]
+pub struct PageTable {
+    types: Vec<PageType>,
+    digests: Vec<PageDigest>,
+}
+
+impl PageTable {
+    /// Nothing is known of `pages` pages.
+    pub fn new(pages: u64) -> Self {
+        PageTable {
+            types: vec![PageType::Invalid; pages as usize],
+            digests: vec![PageDigest::UNKNOWN; pages as usize],
+        }
+    }
+
+    /// What is known of `pfn`; nothing of one out of range.
+    pub fn get(&self, pfn: u64) -> Option<PageState> {
+        let index = usize::try_from(pfn).ok()?;
+        let (page_type, digest) = (*self.types.get(index)?, *self.digests.get(index)?);
+        (digest != PageDigest::UNKNOWN).then_some(PageState { page_type, digest })
+    }
+
+    /// `pfn` is known to be `state` now. Out of range: nothing happens.
+    pub fn set(&mut self, pfn: u64, state: PageState) {
+        let index = pfn as usize;
+        if let (Some(page_type), Some(digest)) =
+            (self.types.get_mut(index), self.digests.get_mut(index))
+        {
+            *page_type = state.page_type;
+            *digest = state.digest;
+        }
+    }
+
+    /// The number of pages.
+    pub fn pages(&self) -> u64 {
+        self.types.len() as u64
+    }
+
+    /// The digest of the whole memory.
+    pub fn digest(&self, digester: &Digester) -> MemoryDigest {
+        digester.memory(&self.types, &self.digests)
+    }
+}
+
+/// One page of a [`Batch`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BatchEntry {
+    /// Which page.
+    pub pfn: u64,
+    /// What it is.
+    pub state: PageState,
+    /// Its content.
+    pub content: Found,
+}
+
+/// What was found in a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Found {
+    /// Its type has no content.
+    Nothing,
+    /// Zeros only.
+    Zero,
+    /// What [`Batch::content`] has in this slot.
+    Slot(usize),
+}
+
+/// Pages that were read, copied once, typed and digested from the copy.
+#[derive(Debug, Default)]
+pub struct Batch {
+    /// The pages that changed, by ascending pfn.
+    pub entries: Vec<BatchEntry>,
+    contents: Vec<u8>,
+    /// How many pages were looked at and are as they were known.
+    pub unchanged: u64,
+}
+
+impl Batch {
+    /// Empties it; the memory is kept.
+    pub fn clear(&mut self) {
+        self.entries.clear();
+        self.contents.clear();
+        self.unchanged = 0;
+    }
+
+    /// Room for one more page's content: its slot and the bytes to fill.
+    pub fn new_slot(&mut self) -> (usize, &mut [u8; PAGE_SIZE]) {
+        let slot = self.contents.len() / PAGE_SIZE;
+        self.contents.resize((slot + 1) * PAGE_SIZE, 0);
+        let (pages, _) = self.contents.as_chunks_mut::<PAGE_SIZE>();
+        (slot, &mut pages[slot])
+    }
+
+    /// Gives the newest slot back: its page turned out not to be needed.
+    pub fn drop_slot(&mut self) {
+        let kept = self.contents.len().saturating_sub(PAGE_SIZE);
+        self.contents.truncate(kept);
+    }
+
+    /// The content in `slot`.
+    pub fn content(&self, slot: usize) -> Option<&[u8; PAGE_SIZE]> {
+        self.contents.as_chunks::<PAGE_SIZE>().0.get(slot)
+    }
+}
+
+/// When dirty pages are asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Moment {
+    /// The guest runs.
+    Live,
+    /// It is suspended; this is the last time.
+    Last,
+}
+
+/// A guest that leaves.
+///
+/// Dropping it unmaps everything: a page that stays mapped keeps a destroyed domain around.
+pub trait Source {
+    /// What is fixed.
+    fn facts(&self) -> &Facts;
+
+    /// What comes before any page and never changes: the CPU policy.
+    ///
+    /// # Errors
+    /// What Xen refuses.
+    fn static_data(&mut self) -> Result<StaticData>;
+
+    /// Starts tracking dirty pages and says how.
+    ///
+    /// # Errors
+    /// What Xen refuses; [`crate::Error::Busy`] where another tool tracks them.
+    fn begin(&mut self) -> Result<TrackerKind>;
+
+    /// Adds to `dirty` every page that may have changed since the last call; the first call adds
+    /// all. Then looks again where pages are, since that may have changed too.
+    ///
+    /// # Errors
+    /// What Xen refuses, or a guest whose tables make no sense.
+    fn next_dirty(&mut self, dirty: &mut PageSet, moment: Moment) -> Result<()>;
+
+    /// The frames that hold the guest's own physical-to-machine table, as pfns.
+    fn p2m_frames(&self) -> &[u64];
+
+    /// Pages the guest has now, holes left out.
+    fn populated(&self) -> u64;
+
+    /// Reads `pfns` (at most 1,024, ascending). What differs from `known` goes into `batch`;
+    /// what can't be read while the guest runs goes into `deferred`.
+    ///
+    /// # Errors
+    /// What Xen refuses. After the suspend a page that can't be read is an error.
+    fn read(
+        &mut self,
+        pfns: &[u64],
+        known: &PageTable,
+        moment: Moment,
+        batch: &mut Batch,
+        deferred: &mut PageSet,
+    ) -> Result<()>;
+
+    /// Suspends the guest, and returns once it is. Where it fails the guest runs, or will be made
+    /// to by [`Source::resume`].
+    ///
+    /// # Errors
+    /// A guest that won't suspend in time.
+    fn suspend(&mut self) -> Result<()>;
+
+    /// After the suspend: what the guest is besides its memory.
+    ///
+    /// # Errors
+    /// What Xen refuses.
+    fn final_state(&mut self) -> Result<GuestState>;
+
+    /// Ends the tracking of dirty pages. Harmless when there is none.
+    ///
+    /// # Errors
+    /// What Xen refuses.
+    fn end_tracking(&mut self) -> Result<()>;
+
+    /// Lets a suspended guest go on here; a suspend that is still pending is taken back.
+    ///
+    /// # Errors
+    /// What Xen refuses.
+    fn resume(&mut self) -> Result<()>;
+
+    /// Destroys what the guest left here.
+    ///
+    /// # Errors
+    /// What Xen refuses.
+    fn destroy(&mut self) -> Result<()>;
+}
+
+/// A guest that arrives.
+///
+/// Dropping it before [`Destination::take_over`] leaves whatever was made: call
+/// [`Destination::discard`].
+pub trait Destination {
+    /// Begins to take pages out of `image`: makes the domain, and holds the memory it needs.
+    ///
+    /// # Errors
+    /// Where there is not enough memory, or libxl refuses.
+    fn start(&mut self, image: Arc<Mutex<Image>>, static_data: StaticData) -> Result<()>;
+
+    /// The frames that hold the guest's own physical-to-machine table, as pfns.
+    ///
+    /// # Errors
+    /// [`crate::Error::Protocol`] for frames beyond the guest.
+    fn p2m_frames(&mut self, frames: &[u64]) -> Result<()>;
+
+    /// Pages of the image that are new, or changed.
+    ///
+    /// # Errors
+    /// Where the restore has ended.
+    fn changed(&mut self, pfns: &[u64]) -> Result<()>;
+
+    /// The guest now has `populated` pages, `vanished` says that some became holes: starts over
+    /// from the image where what was fed no longer fits. True if it did.
+    ///
+    /// # Errors
+    /// As [`Destination::start`].
+    fn adapt(&mut self, populated: u64, vanished: bool) -> Result<bool>;
+
+    /// All pages are in the image: gives the restore what comes last. Doesn't wait.
+    ///
+    /// # Errors
+    /// Where the restore has ended.
+    fn complete(&mut self, state: GuestState) -> Result<()>;
+
+    /// Whether the restore is complete; then the domain is there, paused. With the seconds of
+    /// each of its parts.
+    ///
+    /// # Errors
+    /// Where the restore failed.
+    fn completed(&mut self) -> Result<Option<Vec<(String, f64)>>>;
+
+    /// Compares the restored domain's pages with the image, but for those that a restore rewrites.
+    ///
+    /// # Errors
+    /// [`crate::Error::Verify`].
+    fn verify(&mut self) -> Result<()>;
+
+    /// Lets the guest run under its name.
+    ///
+    /// # Errors
+    /// What libxl refuses.
+    fn take_over(&mut self) -> Result<()>;
+
+    /// Ends the restore and destroys the domain. Harmless when there is none.
+    ///
+    /// # Errors
+    /// What libxl refuses.
+    fn discard(&mut self) -> Result<()>;
+}

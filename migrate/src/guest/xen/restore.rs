@@ -1,0 +1,673 @@
+//! A paravirtualised guest that arrives, restored by stock libxl.
+//!
+//! ```text
+//! image ----> feeder thread ----> pipe ----> libxl_domain_create_restore (restore thread)
+//!               ^    libxl stream 2 / libxc image 3                 |
+//!  changed() ---+  PAGE_DATA as often as there is time              v
+//!  complete() -----  TSC, shared info, vCPUs, END            the domain, paused
+//! ```
+//!
+//! The restore begins with the move: pages are in the domain before the guest is suspended, and
+//! what comes in the silence is the last delta alone. A pfn may be fed again and again. What it
+//! can't do is take a page back: when a page that was fed becomes a hole, or the guest has grown
+//! beyond its limit, this restore is ended (libxl destroys the domain) and a new one fed from the
+//! image.
+
+use std::io::{PipeWriter, Write};
+use std::os::fd::AsFd;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, TryRecvError, bounded};
+use xen_sys::DomId;
+use xen_sys::ctl::VcpuContext;
+use xen_sys::toolstack::{DomainConfig, Toolstack};
+
+use super::host::Host;
+use super::pv::start_info_rings;
+use super::stream::state::{GuestState, StaticData};
+use super::stream::{Framing, StreamPage, StreamWriter};
+use super::verify;
+use crate::digest::Digester;
+use crate::error::{Error, IoContext, Result, chain};
+use crate::guest::Destination;
+use crate::handover::lock::XlLock;
+use crate::handover::recovery::incoming_name;
+use crate::image::Image;
+use crate::pages::{PAGE_SIZE, Page, PageSet, PageType};
+use crate::report::rounded;
+
+/// Devices that are attached while memory still arrives: by the names under which
+/// a configuration lists them.
+const DEVICES: [&str; 2] = ["nics", "disks"];
+
+/// Pages in one PAGE_DATA record.
+const FEED_BATCH: usize = 1024;
+
+/// Where libxl keeps a domain's configuration, among the data beside it.
+const LIBXL_CONFIGURATION: &str = "libxl-json";
+
+/// How long libxl may take until the new domain is there.
+const MAKING: Duration = Duration::from_secs(60);
+
+/// How long xl may hold its lock.
+const XL_PATIENCE: Duration = Duration::from_secs(60);
+
+/// What is to be restored.
+#[derive(Debug, Clone)]
+pub struct Incoming {
+    /// The guest's name.
+    pub name: String,
+    /// Its UUID.
+    pub uuid: String,
+    /// Its configuration: only fields that this site takes of a peer.
+    pub configuration: serde_json::Value,
+    /// One more than its highest pfn.
+    pub pages: u64,
+    /// Pages it has.
+    pub populated: u64,
+}
+
+/// A guest on its way into this host.
+pub struct XenDestination {
+    host: Host,
+    incoming: Incoming,
+    digester: Digester,
+    image: Option<Arc<Mutex<Image>>>,
+    static_data: Option<StaticData>,
+    frames: Vec<u64>,
+    /// Pages that the restore writes itself: known once the guest's state is.
+    rewritten: Vec<u64>,
+    restore: Option<Restore>,
+    domid: Option<DomId>,
+    completing: Option<Instant>,
+    devices: Option<Attaching>,
+}
+
+/// Devices on their way to the new domain, while its memory still arrives.
+type Attaching = thread::JoinHandle<std::result::Result<(), String>>;
+
+/// One attempt at restoring.
+struct Restore {
+    shared: Arc<Shared>,
+    feeder: thread::JoinHandle<()>,
+    restorer: thread::JoinHandle<()>,
+    ended: Receiver<std::result::Result<DomId, String>>,
+    /// Pages that the domain may have.
+    limit: u64,
+}
+
+#[derive(Default)]
+struct Shared {
+    work: Mutex<Work>,
+    wake: Condvar,
+}
+
+/// What the feeder has to do.
+#[derive(Default)]
+struct Work {
+    pending: PageSet,
+    frames: Option<Vec<u64>>,
+    tail: Option<GuestState>,
+    stop: bool,
+    /// When the stream's end was written.
+    fed: Option<Instant>,
+    failed: Option<String>,
+}
+
+impl XenDestination {
+    /// Prepares; nothing is made yet.
+    ///
+    /// # Errors
+    /// Where Xen can't be reached.
+    pub fn new(incoming: Incoming, digester: Digester) -> Result<Self> {
+        Ok(XenDestination {
+            host: Host::open()?,
+            incoming,
+            digester,
+            image: None,
+            static_data: None,
+            frames: Vec::new(),
+            rewritten: Vec::new(),
+            restore: None,
+            domid: None,
+            completing: None,
+            devices: None,
+        })
+    }
+
+    /// The configuration with this attempt's memory and the name of an incoming guest, without the
+    /// devices that are attached beforehand.
+    fn configuration(&self, populated: u64) -> Result<DomainConfig> {
+        let mut json = self.incoming.configuration.clone();
+        let kib = populated * (PAGE_SIZE as u64 / 1024);
+        json["c_info"]["name"] = incoming_name(&self.incoming.name).into();
+        let build = &mut json["b_info"];
+        let most = build["max_memkb"].as_u64().unwrap_or(0).max(kib);
+        build["target_memkb"] = kib.into();
+        build["max_memkb"] = most.into();
+        for key in DEVICES {
+            if let Some(devices) = json.as_object_mut() {
+                devices.remove(key);
+            }
+        }
+        self.host
+            .toolstack()
+            .config_from_json(&json.to_string())
+            .context(|| "Bad configuration of the guest")
+    }
+
+    fn begin(&mut self, populated: u64) -> Result<()> {
+        let image = self
+            .image
+            .clone()
+            .ok_or_else(|| Error::Refused("Nothing to restore from".into()))?;
+        let mut configuration = self.configuration(populated)?;
+        let _lock = XlLock::wait(XL_PATIENCE)?;
+        let needed = self
+            .host
+            .toolstack()
+            .needed_memory(&mut configuration)
+            .context(|| "Can't tell how much memory the guest needs")?;
+        let free = self
+            .host
+            .toolstack()
+            .free_memory()
+            .context(|| "Can't tell how much memory is free")?;
+        if needed > free {
+            return Err(Error::Refused(format!(
+                "Not enough free memory: {} MiB needed, {} MiB free",
+                needed.div_ceil(1024),
+                free / 1024
+            )));
+        }
+        let bare = self
+            .host
+            .toolstack()
+            .config_to_json(&configuration)
+            .context(|| "Can't write the guest's configuration")?;
+        let restore = self.spawn(image, configuration, populated)?;
+        let shown = self.wait_for_domain(&restore);
+        self.restore = Some(restore);
+        let domid = shown?;
+        self.domid = Some(domid);
+        self.hold_memory(populated)?;
+        self.attach_devices(domid, &bare)
+    }
+
+    /// Attaches network interfaces and disks while memory still arrives. Their hotplug scripts
+    /// take seconds, which libxl would spend after the stream's end: in the guest's silence.
+    fn attach_devices(&mut self, domid: DomId, bare: &str) -> Result<()> {
+        let doing = || "Can't prepare the guest's devices";
+        let toolstack = self.host.toolstack();
+        // libxl adds a device to the configuration that it keeps; a restore writes it at its end
+        // only.
+        toolstack
+            .store_user_data(domid, LIBXL_CONFIGURATION, with_end(bare).as_slice())
+            .context(doing)?;
+        let mut whole: serde_json::Value = serde_json::from_str(bare).unwrap_or_default();
+        for key in DEVICES {
+            whole[key] = self.incoming.configuration[key].clone();
+        }
+        let whole = whole.to_string();
+        let devices = thread::Builder::new()
+            .name("devices".into())
+            .spawn(move || {
+                let attach = || -> std::result::Result<(), xen_sys::Error> {
+                    let toolstack = Toolstack::open()?;
+                    let mut configuration = toolstack.config_from_json(&whole)?;
+                    toolstack.attach_devices(domid, &mut configuration)
+                };
+                attach().map_err(|error| chain(&error))
+            })
+            .context(|| "Can't start a thread")?;
+        self.devices = Some(devices);
+        Ok(())
+    }
+
+    /// Waits until the devices are there.
+    fn devices_attached(&mut self) -> Result<()> {
+        match self.devices.take().map(thread::JoinHandle::join) {
+            None | Some(Ok(Ok(()))) => Ok(()),
+            Some(Ok(Err(reason))) => Err(Error::Refused(format!(
+                "Can't attach the guest's devices: {reason}"
+            ))),
+            Some(Err(_)) => Err(poisoned()),
+        }
+    }
+
+    /// Tells libxl's own record of the domain of the devices: its restore knew nothing of them.
+    fn record_devices(&self, domid: DomId) -> Result<()> {
+        let doing = || "Can't record the guest's devices";
+        let toolstack = self.host.toolstack();
+        let kept = toolstack
+            .user_data(domid, LIBXL_CONFIGURATION)
+            .context(doing)?
+            .unwrap_or_default();
+        let text = String::from_utf8_lossy(&kept);
+        let mut json: serde_json::Value = serde_json::from_str(text.trim_end_matches('\0'))
+            .map_err(|error| {
+                Error::Refused(format!(
+                    "libxl's record of the guest can't be read: {error}"
+                ))
+            })?;
+        for key in DEVICES {
+            if let Some(devices) = self.incoming.configuration.get(key) {
+                json[key] = devices.clone();
+            }
+        }
+        toolstack
+            .store_user_data(
+                domid,
+                LIBXL_CONFIGURATION,
+                with_end(&json.to_string()).as_slice(),
+            )
+            .context(doing)
+    }
+
+    fn spawn(
+        &self,
+        image: Arc<Mutex<Image>>,
+        mut configuration: DomainConfig,
+        limit: u64,
+    ) -> Result<Restore> {
+        let (reader, writer) = std::io::pipe().context(|| "Can't make a pipe")?;
+        let shared = Arc::new(Shared::default());
+        {
+            let mut work = locked(&shared.work)?;
+            work.pending = known_pages(&*locked(&image)?);
+            work.frames = (!self.frames.is_empty()).then(|| self.frames.clone());
+        }
+        let (report, ended) = bounded(1);
+        let restorer = thread::Builder::new()
+            .name("restore".into())
+            .spawn(move || {
+                // A restore owns its context and its thread.
+                let result = Toolstack::open()
+                    .and_then(|toolstack| toolstack.restore(&mut configuration, reader.as_fd()))
+                    .map_err(|error| chain(&error));
+                drop(reader);
+                // Nobody listens any more where the move was given up.
+                let _ = report.send(result);
+            })
+            .context(|| "Can't start a thread")?;
+        let feeder = {
+            let shared = Arc::clone(&shared);
+            let feed = Feed {
+                image,
+                static_data: self
+                    .static_data
+                    .clone()
+                    .ok_or_else(|| Error::Refused("The guest's CPU policy is missing".into()))?,
+                max_pfn: self.incoming.pages.saturating_sub(1),
+            };
+            thread::Builder::new()
+                .name("feeder".into())
+                .spawn(move || {
+                    if let Err(error) = feed.run(&shared, writer)
+                        && let Ok(mut work) = shared.work.lock()
+                    {
+                        work.failed = Some(chain(&error));
+                    }
+                })
+                .context(|| "Can't start a thread")?
+        };
+        Ok(Restore {
+            shared,
+            feeder,
+            restorer,
+            ended,
+            limit,
+        })
+    }
+
+    fn wait_for_domain(&self, restore: &Restore) -> Result<DomId> {
+        let start = Instant::now();
+        loop {
+            if let Some(domid) = self.host.find(&self.incoming.uuid)? {
+                return Ok(domid);
+            }
+            if let Ok(result) = restore.ended.try_recv() {
+                let reason = result.err().unwrap_or_else(|| "it ended at once".into());
+                return Err(Error::Refused(format!("Can't make the domain: {reason}")));
+            }
+            if start.elapsed() > MAKING {
+                return Err(Error::Refused("libxl doesn't make the domain".into()));
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Claims the domain's memory: what is free now may be gone when it is needed.
+    fn hold_memory(&self, populated: u64) -> Result<()> {
+        let Some(domid) = self.domid else {
+            return Ok(());
+        };
+        let start = Instant::now();
+        loop {
+            match self.host.ctl().claim_pages(domid, populated) {
+                Ok(()) => return Ok(()),
+                // libxl has not set the domain's limit yet.
+                Err(error) if super::host::is_invalid(&error) && start.elapsed() < MAKING => {
+                    thread::sleep(Duration::from_millis(20));
+                }
+                Err(error) if error.is_out_of_memory() => {
+                    return Err(Error::Refused("Not enough free memory".into()));
+                }
+                Err(error) => return Err(error).context(|| "Can't hold the guest's memory"),
+            }
+        }
+    }
+
+    fn restore(&self) -> Result<&Restore> {
+        self.restore
+            .as_ref()
+            .ok_or_else(|| Error::Refused("There is no restore".into()))
+    }
+
+    fn work(&self) -> Result<MutexGuard<'_, Work>> {
+        let restore = self.restore()?;
+        let work = locked(&restore.shared.work)?;
+        if let Some(reason) = &work.failed {
+            // libxl knows better why than a broken pipe.
+            let why = match restore.ended.recv_timeout(Duration::from_secs(10)) {
+                Ok(Err(error)) => error,
+                _ => reason.clone(),
+            };
+            return Err(Error::Refused(format!("The restore failed: {why}")));
+        }
+        Ok(work)
+    }
+
+    /// What a restore writes itself: start_info, the two rings that it names, and the p2m.
+    fn find_rewritten(&self, state: &GuestState) -> Result<Vec<u64>> {
+        let mut pages = self.frames.clone();
+        let GuestState::Pv(state) = state else {
+            return Ok(pages);
+        };
+        let first = state.vcpus.first().map(|vcpu| vcpu.basic.as_slice());
+        let context = first
+            .and_then(|basic| basic.try_into().ok())
+            .map(VcpuContext::from_bytes);
+        if let (Some(context), Some(image)) = (context, &self.image) {
+            // By the suspend's convention vCPU 0 holds start_info in rdx.
+            let start_info = context.rdx();
+            pages.push(start_info);
+            if let Some(page) = locked(image)?.content(start_info) {
+                pages.extend(start_info_rings(page));
+            }
+        }
+        Ok(pages)
+    }
+
+    /// Ends the restore that is under way; libxl destroys its domain.
+    fn end_restore(&mut self) -> Result<()> {
+        let Some(restore) = self.restore.take() else {
+            return Ok(());
+        };
+        if let Ok(mut work) = restore.shared.work.lock() {
+            work.stop = true;
+        }
+        restore.shared.wake.notify_all();
+        for thread in [restore.feeder, restore.restorer] {
+            if thread.join().is_err() {
+                log::error!("A thread of the restore failed");
+            }
+        }
+        self.completing = None;
+        if let Err(error) = self.devices_attached() {
+            log::info!("{}", chain(&error));
+        }
+        if let Some(domid) = self.domid.take()
+            && self.host.find(&self.incoming.uuid)? == Some(domid)
+        {
+            self.host.destroy(domid)?;
+        }
+        Ok(())
+    }
+}
+
+/// libxl counts the terminating zero among the bytes that it keeps.
+fn with_end(text: &str) -> Vec<u8> {
+    let mut bytes = text.as_bytes().to_vec();
+    bytes.push(0);
+    bytes
+}
+
+fn known_pages(image: &Image) -> PageSet {
+    let table = image.table();
+    let mut pages = PageSet::new(table.pages());
+    for pfn in 0..table.pages() {
+        if table
+            .get(pfn)
+            .is_some_and(|state| state.page_type.has_data())
+        {
+            pages.insert(pfn);
+        }
+    }
+    pages
+}
+
+impl Destination for XenDestination {
+    fn start(&mut self, image: Arc<Mutex<Image>>, static_data: StaticData) -> Result<()> {
+        self.image = Some(image);
+        self.static_data = Some(static_data);
+        self.begin(self.incoming.populated)
+    }
+
+    fn p2m_frames(&mut self, frames: &[u64]) -> Result<()> {
+        if frames == self.frames {
+            return Ok(());
+        }
+        let wanted = self.incoming.pages.div_ceil(PAGE_SIZE as u64 / 8);
+        if frames.len() as u64 != wanted || frames.iter().any(|pfn| *pfn >= self.incoming.pages) {
+            return Err(Error::Guest {
+                what: "p2m frames don't fit its memory".into(),
+            });
+        }
+        self.frames = frames.to_vec();
+        self.work()?.frames = Some(frames.to_vec());
+        self.restore()?.shared.wake.notify_all();
+        Ok(())
+    }
+
+    fn changed(&mut self, pfns: &[u64]) -> Result<()> {
+        let mut work = self.work()?;
+        for pfn in pfns {
+            work.pending.insert(*pfn);
+        }
+        drop(work);
+        self.restore()?.shared.wake.notify_all();
+        Ok(())
+    }
+
+    fn adapt(&mut self, populated: u64, vanished: bool) -> Result<bool> {
+        if populated > self.incoming.pages {
+            return Err(Error::Guest {
+                what: "memory is larger than was offered".into(),
+            });
+        }
+        // The guest isn't suspended before this: hotplug is no part of its silence.
+        self.devices_attached()?;
+        if !vanished && populated <= self.restore()?.limit {
+            return Ok(false);
+        }
+        self.end_restore()?;
+        self.begin(populated)?;
+        Ok(true)
+    }
+
+    fn complete(&mut self, state: GuestState) -> Result<()> {
+        self.rewritten = self.find_rewritten(&state)?;
+        self.work()?.tail = Some(state);
+        self.completing = Some(Instant::now());
+        self.restore()?.shared.wake.notify_all();
+        Ok(())
+    }
+
+    fn completed(&mut self) -> Result<Option<Vec<(String, f64)>>> {
+        let restore = self.restore()?;
+        let domid = match restore.ended.try_recv() {
+            Ok(Ok(domid)) => domid,
+            Ok(Err(reason)) => return Err(Error::Refused(format!("The restore failed: {reason}"))),
+            Err(TryRecvError::Empty) => return Ok(None),
+            Err(TryRecvError::Disconnected) => {
+                return Err(Error::Refused("The restore failed".into()));
+            }
+        };
+        let mut parts = Vec::new();
+        let fed = locked(&restore.shared.work)?.fed;
+        self.domid = Some(domid);
+        self.devices_attached()?;
+        self.record_devices(domid)?;
+        if let (Some(fed), Some(since)) = (fed, self.completing) {
+            parts.push(("feed".into(), rounded(fed - since)));
+            parts.push(("libxl after the stream".into(), rounded(fed.elapsed())));
+        }
+        // What was claimed and not used is free again.
+        if let Err(error) = self.host.ctl().claim_pages(domid, 0) {
+            log::warn!("Can't release a claim: {error}");
+        }
+        Ok(Some(parts))
+    }
+
+    fn verify(&mut self) -> Result<()> {
+        let (Some(domid), Some(image)) = (self.domid, &self.image) else {
+            return Err(Error::Refused("There is nothing to verify".into()));
+        };
+        verify::compare(
+            &self.host,
+            domid,
+            &*locked(image)?,
+            &self.digester,
+            &self.rewritten,
+        )
+    }
+
+    fn take_over(&mut self) -> Result<()> {
+        let domid = self
+            .domid
+            .ok_or_else(|| Error::Refused("There is no guest".into()))?;
+        self.host.take_over(
+            domid,
+            &incoming_name(&self.incoming.name),
+            &self.incoming.name,
+        )
+    }
+
+    fn discard(&mut self) -> Result<()> {
+        self.end_restore()?;
+        let incoming = incoming_name(&self.incoming.name);
+        if let Some(domid) = self.host.find_named(&self.incoming.uuid, &incoming)? {
+            self.host.destroy(domid)?;
+        }
+        Ok(())
+    }
+}
+
+/// What the feeder thread needs.
+struct Feed {
+    image: Arc<Mutex<Image>>,
+    static_data: StaticData,
+    max_pfn: u64,
+}
+
+/// What the feeder finds to do next.
+enum Next {
+    Frames(Vec<u64>),
+    Pages,
+    Tail(Box<GuestState>),
+    Stop,
+}
+
+impl Feed {
+    fn run(&self, shared: &Shared, writer: PipeWriter) -> Result<()> {
+        let mut stream = StreamWriter::begin(writer, Framing::Libxl, &self.static_data)?;
+        let mut cursor = 0;
+        let mut pfns = Vec::with_capacity(FEED_BATCH);
+        let mut entries = Vec::with_capacity(FEED_BATCH);
+        let mut contents = Vec::with_capacity(FEED_BATCH);
+        loop {
+            match self.next(shared, &mut cursor, &mut pfns)? {
+                Next::Stop => return Ok(()),
+                Next::Frames(frames) => stream.p2m_frames(self.max_pfn, &frames)?,
+                Next::Pages => {
+                    entries.clear();
+                    contents.clear();
+                    self.gather(&pfns, &mut entries, &mut contents)?;
+                    pfns.clear();
+                    let pages: Vec<StreamPage<'_>> = entries
+                        .iter()
+                        .zip(&contents)
+                        .map(|((pfn, page_type), content)| StreamPage {
+                            pfn: *pfn,
+                            page_type: *page_type,
+                            content: Some(content),
+                        })
+                        .collect();
+                    stream.pages(&pages)?;
+                }
+                Next::Tail(state) => {
+                    stream
+                        .finish(&state)?
+                        .flush()
+                        .context(|| "Can't feed the restore")?;
+                    locked(&shared.work)?.fed = Some(Instant::now());
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    fn next(&self, shared: &Shared, cursor: &mut u64, pfns: &mut Vec<u64>) -> Result<Next> {
+        let mut work = locked(&shared.work)?;
+        loop {
+            if work.stop {
+                return Ok(Next::Stop);
+            }
+            if let Some(frames) = work.frames.take() {
+                return Ok(Next::Frames(frames));
+            }
+            if work.pending.take_batch(cursor, FEED_BATCH, pfns) > 0 {
+                return Ok(Next::Pages);
+            }
+            if let Some(tail) = work.tail.take() {
+                return Ok(Next::Tail(Box::new(tail)));
+            }
+            work = shared.wake.wait(work).map_err(|_| poisoned())?;
+        }
+    }
+
+    /// Copies pages out of the image: the pipe may block, and the image must not be held then.
+    fn gather(
+        &self,
+        pfns: &[u64],
+        entries: &mut Vec<(u64, PageType)>,
+        contents: &mut Vec<Page>,
+    ) -> Result<()> {
+        let image = locked(&self.image)?;
+        for pfn in pfns {
+            let Some(state) = image.table().get(*pfn) else {
+                continue;
+            };
+            if !state.page_type.has_data() {
+                continue;
+            }
+            let Some(content) = image.content(*pfn) else {
+                continue;
+            };
+            entries.push((*pfn, state.page_type));
+            contents.push(*content);
+        }
+        Ok(())
+    }
+}
+
+fn poisoned() -> Error {
+    Error::Refused("A thread of the restore failed".into())
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> Result<MutexGuard<'_, T>> {
+    mutex.lock().map_err(|_| poisoned())
+}

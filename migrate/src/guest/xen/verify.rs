@@ -1,0 +1,150 @@
+//! The verify mode at the destination: the restored domain's own pages against the image.
+//!
+//! ```text
+//! domain's frames --m2p--> pfn --map, copy, normalise, digest--> equal to the image's digest?
+//! ```
+//!
+//! The restored page tables hold this host's machine frames; normalised again they must be what
+//! the source sent.
+
+use xen_sys::DomId;
+use xen_sys::memory::{Access, ForeignMemory, M2p};
+
+use super::host::Host;
+use super::page_table::normalise;
+use super::pv::BATCH;
+use crate::digest::Digester;
+use crate::error::{Error, IoContext, Result};
+use crate::image::Image;
+use crate::pages::{PAGE_SIZE, PageSet, PageType};
+
+const NO_FRAME: u64 = u64::MAX;
+
+/// Compares every page of the paused domain `domid` with `image`, but for the pfns in `rewritten`.
+///
+/// # Errors
+/// [`Error::Verify`] that names the first pages that differ.
+pub fn compare(
+    host: &Host,
+    domid: DomId,
+    image: &Image,
+    digester: &Digester,
+    rewritten: &[u64],
+) -> Result<()> {
+    let memory = ForeignMemory::open().context(|| "Can't map guests' memory")?;
+    let m2p = M2p::map(host.ctl()).context(|| "Can't map the machine-to-physical table")?;
+    let table = image.table();
+    let frames = find_frames(host, domid, &m2p, table.pages())?;
+    let translate = |mfn: u64| {
+        let pfn = m2p.pfn_of(mfn)?;
+        (frames.get(pfn as usize) == Some(&mfn)).then_some(pfn)
+    };
+    let mut different = Vec::new();
+    let mut compared = 0u64;
+    let mut wanted = PageSet::full(table.pages());
+    for pfn in rewritten {
+        wanted.remove(*pfn);
+    }
+    let (mut cursor, mut batch) = (0, Vec::with_capacity(BATCH));
+    while wanted.take_batch(&mut cursor, BATCH, &mut batch) > 0 {
+        let mut present = Vec::with_capacity(batch.len());
+        for pfn in &batch {
+            let wanted = table.get(*pfn).filter(|state| state.page_type.has_data());
+            match (
+                wanted,
+                frames
+                    .get(*pfn as usize)
+                    .copied()
+                    .filter(|mfn| *mfn != NO_FRAME),
+            ) {
+                (Some(state), Some(mfn)) => present.push((*pfn, mfn, state)),
+                (None, None) => {}
+                _ => different.push(*pfn),
+            }
+        }
+        batch.clear();
+        let mfns: Vec<u64> = present.iter().map(|(_, mfn, _)| *mfn).collect();
+        if mfns.is_empty() {
+            continue;
+        }
+        let mut types = mfns.clone();
+        host.ctl()
+            .page_types(domid, &mut types)
+            .context(|| "Can't read the types of pages")?;
+        let mapping = memory
+            .map(domid, Access::Read, &mfns)
+            .context(|| "Can't map the guest's memory")?;
+        let mut page = [0; PAGE_SIZE];
+        for (index, (pfn, _, state)) in present.iter().enumerate() {
+            compared += 1;
+            let page_type = types
+                .get(index)
+                .and_then(|raw| PageType::from_page_frame_info(*raw).ok());
+            let same_type = page_type.is_some_and(|found| same_type(found, state.page_type));
+            let same = mapping.copy_page(index, &mut page)
+                && same_type
+                && match state.page_type.table_level() {
+                    Some(level) => normalise(&mut page, level, translate).is_ok(),
+                    None => true,
+                }
+                && digester.page(state.page_type, &page) == state.digest;
+            if !same {
+                different.push(*pfn);
+            }
+        }
+    }
+    if different.is_empty() {
+        log::info!("{compared} restored pages are what was sent");
+        return Ok(());
+    }
+    let shown: Vec<String> = different
+        .iter()
+        .take(8)
+        .map(|pfn| format!("{pfn:#x}"))
+        .collect();
+    Err(Error::Verify(format!(
+        "{} of {compared} restored pages differ, {} among them",
+        different.len(),
+        shown.join(", ")
+    )))
+}
+
+/// Where each page of the domain is. The domain's own p2m is of no use before it has run: the
+/// hypervisor's table is searched for frames that name a pfn of this size, and the hypervisor says
+/// which of them are this domain's.
+fn find_frames(host: &Host, domid: DomId, m2p: &M2p, pages: u64) -> Result<Vec<u64>> {
+    let mut frames = vec![NO_FRAME; pages as usize];
+    let mut candidates: Vec<(u64, u64)> = Vec::with_capacity(BATCH);
+    let mut look = |candidates: &mut Vec<(u64, u64)>| -> Result<()> {
+        let mut types: Vec<u64> = candidates.iter().map(|(mfn, _)| *mfn).collect();
+        if types.is_empty() {
+            return Ok(());
+        }
+        host.ctl()
+            .page_types(domid, &mut types)
+            .context(|| "Can't read the types of pages")?;
+        for ((mfn, pfn), raw) in candidates.drain(..).zip(types) {
+            let ours = PageType::from_page_frame_info(raw).is_ok_and(PageType::has_data);
+            if let (true, Some(slot)) = (ours, frames.get_mut(pfn as usize)) {
+                *slot = mfn;
+            }
+        }
+        Ok(())
+    };
+    for mfn in 0..m2p.frames() {
+        if let Some(pfn) = m2p.pfn_of(mfn).filter(|pfn| *pfn < pages) {
+            candidates.push((mfn, pfn));
+            if candidates.len() == BATCH {
+                look(&mut candidates)?;
+            }
+        }
+    }
+    look(&mut candidates)?;
+    Ok(frames)
+}
+
+/// A table that is only reached through another need not show the same pin.
+fn same_type(found: PageType, wanted: PageType) -> bool {
+    found == wanted
+        || (found.table_level() == wanted.table_level() && wanted.table_level().is_some())
+}

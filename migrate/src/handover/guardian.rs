@@ -1,0 +1,152 @@
+//! The process that outlives a worker.
+//!
+//! A worker starts its guardian before there is anything to lose, and holds the only writing end
+//! of a pipe to it. The pipe ends when the worker does, however it does.
+//!
+//! ```text
+//! worker    start guardian ... move ... journal ended, exit
+//! guardian        wait for the pipe's end              journal ended: nothing to do
+//!
+//! worker    start guardian ... move ... killed
+//! guardian        wait for the pipe's end    settle from the journal
+//! ```
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::journal::{self, Role};
+use super::recovery::{Action, action, settle};
+use crate::directories::Directories;
+use crate::error::{Error, IoContext, Result, chain};
+
+/// The name that `ps` shows, so that it can be told from a worker.
+pub const PROCESS_NAME: &str = "vmshadow-guard";
+
+/// How long a guardian goes on asking a destination that doesn't answer. After that the operator
+/// decides when to ask again.
+const ASKING: Duration = Duration::from_secs(180);
+
+/// A worker's hold on its guardian. Dropped at the worker's end, or by the kernel.
+#[derive(Debug)]
+pub struct Guardian {
+    child: Child,
+    _pipe: ChildStdin,
+}
+
+impl Guardian {
+    /// Starts the guardian of the move whose journal is at `journal`.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn start(directories: &Directories, journal: &Path, name: &str) -> Result<Guardian> {
+        let log = log_file(directories, name)?;
+        let mut child = Command::new("/proc/self/exe")
+            .arg0(PROCESS_NAME)
+            .arg("guard")
+            .arg(journal)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .current_dir("/")
+            .process_group(0)
+            .spawn()
+            .context(|| "Can't start the guardian")?;
+        let pipe = child
+            .stdin
+            .take()
+            .ok_or_else(|| Error::Refused("No pipe to the guardian".into()))?;
+        Ok(Guardian { child, _pipe: pipe })
+    }
+
+    /// The guardian's process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Leaves the guardian to go on by itself.
+    pub fn leave(self) {}
+
+    /// Lets the guardian look at the journal, and waits for it.
+    pub fn finish(self) {
+        let Guardian { mut child, _pipe } = self;
+        drop(_pipe);
+        if let Err(error) = child.wait() {
+            log::warn!("Can't wait for the guardian: {error}");
+        }
+    }
+}
+
+/// The guardian itself: `vmshadow guard JOURNAL`, its standard input the worker's pipe.
+///
+/// # Errors
+/// What could not be settled; it is then up to `vmshadow resolve`.
+pub fn run(directories: &Directories, path: &Path) -> Result<()> {
+    name_process(PROCESS_NAME);
+    // The worker never writes: this returns when it ends.
+    let mut nothing = Vec::new();
+    io::stdin()
+        .lock()
+        .take(1 << 10)
+        .read_to_end(&mut nothing)
+        .context(|| "Can't watch the worker")?;
+    let start = Instant::now();
+    loop {
+        if !path.exists() {
+            return Ok(());
+        }
+        let entry = journal::read(path)?;
+        if action(&entry) == Action::Nothing {
+            if entry.begin.role == Role::Source {
+                fs::remove_file(path).context(|| format!("Can't remove {}", path.display()))?;
+            }
+            return Ok(());
+        }
+        log::warn!(
+            "{}: its worker is gone at {:?}",
+            entry.begin.name,
+            entry.phase
+        );
+        match settle(directories, &entry, Duration::from_secs(10)) {
+            Ok(settled) => {
+                log::warn!("{}: {}", settled.name, settled.what);
+                return Ok(());
+            }
+            Err(error) if start.elapsed() < ASKING => {
+                log::warn!("{}: {}", entry.begin.name, chain(&error));
+                thread::sleep(Duration::from_secs(2));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Gives this process the name that `ps` and `/proc/PID/comm` show.
+pub fn name_process(name: &str) {
+    if let Err(error) = fs::write("/proc/self/comm", name) {
+        log::debug!("Can't name the process: {error}");
+    }
+}
+
+/// Where guardians and keepers of the guest `name` write.
+pub(crate) fn log_file(directories: &Directories, name: &str) -> Result<File> {
+    // A guest's name can't hold a slash, but a peer's word for it could.
+    let file: String = name
+        .chars()
+        .map(|c| if c == '/' || c == '\0' { '_' } else { c })
+        .collect();
+    let path = directories
+        .log
+        .join(format!("{}.log", file.trim_start_matches('.')));
+    OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(&path)
+        .context(|| format!("Can't open {}", path.display()))
+}

@@ -1,0 +1,473 @@
+//! The record of who owns a guest.
+//!
+//! One file a move and side, made before there is anything to lose. Records are appended as JSON
+//! lines and synced before what they say takes effect; a torn last line (power cut while it was
+//! written) never took effect and is ignored.
+//!
+//! ```text
+//! source                                 destination
+//! begin       before anything            begin     before the domain is made
+//! tracking    before log-dirty
+//! suspending  before the suspend         ready     before ready is sent
+//! committed   before commit is sent      owner     before the guest is unpaused
+//! end         guest gone, or goes on     end       guest runs, or all is gone
+//! ```
+//!
+//! A destination's journal stays after its end for [`KEEP_ENDED`]: a source that committed and
+//! lost the link asks what became of the move.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use serde::{Deserialize, Serialize};
+
+use crate::directories::{Directories, sync_directory};
+use crate::error::{Error, IoContext, Result};
+
+/// The version of the journal's format.
+pub const JOURNAL_VERSION: u32 = 1;
+
+/// How long a destination remembers a move that ended.
+pub const KEEP_ENDED: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// The largest journal that is read: it has a handful of lines.
+const LONGEST: u64 = 1 << 20;
+
+/// Which end of a move this journal belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// The guest leaves.
+    Source,
+    /// The guest arrives.
+    Destination,
+}
+
+/// How far a move is, in the order of its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Both: nothing was touched yet; at the destination, memory arrives.
+    Begun,
+    /// Source: the hypervisor may be logging dirty pages.
+    Tracking,
+    /// Source: the guest was asked to suspend.
+    Suspending,
+    /// Destination: all is here and proved; waiting for the commit.
+    Ready,
+    /// Source: the commit may have been sent. Only the destination knows who owns the guest.
+    Committed,
+    /// Destination: the guest is ours.
+    Owner,
+}
+
+/// How a move ended at this side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// The guest is at the destination.
+    Moved,
+    /// The guest is at the source.
+    Aborted,
+}
+
+/// What is fixed when a move begins.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Begin {
+    /// The journal's format, [`JOURNAL_VERSION`].
+    pub version: u32,
+    /// The move, the same at both sides.
+    pub move_id: String,
+    /// Which side this is.
+    pub role: Role,
+    /// The guest's name.
+    pub name: String,
+    /// The guest's UUID.
+    pub uuid: String,
+    /// At the source, the guest's domain id.
+    pub domid: Option<u32>,
+    /// The other site, as the operator named it.
+    pub peer: String,
+    /// The command that reaches the other site's `vmshadow`; empty at the destination.
+    pub remote: Vec<String>,
+    /// At the destination, the file that holds the memory.
+    pub memory: Option<PathBuf>,
+    /// The kernel's boot id: after a reboot no domain of the journal is left.
+    pub boot_id: String,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "record", rename_all = "lowercase")]
+enum Record {
+    Begin(Begin),
+    Phase { phase: Phase },
+    End { outcome: Outcome },
+}
+
+/// What a journal says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// The file.
+    pub path: PathBuf,
+    /// What was fixed at the beginning.
+    pub begin: Begin,
+    /// How far it came.
+    pub phase: Phase,
+    /// How it ended, if it did.
+    pub outcome: Option<Outcome>,
+}
+
+/// A journal open for writing.
+#[derive(Debug)]
+pub struct Journal {
+    file: File,
+    entry: Entry,
+}
+
+impl Journal {
+    /// Starts the journal of a move.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where it can't be written and synced; [`Error::Journal`] where this move
+    /// has one already.
+    pub fn create(directories: &Directories, begin: Begin) -> Result<Journal> {
+        let path = path_of(directories, &begin.move_id, begin.role)?;
+        let doing = || format!("Can't start the journal {}", path.display());
+        let file = OpenOptions::new()
+            .append(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)
+            .context(doing)?;
+        let entry = Entry {
+            path: path.clone(),
+            begin,
+            phase: Phase::Begun,
+            outcome: None,
+        };
+        let mut journal = Journal { file, entry };
+        let begin = journal.entry.begin.clone();
+        journal.append(&Record::Begin(begin))?;
+        sync_directory(&directories.moves())?;
+        Ok(journal)
+    }
+
+    /// Opens the journal of a move to go on writing it.
+    ///
+    /// # Errors
+    /// As [`read`], and [`Error::Io`].
+    pub fn open(path: &Path) -> Result<Journal> {
+        let entry = read(path)?;
+        // A torn last line must not swallow the record that follows it.
+        let length = complete_length(path)?;
+        let file = OpenOptions::new()
+            .append(true)
+            .open(path)
+            .context(|| format!("Can't open the journal {}", path.display()))?;
+        file.set_len(length)
+            .context(|| format!("Can't mend the journal {}", path.display()))?;
+        Ok(Journal { file, entry })
+    }
+
+    /// What the journal says now.
+    pub fn entry(&self) -> &Entry {
+        &self.entry
+    }
+
+    /// Records that the move reached `phase`. On return it is on the disk.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; then the phase must not take effect.
+    pub fn reach(&mut self, phase: Phase) -> Result<()> {
+        self.append(&Record::Phase { phase })?;
+        self.entry.phase = phase;
+        Ok(())
+    }
+
+    /// Records the end of the move at this side.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn end(&mut self, outcome: Outcome) -> Result<()> {
+        self.append(&Record::End { outcome })?;
+        self.entry.outcome = Some(outcome);
+        Ok(())
+    }
+
+    /// Ends the move and removes the file: for a source, whom nobody asks later.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn end_and_remove(mut self, outcome: Outcome) -> Result<()> {
+        self.end(outcome)?;
+        let path = &self.entry.path;
+        fs::remove_file(path).context(|| format!("Can't remove the journal {}", path.display()))
+    }
+
+    fn append(&mut self, record: &Record) -> Result<()> {
+        let path = &self.entry.path;
+        let doing = || format!("Can't write the journal {}", path.display());
+        let mut line = serde_json::to_vec(record).map_err(|error| Error::Journal {
+            path: path.display().to_string(),
+            what: error.to_string(),
+        })?;
+        line.push(b'\n');
+        self.file.write_all(&line).context(doing)?;
+        self.file.sync_data().context(doing)
+    }
+}
+
+/// Reads one journal.
+///
+/// # Errors
+/// [`Error::Journal`] where it isn't one of ours or of another version, [`Error::Io`].
+pub fn read(path: &Path) -> Result<Entry> {
+    let mut text = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(LONGEST).read_to_end(&mut text))
+        .context(|| format!("Can't read the journal {}", path.display()))?;
+    parse(path, &text)
+}
+
+fn parse(path: &Path, text: &[u8]) -> Result<Entry> {
+    let bad = |what: String| Error::Journal {
+        path: path.display().to_string(),
+        what,
+    };
+    let mut entry: Option<Entry> = None;
+    // Only what ends with a newline was written whole.
+    let whole = text
+        .iter()
+        .rposition(|byte| *byte == b'\n')
+        .map_or(0, |end| end + 1);
+    for line in text[..whole]
+        .split(|byte| *byte == b'\n')
+        .filter(|line| !line.is_empty())
+    {
+        let record =
+            serde_json::from_slice(line).map_err(|error| bad(format!("Bad record: {error}")))?;
+        match (record, &mut entry) {
+            (Record::Begin(begin), None) => {
+                if begin.version != JOURNAL_VERSION {
+                    return Err(bad(format!(
+                        "Version {} is not this program's ({JOURNAL_VERSION})",
+                        begin.version
+                    )));
+                }
+                entry = Some(Entry {
+                    path: path.into(),
+                    begin,
+                    phase: Phase::Begun,
+                    outcome: None,
+                });
+            }
+            (Record::Phase { phase }, Some(entry)) => entry.phase = phase,
+            (Record::End { outcome }, Some(entry)) => entry.outcome = Some(outcome),
+            (Record::Begin(_), Some(_)) => return Err(bad("Begins twice".into())),
+            (_, None) => return Err(bad("Has no beginning".into())),
+        }
+    }
+    entry.ok_or_else(|| bad("Is empty".into()))
+}
+
+fn complete_length(path: &Path) -> Result<u64> {
+    let text = fs::read(path).context(|| format!("Can't read the journal {}", path.display()))?;
+    Ok(text
+        .iter()
+        .rposition(|byte| *byte == b'\n')
+        .map_or(0, |end| end as u64 + 1))
+}
+
+/// The journals of this host, readable ones only; a bad one is logged, never guessed at.
+///
+/// # Errors
+/// [`Error::Io`] where the directory can't be read.
+pub fn list(directories: &Directories) -> Result<Vec<Entry>> {
+    let moves = directories.moves();
+    let doing = || format!("Can't read {}", moves.display());
+    let mut entries = Vec::new();
+    let listing = match fs::read_dir(&moves) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(entries),
+        listing => listing.context(doing)?,
+    };
+    for file in listing {
+        let path = file.context(doing)?.path();
+        if path
+            .extension()
+            .is_none_or(|extension| extension != "journal")
+        {
+            continue;
+        }
+        match read(&path) {
+            Ok(entry) => entries.push(entry),
+            // Created, not yet begun: the process that makes it died before anything happened.
+            Err(Error::Journal { what, .. }) if what == "Is empty" => {
+                log::debug!("{} is empty", path.display());
+            }
+            Err(error) => log::warn!("{}", crate::error::chain(&error)),
+        }
+    }
+    entries.sort_by(|one, other| one.path.cmp(&other.path));
+    Ok(entries)
+}
+
+/// The journal of one move at one side, if there is one.
+///
+/// # Errors
+/// As [`read`], and [`Error::Refused`] for an id that isn't one.
+pub fn find(directories: &Directories, move_id: &str, role: Role) -> Result<Option<Entry>> {
+    let path = path_of(directories, move_id, role)?;
+    if path.exists() {
+        read(&path).map(Some)
+    } else {
+        Ok(None)
+    }
+}
+
+/// Removes ended journals older than [`KEEP_ENDED`].
+///
+/// # Errors
+/// As [`list`].
+pub fn prune(directories: &Directories) -> Result<()> {
+    let now = SystemTime::now();
+    for entry in list(directories)?
+        .into_iter()
+        .filter(|entry| entry.outcome.is_some())
+    {
+        let age = fs::metadata(&entry.path)
+            .and_then(|data| data.modified())
+            .ok();
+        let age = age.and_then(|modified| now.duration_since(modified).ok());
+        if age.is_some_and(|age| age > KEEP_ENDED) {
+            fs::remove_file(&entry.path)
+                .context(|| format!("Can't remove the journal {}", entry.path.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// This kernel's boot id.
+pub fn boot_id() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .unwrap_or_default()
+        .trim()
+        .to_owned()
+}
+
+/// A move's id comes from the other site: as a file name it may hold hexadecimal digits and
+/// dashes only.
+fn path_of(directories: &Directories, move_id: &str, role: Role) -> Result<PathBuf> {
+    let fits = (8..=64).contains(&move_id.len())
+        && move_id
+            .bytes()
+            .all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
+    if !fits {
+        return Err(Error::Refused("That is no id of a move".into()));
+    }
+    let side = match role {
+        Role::Source => "source",
+        Role::Destination => "destination",
+    };
+    Ok(directories
+        .moves()
+        .join(format!("{move_id}.{side}.journal")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn directories() -> (tempfile::TempDir, Directories) {
+        let root = tempfile::tempdir().unwrap();
+        let directories = Directories::under(root.path());
+        directories.create().unwrap();
+        (root, directories)
+    }
+
+    fn begin() -> Begin {
+        Begin {
+            version: JOURNAL_VERSION,
+            move_id: "0123abcd-ef".into(),
+            role: Role::Source,
+            name: "g1".into(),
+            uuid: "u".into(),
+            domid: Some(3),
+            peer: "b".into(),
+            remote: vec!["ssh".into(), "b".into(), "vmshadow".into()],
+            memory: None,
+            boot_id: "boot".into(),
+        }
+    }
+
+    #[test]
+    fn what_was_written_is_read_back() {
+        let (_root, directories) = directories();
+        let mut journal = Journal::create(&directories, begin()).unwrap();
+        journal.reach(Phase::Suspending).unwrap();
+        journal.reach(Phase::Committed).unwrap();
+        let entries = list(&directories).unwrap();
+        assert_eq!(entries.len(), 1);
+        assert_eq!(entries[0].phase, Phase::Committed);
+        assert_eq!(entries[0].begin, begin());
+        assert_eq!(entries[0].outcome, None);
+        journal.end_and_remove(Outcome::Moved).unwrap();
+        assert!(list(&directories).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_record_cut_short_at_any_byte_never_took_effect() {
+        let (_root, directories) = directories();
+        let mut journal = Journal::create(&directories, begin()).unwrap();
+        journal.reach(Phase::Suspending).unwrap();
+        let path = journal.entry().path.clone();
+        let before = fs::read(&path).unwrap();
+        journal.reach(Phase::Committed).unwrap();
+        let after = fs::read(&path).unwrap();
+        for length in before.len()..after.len() {
+            assert_eq!(
+                parse(&path, &after[..length]).unwrap().phase,
+                Phase::Suspending
+            );
+        }
+        assert_eq!(parse(&path, &after).unwrap().phase, Phase::Committed);
+        // Writing goes on after a torn record.
+        fs::write(&path, &after[..after.len() - 3]).unwrap();
+        let mut journal = Journal::open(&path).unwrap();
+        assert_eq!(journal.entry().phase, Phase::Suspending);
+        journal.end(Outcome::Aborted).unwrap();
+        assert_eq!(read(&path).unwrap().outcome, Some(Outcome::Aborted));
+    }
+
+    #[test]
+    fn a_move_has_one_journal_a_side() {
+        let (_root, directories) = directories();
+        let _journal = Journal::create(&directories, begin()).unwrap();
+        assert!(Journal::create(&directories, begin()).is_err());
+    }
+
+    #[test]
+    fn another_version_is_refused() {
+        let (_root, directories) = directories();
+        Journal::create(
+            &directories,
+            Begin {
+                version: 99,
+                ..begin()
+            },
+        )
+        .unwrap();
+        let path = path_of(&directories, "0123abcd-ef", Role::Source).unwrap();
+        assert!(matches!(read(&path), Err(Error::Journal { .. })));
+    }
+
+    #[test]
+    fn a_peer_cannot_name_a_path() {
+        let (_root, directories) = directories();
+        for bad in ["", "../../../etc", "abc/defgh", "0123456789abcdefg"] {
+            assert!(find(&directories, bad, Role::Destination).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,501 @@
+//! What to do about a move whose worker is gone.
+//!
+//! [`action`] is the whole policy: a pure function of the journal. [`settle`] carries it out, and
+//! can be run again after it was itself cut short.
+//!
+//! ```text
+//! source       begun, tracking  -> the guest never stopped: end log-dirty
+//!              suspending       -> take the request back, or resume
+//!              committed        -> ask the destination, and do what it says
+//! destination  begun, ready     -> destroy what is incoming
+//!              owner            -> the guest is ours: name it, let it run
+//! ```
+
+use std::fs;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::journal::{self, Entry, Journal, Outcome, Phase, Role};
+use super::lock::GuestLock;
+use crate::directories::Directories;
+use crate::error::{Error, Result, chain};
+use crate::guest::xen::host::Host;
+use crate::keeper;
+use crate::link::ssh::Remote;
+
+/// What a journal demands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// It ended; nothing is open.
+    Nothing,
+    /// The guest stays at the source and was never asked to suspend.
+    GoOn,
+    /// The guest stays at the source; it may be suspended, or about to be.
+    Resume,
+    /// Only the destination knows.
+    AskDestination,
+    /// Destroy the incoming domain and its memory.
+    Discard,
+    /// The guest is this site's: let it run.
+    Finish,
+}
+
+/// What to do about a move that left `entry` behind.
+pub fn action(entry: &Entry) -> Action {
+    if entry.outcome.is_some() {
+        return Action::Nothing;
+    }
+    match (entry.begin.role, entry.phase) {
+        (Role::Source, Phase::Begun | Phase::Tracking) => Action::GoOn,
+        (Role::Source, Phase::Suspending) => Action::Resume,
+        (Role::Source, Phase::Committed) => Action::AskDestination,
+        (Role::Destination, Phase::Owner) => Action::Finish,
+        (Role::Destination, Phase::Begun | Phase::Ready) => Action::Discard,
+        // Phases of the other side: a journal that we didn't write. Ask; never guess.
+        (Role::Source, Phase::Ready | Phase::Owner) => Action::AskDestination,
+        (Role::Destination, _) => Action::Discard,
+    }
+}
+
+/// A destination's answer to a source that committed and heard nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Owner {
+    /// The guest is the destination's.
+    Destination,
+    /// The destination gave up and has nothing of it: the guest is the source's.
+    Source,
+    /// The destination has no record of such a move.
+    Unknown,
+}
+
+/// The answer as it is printed by `vmshadow receive --ask`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answer {
+    /// The format, 1.
+    pub version: u32,
+    /// Who owns the guest.
+    pub owner: Owner,
+}
+
+/// How a move was settled, in words for the operator.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Settled {
+    /// The guest.
+    pub name: String,
+    /// What was found and done.
+    pub what: String,
+    /// Where the guest is now, seen from here: "here", "there" or "nowhere".
+    pub place: &'static str,
+}
+
+/// How long a worker of the same move is waited for.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Carries out what the journal at `entry` demands. Runs again without harm.
+///
+/// # Errors
+/// [`Error::Busy`] while its worker lives; [`Error::LinkLost`] or [`Error::InDoubt`] where the
+/// destination has to be asked and doesn't answer; what Xen refuses.
+pub fn settle(directories: &Directories, entry: &Entry, patience: Duration) -> Result<Settled> {
+    let begin = &entry.begin;
+    let _lock = GuestLock::wait(directories, &begin.uuid, &begin.name, patience)?;
+    // While we waited its worker, or another of us, may have gone on.
+    if !entry.path.exists() {
+        return Ok(settled(entry, "Settled already", "here"));
+    }
+    let mut journal = Journal::open(&entry.path)?;
+    let entry = journal.entry().clone();
+    if entry.outcome.is_none() && entry.begin.boot_id != journal::boot_id() {
+        return settle_after_reboot(journal, &entry);
+    }
+    match action(&entry) {
+        Action::Nothing => {
+            let place = match (entry.begin.role, entry.outcome) {
+                (Role::Source, Some(Outcome::Moved))
+                | (Role::Destination, Some(Outcome::Aborted)) => "there",
+                _ => "here",
+            };
+            if entry.begin.role == Role::Source {
+                remove(&entry);
+            }
+            Ok(settled(&entry, "Ended already", place))
+        }
+        Action::GoOn => {
+            let host = Host::open()?;
+            if let Some(domid) = host.find(&entry.begin.uuid)? {
+                host.end_log_dirty(domid, entry.phase >= Phase::Tracking)?;
+            }
+            journal.end_and_remove(Outcome::Aborted)?;
+            Ok(settled(
+                &entry,
+                "The move was given up before the guest was suspended",
+                "here",
+            ))
+        }
+        Action::Resume => {
+            resume(directories, &entry)?;
+            journal.end_and_remove(Outcome::Aborted)?;
+            Ok(settled(
+                &entry,
+                "The move was given up and the guest goes on",
+                "here",
+            ))
+        }
+        Action::AskDestination => match ask(&entry)? {
+            Owner::Destination => {
+                destroy_left(&entry)?;
+                journal.end_and_remove(Outcome::Moved)?;
+                Ok(settled(&entry, "The destination owns the guest", "there"))
+            }
+            Owner::Source => {
+                resume(directories, &entry)?;
+                journal.end_and_remove(Outcome::Aborted)?;
+                Ok(settled(
+                    &entry,
+                    "The destination gave up and the guest goes on",
+                    "here",
+                ))
+            }
+            Owner::Unknown => Err(Error::InDoubt {
+                peer: entry.begin.peer.clone(),
+            }),
+        },
+        Action::Discard => {
+            discard(&entry)?;
+            journal.end(Outcome::Aborted)?;
+            Ok(settled(&entry, "What had arrived was discarded", "there"))
+        }
+        Action::Finish => {
+            finish(directories, &entry)?;
+            journal.end(Outcome::Moved)?;
+            Ok(settled(
+                &entry,
+                "The guest was committed to this site and runs",
+                "here",
+            ))
+        }
+    }
+}
+
+/// This host has started anew since: its domains of that time are gone, the guest's among them
+/// where it had one here.
+fn settle_after_reboot(mut journal: Journal, entry: &Entry) -> Result<Settled> {
+    match action(entry) {
+        Action::AskDestination => match ask(entry)? {
+            Owner::Destination => {
+                journal.end_and_remove(Outcome::Moved)?;
+                Ok(settled(entry, "The destination owns the guest", "there"))
+            }
+            Owner::Source => {
+                journal.end_and_remove(Outcome::Aborted)?;
+                Ok(settled(
+                    entry,
+                    "The guest was this host's and ended with its reboot",
+                    "nowhere",
+                ))
+            }
+            Owner::Unknown => Err(Error::InDoubt {
+                peer: entry.begin.peer.clone(),
+            }),
+        },
+        Action::Discard => {
+            remove_memory(entry)?;
+            journal.end(Outcome::Aborted)?;
+            Ok(settled(entry, "What had arrived was discarded", "there"))
+        }
+        Action::Finish => {
+            remove_memory(entry)?;
+            journal.end(Outcome::Moved)?;
+            Ok(settled(
+                entry,
+                "The guest was this host's and ended with its reboot",
+                "nowhere",
+            ))
+        }
+        Action::Nothing | Action::GoOn | Action::Resume => {
+            journal.end_and_remove(Outcome::Aborted)?;
+            Ok(settled(
+                entry,
+                "The guest was this host's and ended with its reboot",
+                "nowhere",
+            ))
+        }
+    }
+}
+
+/// The operator's word that the destination is lost for good, or that it runs the guest: settles
+/// a move that is in doubt without asking.
+///
+/// # Errors
+/// [`Error::Refused`] where the move isn't in doubt.
+pub fn settle_by_decree(directories: &Directories, entry: &Entry, owner: Owner) -> Result<Settled> {
+    let begin = &entry.begin;
+    let _lock = GuestLock::wait(directories, &begin.uuid, &begin.name, PATIENCE)?;
+    let journal = Journal::open(&entry.path)?;
+    let entry = journal.entry().clone();
+    if action(&entry) != Action::AskDestination {
+        return Err(Error::Refused(format!("{} is not in doubt", begin.name)));
+    }
+    match owner {
+        Owner::Destination => {
+            destroy_left(&entry)?;
+            journal.end_and_remove(Outcome::Moved)?;
+            Ok(settled(
+                &entry,
+                "By decree the guest is the destination's",
+                "there",
+            ))
+        }
+        Owner::Source => {
+            resume(directories, &entry)?;
+            journal.end_and_remove(Outcome::Aborted)?;
+            Ok(settled(
+                &entry,
+                "By decree the guest is this site's, and goes on",
+                "here",
+            ))
+        }
+        Owner::Unknown => Err(Error::Refused("That decides nothing".into())),
+    }
+}
+
+/// The destination's answer about a move: settles it first, so that the answer holds for good.
+///
+/// # Errors
+/// As [`settle`].
+pub fn answer(directories: &Directories, move_id: &str) -> Result<Answer> {
+    let owner = match journal::find(directories, move_id, Role::Destination)? {
+        None => Owner::Unknown,
+        Some(entry) => {
+            if entry.outcome.is_none() {
+                settle(directories, &entry, PATIENCE)?;
+            }
+            match journal::read(&entry.path)?.outcome {
+                Some(Outcome::Moved) => Owner::Destination,
+                Some(Outcome::Aborted) => Owner::Source,
+                None => return Err(Error::Busy("The move is still under way".into())),
+            }
+        }
+    };
+    Ok(Answer { version: 1, owner })
+}
+
+/// Settles whatever dead workers left on this host, but for what is in doubt and what living
+/// workers have in hand. What can't be settled now is logged.
+pub fn settle_all(directories: &Directories) {
+    let entries = match journal::list(directories) {
+        Ok(entries) => entries,
+        Err(error) => return log::warn!("{}", chain(&error)),
+    };
+    for entry in entries
+        .iter()
+        .filter(|entry| action(entry) != Action::Nothing)
+    {
+        if action(entry) == Action::AskDestination {
+            continue;
+        }
+        match settle(directories, entry, Duration::ZERO) {
+            Ok(settled) => log::info!("{}: {}", settled.name, settled.what),
+            Err(Error::Busy(_)) => {}
+            Err(error) => log::warn!("{}: {}", entry.begin.name, chain(&error)),
+        }
+    }
+    if let Err(error) = journal::prune(directories) {
+        log::warn!("{}", chain(&error));
+    }
+}
+
+fn settled(entry: &Entry, what: &str, place: &'static str) -> Settled {
+    Settled {
+        name: entry.begin.name.clone(),
+        what: what.to_owned(),
+        place,
+    }
+}
+
+fn remove(entry: &Entry) {
+    if let Err(error) = fs::remove_file(&entry.path) {
+        log::warn!("Can't remove {}: {error}", entry.path.display());
+    }
+}
+
+/// Asks the destination, which may itself have to wait for its worker to notice the lost link.
+pub(crate) fn ask(entry: &Entry) -> Result<Owner> {
+    let begin = &entry.begin;
+    let remote = Remote::from_parts(begin.peer.clone(), begin.remote.clone());
+    let text = remote.ask(&["receive", "--ask", &begin.move_id])?;
+    let answer: Answer = serde_json::from_str(text.trim()).map_err(|error| Error::Protocol {
+        peer: begin.peer.clone(),
+        what: format!("an answer that can't be read: {error}"),
+    })?;
+    Ok(answer.owner)
+}
+
+/// Makes sure that the guest runs here, under a keeper: `xl`'s monitor is gone since the suspend.
+fn resume(directories: &Directories, entry: &Entry) -> Result<()> {
+    let host = Host::open()?;
+    let Some(domid) = host.find(&entry.begin.uuid)? else {
+        log::warn!("{} is gone from this host", entry.begin.name);
+        return Ok(());
+    };
+    host.go_on(domid)?;
+    host.end_log_dirty(domid, true)?;
+    keeper::start(directories, &entry.begin.name, &entry.begin.uuid)
+}
+
+/// Destroys the domain that the guest left behind here.
+fn destroy_left(entry: &Entry) -> Result<()> {
+    let host = Host::open()?;
+    match host.find(&entry.begin.uuid)? {
+        // It must be the one that was suspended, not a guest that came back since.
+        Some(domid) if host.is_suspended(domid)? => {
+            host.end_log_dirty(domid, true)?;
+            host.destroy(domid)
+        }
+        Some(domid) => {
+            log::warn!(
+                "{} (domain {domid}) runs here; it is left alone",
+                entry.begin.name
+            );
+            Ok(())
+        }
+        None => Ok(()),
+    }
+}
+
+/// Destroys what has arrived of a guest that stays where it was.
+fn discard(entry: &Entry) -> Result<()> {
+    let host = Host::open()?;
+    if let Some(domid) = host.find_named(&entry.begin.uuid, &incoming_name(&entry.begin.name))? {
+        host.destroy(domid)?;
+    }
+    remove_memory(entry)
+}
+
+/// Lets the guest run that was committed to this site.
+fn finish(directories: &Directories, entry: &Entry) -> Result<()> {
+    let host = Host::open()?;
+    let begin = &entry.begin;
+    match host.find(&begin.uuid)? {
+        Some(domid) => {
+            host.take_over(domid, &incoming_name(&begin.name), &begin.name)?;
+            keeper::start(directories, &begin.name, &begin.uuid)?;
+        }
+        None => log::error!("{} was committed to this host and is gone", begin.name),
+    }
+    remove_memory(entry)
+}
+
+fn remove_memory(entry: &Entry) -> Result<()> {
+    let Some(path) = &entry.begin.memory else {
+        return Ok(());
+    };
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::Io {
+            doing: format!("Can't remove {}", path.display()),
+            source: error,
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// What an incoming guest is called until it is committed, as xl does.
+pub fn incoming_name(name: &str) -> String {
+    format!("{name}--incoming")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::journal::{Begin, JOURNAL_VERSION};
+    use super::*;
+
+    fn entry(role: Role, phase: Phase, outcome: Option<Outcome>) -> Entry {
+        Entry {
+            path: "/nowhere".into(),
+            begin: Begin {
+                version: JOURNAL_VERSION,
+                move_id: "m".into(),
+                role,
+                name: "g1".into(),
+                uuid: "u".into(),
+                domid: None,
+                peer: "b".into(),
+                remote: Vec::new(),
+                memory: None,
+                boot_id: String::new(),
+            },
+            phase,
+            outcome,
+        }
+    }
+
+    const PHASES: [Phase; 6] = [
+        Phase::Begun,
+        Phase::Tracking,
+        Phase::Suspending,
+        Phase::Ready,
+        Phase::Committed,
+        Phase::Owner,
+    ];
+
+    /// Law 1 as a table: whatever pair of journals a double crash leaves behind, one guest runs.
+    #[test]
+    fn every_pair_of_journals_leaves_one_owner() {
+        // The pairs that the protocol can reach: ready precedes committed precedes owner.
+        let reachable = |source: Phase, destination: Phase| match destination {
+            Phase::Begun => source < Phase::Committed,
+            Phase::Ready => true,
+            Phase::Owner => source == Phase::Committed,
+            _ => false,
+        };
+        let mut pairs = 0;
+        for source in [
+            Phase::Begun,
+            Phase::Tracking,
+            Phase::Suspending,
+            Phase::Committed,
+        ] {
+            for destination in [Phase::Begun, Phase::Ready, Phase::Owner] {
+                if !reachable(source, destination) {
+                    continue;
+                }
+                pairs += 1;
+                let there = action(&entry(Role::Destination, destination, None)) == Action::Finish;
+                let here = match action(&entry(Role::Source, source, None)) {
+                    Action::GoOn | Action::Resume => true,
+                    // The source does what the destination's own settlement decided.
+                    Action::AskDestination => !there,
+                    other => panic!("{other:?}"),
+                };
+                assert!(here ^ there, "{source:?} {destination:?}");
+            }
+        }
+        assert_eq!(pairs, 8);
+    }
+
+    #[test]
+    fn a_source_never_resumes_by_itself_after_commit() {
+        for phase in PHASES
+            .into_iter()
+            .filter(|phase| *phase >= Phase::Committed)
+        {
+            assert_eq!(
+                action(&entry(Role::Source, phase, None)),
+                Action::AskDestination
+            );
+        }
+    }
+
+    #[test]
+    fn an_ended_move_needs_nothing() {
+        for role in [Role::Source, Role::Destination] {
+            for phase in PHASES {
+                for outcome in [Outcome::Moved, Outcome::Aborted] {
+                    assert_eq!(action(&entry(role, phase, Some(outcome))), Action::Nothing);
+                }
+            }
+        }
+    }
+}

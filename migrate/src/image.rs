@@ -1,0 +1,189 @@
+//! A guest's memory as it arrives.
+//!
+//! ```text
+//! incoming/<move>.memory   page 0 | page 1 | ...     one 4 KiB slot a pfn, mapped
+//! in memory                type and digest a page
+//! ```
+//!
+//! dom0 is often smaller than its guests. The file is mapped shared, so the kernel can write back
+//! and drop what isn't touched. Its blocks are reserved at the start: a disk that is too full is
+//! an error before the guest stops, never a fault in the middle of a copy. Zero pages are one bit
+//! and never written.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use memmap2::MmapMut;
+use nix::fcntl::{FallocateFlags, fallocate};
+
+use crate::error::{Error, IoContext, Result};
+use crate::guest::{PageState, PageTable};
+use crate::pages::{PAGE_SIZE, Page, PageSet};
+
+/// The arriving memory of one guest.
+#[derive(Debug)]
+pub struct Image {
+    path: PathBuf,
+    map: MmapMut,
+    table: PageTable,
+    zero: PageSet,
+}
+
+impl Image {
+    /// Makes the file for `pages` pages and reserves its room.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where the disk has no room; [`Error::Io`].
+    pub fn create(path: &Path, pages: u64) -> Result<Image> {
+        let doing = || format!("Can't make {}", path.display());
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path)
+            .context(doing)?;
+        match Self::reserve(&file, path, pages) {
+            Ok(map) => Ok(Image {
+                path: path.to_owned(),
+                map,
+                table: PageTable::new(pages),
+                zero: PageSet::new(pages),
+            }),
+            Err(error) => {
+                // What was reserved in part must not stay.
+                let _ = std::fs::remove_file(path);
+                Err(error)
+            }
+        }
+    }
+
+    fn reserve(file: &File, path: &Path, pages: u64) -> Result<MmapMut> {
+        let doing = || format!("Can't reserve {}", path.display());
+        let bytes = pages.max(1) * PAGE_SIZE as u64;
+        let length = i64::try_from(bytes)
+            .map_err(|_| Error::Refused(format!("{bytes} bytes are no guest's memory")))?;
+        match fallocate(file, FallocateFlags::empty(), 0, length) {
+            Ok(()) => {}
+            Err(nix::errno::Errno::ENOSPC) => {
+                let directory = path.parent().unwrap_or(path).display().to_string();
+                return Err(Error::Refused(format!(
+                    "{directory} has no room for the guest's memory ({} MiB)",
+                    bytes >> 20
+                )));
+            }
+            Err(error) => return Err(std::io::Error::from(error)).context(doing),
+        }
+        map(file).context(doing)
+    }
+
+    /// What is known of each page.
+    pub fn table(&self) -> &PageTable {
+        &self.table
+    }
+
+    /// Stores a page as it arrived. `content` may be left out where it is all zero or there is
+    /// none.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] for a pfn beyond the guest.
+    pub fn store(&mut self, pfn: u64, state: PageState, content: Option<&Page>) -> Result<()> {
+        if pfn >= self.table.pages() {
+            return Err(Error::Refused(format!(
+                "Page {pfn:#x} is beyond the guest's memory"
+            )));
+        }
+        match content {
+            Some(content) => {
+                self.zero.remove(pfn);
+                let (pages, _) = self.map.as_chunks_mut::<PAGE_SIZE>();
+                if let Some(page) = pages.get_mut(pfn as usize) {
+                    *page = *content;
+                }
+            }
+            None => {
+                self.zero.insert(pfn);
+            }
+        }
+        self.table.set(pfn, state);
+        Ok(())
+    }
+
+    /// The content last stored for `pfn`; zeros where it was left out.
+    pub fn content(&self, pfn: u64) -> Option<&Page> {
+        static ZERO: Page = [0; PAGE_SIZE];
+        if self.zero.contains(pfn) {
+            return Some(&ZERO);
+        }
+        self.map.as_chunks::<PAGE_SIZE>().0.get(pfn as usize)
+    }
+
+    /// Removes the file.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn remove(&self) -> Result<()> {
+        match std::fs::remove_file(&self.path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            other => other.context(|| format!("Can't remove {}", self.path.display())),
+        }
+    }
+}
+
+#[allow(unsafe_code)]
+fn map(file: &File) -> std::io::Result<MmapMut> {
+    // SAFETY: the file was made by us for this process alone, mode 0600 in a directory of mode
+    // 0700: nobody else maps, writes or truncates it while it is mapped, and its blocks are
+    // reserved, so that no access faults for want of room.
+    unsafe { MmapMut::map_mut(file) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::digest::PageDigest;
+    use crate::pages::PageType;
+
+    #[test]
+    fn what_is_stored_is_found() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("m.memory");
+        let mut image = Image::create(&path, 4).unwrap();
+        let state = PageState {
+            page_type: PageType::Normal,
+            digest: PageDigest([1; 16]),
+        };
+        image.store(3, state, Some(&[7; PAGE_SIZE])).unwrap();
+        assert_eq!(image.content(3), Some(&[7; PAGE_SIZE]));
+        assert_eq!(image.table().get(3), Some(state));
+        assert_eq!(image.table().get(2), None);
+        image.store(3, state, None).unwrap();
+        assert_eq!(
+            image.content(3),
+            Some(&[0; PAGE_SIZE]),
+            "zero hides what was there before"
+        );
+        assert!(image.store(4, state, None).is_err());
+        assert_eq!(image.content(4), None);
+        image.remove().unwrap();
+        assert!(!path.exists());
+        image.remove().unwrap();
+    }
+
+    #[test]
+    fn a_move_never_takes_over_a_file() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("m.memory");
+        let _image = Image::create(&path, 1).unwrap();
+        assert!(Image::create(&path, 1).is_err());
+    }
+
+    #[test]
+    fn too_much_is_refused_and_leaves_nothing() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("m.memory");
+        assert!(Image::create(&path, 1 << 50).is_err());
+        assert!(!path.exists());
+    }
+}

@@ -1,0 +1,183 @@
+//! Taking a guest in: everything around [`crate::destination`].
+//!
+//! `vmshadow receive`, started by ssh from the other site: its standard input and output are the
+//! link. Of what the other site says of the guest only listed fields are taken.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use xen_sys::ctl::{CpuPolicy, GuestKind as CpuKind};
+
+use crate::configuration::{SitePolicy, accept};
+use crate::destination::{Prepared, run};
+use crate::digest::Digester;
+use crate::directories::Directories;
+use crate::error::{Error, IoContext, Result, chain};
+use crate::guest::xen::host::Host;
+use crate::guest::xen::restore::{Incoming, XenDestination};
+use crate::handover::guardian::Guardian;
+use crate::handover::journal::{self, Begin, JOURNAL_VERSION, Journal, Role};
+use crate::handover::lock::GuestLock;
+use crate::handover::recovery::{self, incoming_name};
+use crate::image::Image;
+use crate::link::{Conversation, Link};
+use crate::wire::{GuestKind, Offer, Role as WireRole, Text, XenVersion};
+
+/// Receives one guest over standard input and output.
+///
+/// # Errors
+/// Whatever failed; the source was told, and nothing of the guest is left here.
+pub fn receive(
+    directories: &Directories,
+    policy: &SitePolicy,
+    cancel: Arc<AtomicBool>,
+) -> Result<()> {
+    directories.create()?;
+    recovery::settle_all(directories);
+    let peer = std::env::var("SSH_CONNECTION")
+        .ok()
+        .and_then(|text| text.split_whitespace().next().map(str::to_owned))
+        .unwrap_or_else(|| "the source".into());
+    let link = Link {
+        reader: Box::new(io::stdin()),
+        writer: Box::new(io::stdout()),
+    };
+    let conversation = Conversation::start(&peer, link, WireRole::Destination, None, cancel);
+    run(directories, conversation, &mut |offer| {
+        prepare(directories, policy, &peer, offer)
+    })
+}
+
+fn prepare(
+    directories: &Directories,
+    policy: &SitePolicy,
+    peer: &str,
+    offer: &Offer,
+) -> Result<Prepared> {
+    if offer.kind != GuestKind::Pv {
+        return Err(Error::Refused("Only PV guests can be taken".into()));
+    }
+    let host = Host::open()?;
+    let accepted = accept(offer, policy).map_err(|error| Error::Refused(chain(&error)))?;
+    let lock = GuestLock::take(directories, &offer.uuid, &offer.name)?;
+    refuse_conflicts(&host, offer)?;
+    check_cpu(&host, offer)?;
+    let xen = xen_version(&host)?;
+    let mut warnings = warnings(&host, &xen, offer)?;
+    if !accepted.left_out.is_empty() {
+        let names: Vec<String> = accepted.left_out.iter().map(ToString::to_string).collect();
+        warnings.push(format!(
+            "The destination leaves out of the configuration: {}",
+            names.join(", ")
+        ));
+    }
+    let memory = directories
+        .incoming()
+        .join(format!("{}.memory", offer.move_id));
+    let journal = Journal::create(
+        directories,
+        Begin {
+            version: JOURNAL_VERSION,
+            move_id: offer.move_id.to_string(),
+            role: Role::Destination,
+            name: offer.name.clone(),
+            uuid: offer.uuid.clone(),
+            domid: None,
+            peer: peer.to_owned(),
+            remote: Vec::new(),
+            memory: Some(memory.clone()),
+            boot_id: journal::boot_id(),
+        },
+    )?;
+    let guardian = Guardian::start(directories, &journal.entry().path, &offer.name)?;
+    let image = Image::create(&memory, offer.pages)?;
+    let digester = Digester::new(&offer.digest_key);
+    let guest = XenDestination::new(
+        Incoming {
+            name: offer.name.clone(),
+            uuid: offer.uuid.clone(),
+            configuration: accepted.configuration,
+            pages: offer.pages,
+            populated: offer.populated_pages,
+        },
+        digester.clone(),
+    )?;
+    Ok(Prepared {
+        guest: Box::new(guest),
+        lock,
+        journal,
+        guardian,
+        image,
+        digester,
+        xen,
+        warnings,
+    })
+}
+
+fn refuse_conflicts(host: &Host, offer: &Offer) -> Result<()> {
+    let doing = || "Can't look for domains of that name";
+    for name in [offer.name.clone(), incoming_name(&offer.name)] {
+        if host
+            .toolstack()
+            .domain_by_name(&name)
+            .context(doing)?
+            .is_some()
+        {
+            return Err(Error::Refused(format!("There is a domain {name} already")));
+        }
+    }
+    if let Some(domid) = host.find(&offer.uuid)? {
+        return Err(Error::Refused(format!(
+            "Domain {domid} has the guest's UUID already"
+        )));
+    }
+    Ok(())
+}
+
+/// libxl applies the CPU policy when the restore begins, and just fails: say why beforehand.
+fn check_cpu(host: &Host, offer: &Offer) -> Result<()> {
+    let offered = &offer.cpu_policy;
+    let policy =
+        CpuPolicy::from_bytes(&offered.leaves, &offered.msrs).context(|| "Bad CPU policy")?;
+    host.ctl()
+        .cpu_policy_compatible(&policy, CpuKind::Pv)
+        .map_err(|error| Error::Refused(format!("This host's CPU doesn't suit the guest: {error}")))
+}
+
+fn xen_version(host: &Host) -> Result<XenVersion> {
+    let version = host
+        .ctl()
+        .version()
+        .context(|| "Can't read Xen's version")?;
+    Ok(XenVersion {
+        major: version.major,
+        minor: version.minor,
+        extra: Text::new(&version.extra),
+    })
+}
+
+/// What doesn't hinder the move and still should be known.
+fn warnings(host: &Host, ours: &XenVersion, offer: &Offer) -> Result<Vec<String>> {
+    let mut warnings = Vec::new();
+    if *ours != offer.xen {
+        warnings.push(format!(
+            "The destination runs Xen {}.{}{}, this host {}.{}{}",
+            ours.major, ours.minor, ours.extra, offer.xen.major, offer.xen.minor, offer.xen.extra
+        ));
+    }
+    let khz = host
+        .ctl()
+        .physical_info()
+        .context(|| "Can't read about this host")?
+        .cpu_khz;
+    // In the default mode a guest whose clock ran at another rate traps on each reading of it.
+    if offer.tsc.mode == 0 && khz.abs_diff(offer.tsc.khz) > offer.tsc.khz / 1000 {
+        warnings.push(format!(
+            "The destination's CPU runs at {khz} kHz and the guest's clock at {} kHz: reading it \
+             will be slow there",
+            offer.tsc.khz
+        ));
+    }
+    Ok(warnings)
+}

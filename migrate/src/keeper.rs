@@ -1,0 +1,188 @@
+//! Obeys `on_reboot`, `on_poweroff`, `on_crash` and `on_watchdog` for a guest whose `xl` monitor
+//! is gone.
+//!
+//! The `xl` process that created a domain ends when it sees it suspend. After an arrival, and
+//! after a move that failed once the guest was suspended, a keeper takes its place: one process a
+//! guest, found by the guest's UUID through reboots.
+//!
+//! ```text
+//! wait -> suspended                 wait again: somebody moves it
+//!      -> gone                      end
+//!      -> poweroff, reboot, crash   destroy, restart or preserve, as the configuration says
+//! ```
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::os::unix::fs::OpenOptionsExt;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use xen_sys::DomId;
+use xen_sys::ctl::ShutdownReason;
+use xen_sys::toolstack::{Action, DomainConfig, LifeEvent, LifeWatch, Toolstack};
+
+use crate::directories::Directories;
+use crate::error::{Error, IoContext, Result, chain};
+use crate::guest::xen::host::Host;
+use crate::handover::guardian::{log_file, name_process};
+
+/// The name that `ps` shows.
+pub const PROCESS_NAME: &str = "vmshadow-keeper";
+
+/// How often a suspended guest is looked at: it goes on, or goes away, when its move ends.
+const SUSPENDED_TICK: Duration = Duration::from_millis(200);
+
+/// Starts the keeper of a guest; one that is there already stays the only one.
+///
+/// # Errors
+/// [`crate::Error::Io`].
+pub fn start(directories: &Directories, name: &str, uuid: &str) -> Result<()> {
+    use std::os::unix::process::CommandExt;
+    let log = log_file(directories, name)?;
+    Command::new("/proc/self/exe")
+        .arg0(PROCESS_NAME)
+        .arg("keeper")
+        .arg(uuid)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .current_dir("/")
+        .process_group(0)
+        .spawn()
+        .context(|| "Can't start the keeper")?;
+    Ok(())
+}
+
+/// The keeper itself: `vmshadow keeper UUID`. Returns when the guest is gone for good.
+///
+/// # Errors
+/// What Xen refuses.
+pub fn run(directories: &Directories, uuid: &str) -> Result<()> {
+    name_process(PROCESS_NAME);
+    let Some(_lock) = only_one(directories, uuid)? else {
+        log::info!("There is a keeper already");
+        return Ok(());
+    };
+    let host = Host::open()?;
+    let Some(mut domid) = host.find(uuid)? else {
+        log::info!("The guest is gone");
+        return Ok(());
+    };
+    log::info!("Keeping {} (domain {domid})", host.name(domid)?);
+    while let Some(next) = keep(&host, domid)? {
+        domid = next;
+    }
+    log::info!("The guest needs no keeper any more");
+    Ok(())
+}
+
+/// Watches one domain until it is gone, and obeys. The domain that took its place, if one did.
+fn keep(host: &Host, domid: DomId) -> Result<Option<DomId>> {
+    let doing = || "Can't watch the guest";
+    // A watch owns its context.
+    let toolstack = Toolstack::open().context(doing)?;
+    let mut watch = LifeWatch::new(toolstack, domid).context(doing)?;
+    loop {
+        match watch.wait(None).context(doing)? {
+            None => {}
+            Some(LifeEvent::Death) => return Ok(None),
+            Some(LifeEvent::Shutdown(ShutdownReason::Suspend)) => {
+                if !wait_out_suspend(host, domid)? {
+                    return Ok(None);
+                }
+                watch.rearm().context(doing)?;
+            }
+            Some(LifeEvent::Shutdown(reason)) => return obey(host, domid, reason),
+        }
+    }
+}
+
+/// Waits until a suspended domain goes on (true) or is gone (false).
+fn wait_out_suspend(host: &Host, domid: DomId) -> Result<bool> {
+    loop {
+        match host
+            .ctl()
+            .domain_info(domid)
+            .context(|| "Can't watch the guest")?
+        {
+            None => return Ok(false),
+            Some(info) if info.dying => return Ok(false),
+            Some(info) if !info.is_suspended() => return Ok(true),
+            Some(_) => thread::sleep(SUSPENDED_TICK),
+        }
+    }
+}
+
+/// Does what the guest's configuration asks for. The domain to keep from now on, if there is one.
+fn obey(host: &Host, domid: DomId, reason: ShutdownReason) -> Result<Option<DomId>> {
+    let toolstack = host.toolstack();
+    let name = host.name(domid)?;
+    let mut configuration = toolstack
+        .configuration(domid)
+        .context(|| "Can't read the guest's configuration")?;
+    let action = configuration.action_on(reason).unwrap_or(Action::Destroy);
+    log::info!("{name} stopped ({reason}): {action:?}");
+    if matches!(action, Action::CoredumpDestroy | Action::CoredumpRestart) {
+        let path = format!("/var/lib/xen/dump/{name}");
+        // xl goes on as well: the guest is more than its core.
+        if let Err(error) = toolstack.core_dump(domid, &path) {
+            log::error!("Can't write {path}: {}", chain(&error));
+        }
+    }
+    match action {
+        Action::Preserve => Ok(None),
+        Action::Destroy | Action::CoredumpDestroy => {
+            host.destroy(domid)?;
+            Ok(None)
+        }
+        Action::Restart | Action::CoredumpRestart => {
+            host.destroy(domid)?;
+            start_again(toolstack, &mut configuration).map(Some)
+        }
+        Action::RestartRename => {
+            let suffix = SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .unwrap_or_default()
+                .as_secs();
+            toolstack
+                .preserve(
+                    domid,
+                    &mut configuration,
+                    &format!("-{suffix}"),
+                    crate::outgoing::random()?,
+                )
+                .context(|| "Can't keep the old domain")?;
+            start_again(toolstack, &mut configuration).map(Some)
+        }
+        // libxl does this by a way of its own, which needs the domain's console as xl holds it.
+        Action::SoftReset => Err(Error::Refused(format!(
+            "{name} asks for a soft reset, which only xl can do"
+        ))),
+    }
+}
+
+fn start_again(toolstack: &Toolstack, configuration: &mut DomainConfig) -> Result<DomId> {
+    let doing = || "Can't start the guest again";
+    let domid = toolstack.create(configuration).context(doing)?;
+    toolstack.unpause(domid).context(doing)?;
+    log::info!("Started again as domain {domid}");
+    Ok(domid)
+}
+
+fn only_one(directories: &Directories, uuid: &str) -> Result<Option<File>> {
+    let path = directories.runtime.join(format!("{uuid}.keeper"));
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&path)
+        .context(|| format!("Can't open {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => Ok(None),
+        Err(TryLockError::Error(error)) => {
+            Err(error).context(|| format!("Can't lock {}", path.display()))
+        }
+    }
+}

@@ -1,0 +1,21 @@
+//! How two sites reach one another.
+//!
+//! A [`Link`] is a pair of byte streams with what ends them. Over ssh, as in `xl migrate`, the
+//! other end is a child process's standard input and output.
+
+mod conversation;
+mod pacing;
+pub mod ssh;
+
+pub use conversation::{Conversation, Received, SILENCE};
+pub use pacing::{Counted, Pace};
+
+use std::io::{Read, Write};
+
+/// The two directions of a link.
+pub struct Link {
+    /// What the other site says.
+    pub reader: Box<dyn Read + Send>,
+    /// What we say.
+    pub writer: Box<dyn Write + Send>,
+}

@@ -1,0 +1,266 @@
+//! Moving a guest away: everything around [`crate::source`].
+//!
+//! ```text
+//! find the guest -> lock -> settle what an earlier move left -> check -> journal -> guardian
+//!   -> ssh -> source::run -> guardian and ssh end
+//! ```
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use serde_json::Value;
+use xen_sys::DomId;
+
+use crate::digest::{DigestKey, Digester};
+use crate::directories::Directories;
+use crate::error::{Error, IoContext, Result};
+use crate::guest::Source;
+use crate::guest::xen::checks::{Allowed, Layout, hindrances};
+use crate::guest::xen::host::Host;
+use crate::guest::xen::pv::PvSource;
+use crate::handover::guardian::Guardian;
+use crate::handover::journal::{self, Begin, JOURNAL_VERSION, Journal, Role};
+use crate::handover::lock::GuestLock;
+use crate::handover::recovery::{self, Action, action};
+use crate::link::Conversation;
+use crate::link::ssh::Remote;
+use crate::report::{Observer, Report, TrackerKind};
+use crate::source::{Move, Plan, run};
+use crate::wire::{
+    CpuPolicy, GuestKind, MoveId, Offer, Role as WireRole, Text, TscOffer, XenVersion,
+};
+
+/// What the operator asked for.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// The guest: name or domain id.
+    pub domain: String,
+    /// The other site.
+    pub remote: Remote,
+    /// When to suspend, and how to prove.
+    pub plan: Plan,
+    /// What would else hinder the move.
+    pub allowed: Allowed,
+    /// A tracker to use whatever the hypervisor can.
+    pub tracker: Option<TrackerKind>,
+    /// At most this many bytes a second.
+    pub rate: Option<u64>,
+}
+
+/// The outcome of a move: the report, as far as it came, and how it ended.
+pub struct Moved {
+    /// None where the move was refused before anything was sent.
+    pub report: Option<Report>,
+    /// How it ended.
+    pub result: Result<()>,
+}
+
+/// Moves a guest. Once `cancel` is set it gives up, unless the guest is committed.
+pub fn migrate(
+    directories: &Directories,
+    request: &Request,
+    observer: &mut dyn Observer,
+    cancel: Arc<AtomicBool>,
+) -> Moved {
+    match prepare_and_move(directories, request, observer, cancel) {
+        Ok((report, result)) => Moved {
+            report: Some(report),
+            result,
+        },
+        Err(error) => Moved {
+            report: None,
+            result: Err(error),
+        },
+    }
+}
+
+/// The domain of a name or number.
+///
+/// # Errors
+/// [`Error::Refused`] where there is none.
+pub fn find_domain(host: &Host, domain: &str) -> Result<DomId> {
+    let none = || Error::Refused(format!("There is no domain {domain:?} here"));
+    let domid = match domain.parse::<DomId>() {
+        Ok(domid) => domid,
+        Err(_) => host
+            .toolstack()
+            .domain_by_name(domain)
+            .context(|| "Can't look the domain up")?
+            .ok_or_else(none)?,
+    };
+    match host
+        .ctl()
+        .domain_info(domid)
+        .context(|| "Can't read about the domain")?
+    {
+        Some(info) if !info.dying => Ok(domid),
+        _ => Err(none()),
+    }
+}
+
+fn prepare_and_move(
+    directories: &Directories,
+    request: &Request,
+    observer: &mut dyn Observer,
+    cancel: Arc<AtomicBool>,
+) -> Result<(Report, Result<()>)> {
+    directories.create()?;
+    recovery::settle_all(directories);
+    let host = Host::open()?;
+    let domid = find_domain(&host, &request.domain)?;
+    let name = host.name(domid)?;
+    let uuid = host.uuid_text(&host.info(domid)?);
+    let lock = GuestLock::take(directories, &uuid, &name)?;
+    refuse_open_moves(directories, &uuid, &name)?;
+    let hindrances = hindrances(&host, domid, request.allowed)?;
+    if !hindrances.is_empty() {
+        return Err(Error::Refused(format!(
+            "{name} can't be moved: {}",
+            hindrances.join("; ")
+        )));
+    }
+    let layout = Layout::read(&host, domid)?;
+    let key = DigestKey::new(random()?);
+    let mut guest = PvSource::open(domid, &key, request.tracker)?;
+    let move_id = MoveId::from_random(random()?);
+    let digester = Digester::new(&key);
+    let offer = offer(&host, &mut guest, domid, &layout, key, move_id, request)?;
+    let journal = Journal::create(
+        directories,
+        Begin {
+            version: JOURNAL_VERSION,
+            move_id: move_id.to_string(),
+            role: Role::Source,
+            name: name.clone(),
+            uuid,
+            domid: Some(domid.get()),
+            peer: request.remote.host.clone(),
+            remote: request.remote.command.clone(),
+            memory: None,
+            boot_id: journal::boot_id(),
+        },
+    )?;
+    let guardian = Guardian::start(directories, &journal.entry().path, &name)?;
+    let (link, mut session) = request.remote.connect()?;
+    let peer = Conversation::start(
+        &request.remote.host,
+        link,
+        WireRole::Source,
+        request.rate,
+        cancel,
+    );
+    let mut unchanged = || layout.unchanged(&host, domid);
+    let (report, result) = run(
+        Move {
+            directories,
+            guest: &mut guest,
+            digester,
+            journal,
+            peer,
+            observer,
+            plan: request.plan.clone(),
+            unchanged: &mut unchanged,
+        },
+        offer,
+    );
+    // What ssh says of its end tells more than that the connection was closed.
+    let result = result.map_err(|error| match error {
+        Error::LinkLost { peer, .. } => Error::LinkLost {
+            peer,
+            reason: session.reason(),
+        },
+        other => other,
+    });
+    // Whatever is still mapped keeps the old domain from going away.
+    drop(guest);
+    // The guardian settles what is left, and needs the lock for it. What is in doubt stays its
+    // affair: it goes on asking after we have ended.
+    drop(lock);
+    match &result {
+        Err(Error::InDoubt { .. }) => guardian.leave(),
+        _ => guardian.finish(),
+    }
+    session.finish(std::time::Duration::from_secs(10));
+    Ok((report, result))
+}
+
+/// An earlier move that is still open must be settled first.
+fn refuse_open_moves(directories: &Directories, uuid: &str, name: &str) -> Result<()> {
+    for entry in journal::list(directories)?
+        .iter()
+        .filter(|entry| entry.begin.uuid == uuid)
+    {
+        match action(entry) {
+            Action::Nothing => {}
+            Action::AskDestination => {
+                return Err(Error::Refused(format!(
+                    "An earlier move of {name} to {} is in doubt; run: vmshadow resolve {name}",
+                    entry.begin.peer
+                )));
+            }
+            _ => {
+                return Err(Error::Refused(format!(
+                    "An earlier move of {name} is not settled; run: vmshadow resolve {name}"
+                )));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn offer(
+    host: &Host,
+    guest: &mut PvSource,
+    domid: DomId,
+    layout: &Layout,
+    key: DigestKey,
+    move_id: MoveId,
+    request: &Request,
+) -> Result<Offer> {
+    let data = guest.static_data()?;
+    let facts = guest.facts();
+    let version = host
+        .ctl()
+        .version()
+        .context(|| "Can't read Xen's version")?;
+    let tsc = host
+        .ctl()
+        .tsc_info(domid)
+        .context(|| "Can't read the guest's TSC")?;
+    let configuration: &Value = &layout.configuration;
+    Ok(Offer {
+        move_id,
+        name: facts.name.clone(),
+        uuid: facts.uuid.clone(),
+        kind: GuestKind::Pv,
+        pages: facts.pages,
+        populated_pages: guest.populated(),
+        vcpus: facts.vcpus,
+        configuration: configuration.clone(),
+        cpu_policy: CpuPolicy {
+            leaves: data.cpuid_policy,
+            msrs: data.msr_policy,
+        },
+        tsc: TscOffer {
+            mode: tsc.mode,
+            khz: tsc.khz,
+        },
+        xen: XenVersion {
+            major: version.major,
+            minor: version.minor,
+            extra: Text::new(&version.extra),
+        },
+        digest_key: key,
+        verify: request.plan.verify,
+    })
+}
+
+/// Random bytes of the kernel's.
+pub(crate) fn random<const N: usize>() -> Result<[u8; N]> {
+    use std::io::Read;
+    let mut bytes = [0; N];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut bytes))
+        .context(|| "Can't read random numbers")?;
+    Ok(bytes)
+}

@@ -1,0 +1,194 @@
+//! What a move did, in figures: measured, for users and for benchmarks.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::rounds::{Stop, seconds};
+
+/// How dirty pages are found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TrackerKind {
+    /// The hypervisor logs them.
+    LogDirty,
+    /// Every page is digested and compared.
+    Scan,
+}
+
+impl std::fmt::Display for TrackerKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            TrackerKind::LogDirty => "log-dirty",
+            TrackerKind::Scan => "scan",
+        })
+    }
+}
+
+/// One pass over the dirty pages.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Round {
+    /// Pages looked at.
+    pub pages: u64,
+    /// Of these, not sent: the destination has them already.
+    pub unchanged: u64,
+    /// Of these, all zero.
+    pub zero: u64,
+    /// Of these, sent with their content.
+    pub raw: u64,
+    /// Of these, holes and other pages without content.
+    pub no_data: u64,
+    /// Of these, left for a later round: page tables that can't be translated while the guest
+    /// runs.
+    pub deferred: u64,
+    /// Bytes on the wire.
+    pub wire_bytes: u64,
+    /// How long it took.
+    #[serde(rename = "seconds", with = "seconds")]
+    pub took: Duration,
+}
+
+/// The guest's silence and what it went into.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct Downtime {
+    /// From the request to suspend until the source heard that the guest runs again.
+    #[serde(rename = "seconds", with = "seconds")]
+    pub total: Duration,
+    /// Its parts at both sites, by name, in seconds.
+    pub parts: BTreeMap<String, f64>,
+}
+
+/// What is known of the link.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Link {
+    /// The shortest round trip seen, ms.
+    pub rtt_ms: f64,
+    /// The rate at which the first round crossed, Mbit/s.
+    pub mbit: f64,
+}
+
+/// A whole move.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Report {
+    /// The format of this report.
+    pub version: u32,
+    /// The guest's name.
+    pub domain: String,
+    /// The guest's UUID.
+    pub uuid: String,
+    /// "pv" or "pvh".
+    pub kind: String,
+    /// This host.
+    pub source: String,
+    /// Where it went, as the operator named it.
+    pub destination: String,
+    /// "moved", or "failed: " and the reason.
+    pub outcome: String,
+    /// How dirty pages were found.
+    pub tracker: Option<TrackerKind>,
+    /// The guest's memory.
+    pub guest_bytes: u64,
+    /// All bytes that this side wrote to the link and read from it.
+    pub wire_bytes: u64,
+    /// From the command's start until the guest's old domain was gone.
+    #[serde(rename = "seconds", with = "seconds")]
+    pub took: Duration,
+    /// Phases in their order: name and seconds.
+    pub phases: Vec<(String, f64)>,
+    /// The guest's silence.
+    pub downtime: Downtime,
+    /// The link.
+    pub link: Link,
+    /// Why pre-copy ended.
+    pub stop: Option<Stop>,
+    /// Each pass, the last one with the guest suspended.
+    pub rounds: Vec<Round>,
+    /// Whether the verify mode compared all memory at both sides.
+    pub verified: bool,
+}
+
+/// The version of [`Report`]'s format.
+pub const REPORT_VERSION: u32 = 1;
+
+/// Times phases one after the other.
+#[derive(Debug)]
+pub struct Stopwatch {
+    start: Instant,
+    last: Instant,
+    phases: Vec<(String, f64)>,
+}
+
+impl Default for Stopwatch {
+    fn default() -> Self {
+        let now = Instant::now();
+        Stopwatch {
+            start: now,
+            last: now,
+            phases: Vec::new(),
+        }
+    }
+}
+
+impl Stopwatch {
+    /// What ended now is called `name`.
+    pub fn lap(&mut self, name: &str) -> Duration {
+        let now = Instant::now();
+        let took = now - self.last;
+        self.last = now;
+        self.phases.push((name.to_owned(), rounded(took)));
+        took
+    }
+
+    /// Since the start.
+    pub fn total(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    /// What was timed.
+    pub fn phases(&self) -> &[(String, f64)] {
+        &self.phases
+    }
+}
+
+/// Seconds to a tenth of a millisecond.
+pub fn rounded(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e4).round() / 1e4
+}
+
+/// What a worker tells whoever watches, while it works.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Progress {
+    /// A phase has begun.
+    Phase(&'static str),
+    /// Something the operator should know, that doesn't stop the move.
+    Warning(String),
+    /// Within a round.
+    Pages {
+        /// Which round, from 1.
+        round: u32,
+        /// Pages looked at so far.
+        done: u64,
+        /// Pages of this round.
+        total: u64,
+        /// Bytes written to the link since the start.
+        wire_bytes: u64,
+        /// What the link took of late, bytes a second.
+        rate: f64,
+    },
+    /// A round has ended.
+    Round {
+        /// Which, from 1.
+        number: u32,
+        /// What it did.
+        round: Round,
+        /// Pages expected dirty now.
+        left: u64,
+    },
+}
+
+/// Watches a move.
+pub trait Observer: Send {
+    /// Something happened.
+    fn notice(&mut self, progress: Progress);
+}

@@ -1,0 +1,624 @@
+//! The side that a guest leaves.
+//!
+//! ```text
+//! Greeted -> Offered -> Copying --------> Suspended ------> Committed -> done
+//!    |          |       round 1..n          last delta         |
+//!    |          |          |                final digest       |
+//!    +----------+----------+----------------------+            |
+//!                          |                                   |
+//!                      give up: the guest goes on here      no answer: in doubt
+//! ```
+//!
+//! Each state is a type that only its step gives out, so that nothing can be done out of order.
+//! [`run`] drives them and, where one fails, gives up in the one right way for how far the journal
+//! says the move came.
+
+use std::time::{Duration, Instant};
+
+use crate::codec::BatchEncoder;
+use crate::digest::{Digester, MemoryDigest};
+use crate::directories::Directories;
+use crate::error::{Error, Result, chain};
+use crate::guest::{Batch, Found, Moment, PageTable, Source};
+use crate::handover::journal::{Journal, Outcome, Phase};
+use crate::handover::recovery::{self, Owner};
+use crate::hold::hold;
+use crate::keeper;
+use crate::link::{Conversation, Received};
+use crate::pages::{PAGE_SIZE, PageSet};
+use crate::report::{
+    Downtime, Link as LinkReport, Observer, Progress, REPORT_VERSION, Report, Round, Stopwatch,
+    rounded,
+};
+use crate::rounds::{Limits, RoundFacts, decide};
+use crate::wire::{Message, Offer, Text, ToDestination, ToSource};
+
+/// Pages read, and so mapped, at once: the hypervisor's limit.
+const READ_BATCH: usize = 1024;
+
+/// Pages in one frame. Larger ones compress hardly better, and hold up what follows.
+const FRAME_PAGES: usize = 256;
+
+/// How long the other site may take to greet: ssh and the start of a program, emulated.
+const GREETING: Duration = Duration::from_secs(60);
+
+/// How long the other site may take to accept: it waits for memory, and for xl's lock.
+const ACCEPTING: Duration = Duration::from_secs(120);
+
+/// How long it may take to handle a round that has crossed.
+const HANDLING: Duration = Duration::from_secs(300);
+
+/// How long a restore may take to complete: devices' hotplug scripts, and the verify mode.
+const RESTORING: Duration = Duration::from_secs(300);
+
+/// How long a destination may take to let a guest run.
+const RUNNING: Duration = Duration::from_secs(60);
+
+/// How long a source goes on asking what became of a commit without an answer.
+const ASKING: Duration = Duration::from_secs(60);
+
+/// What the operator asked for.
+#[derive(Debug, Clone, Default)]
+pub struct Plan {
+    /// When to suspend.
+    pub limits: Limits,
+    /// Compare all memory at both sides.
+    pub verify: bool,
+    /// Give up when the guest isn't suspended after this long.
+    pub timeout: Option<Duration>,
+}
+
+/// All that a move needs.
+pub struct Move<'a> {
+    /// This host's directories.
+    pub directories: &'a Directories,
+    /// The guest.
+    pub guest: &'a mut dyn Source,
+    /// Makes the guest's digests.
+    pub digester: Digester,
+    /// The journal, begun.
+    pub journal: Journal,
+    /// The other site.
+    pub peer: Conversation,
+    /// Who watches.
+    pub observer: &'a mut dyn Observer,
+    /// What the operator asked for.
+    pub plan: Plan,
+    /// Checks, right before and after the suspend, that the guest still is what was offered.
+    pub unchanged: &'a mut dyn FnMut() -> Result<()>,
+}
+
+struct Session<'a> {
+    go: Move<'a>,
+    watch: Stopwatch,
+    report: Report,
+    known: PageTable,
+    dirty: PageSet,
+    history: Vec<RoundFacts>,
+    suspend_started: Option<Instant>,
+}
+
+/// Moves the guest. The report is complete either way.
+///
+/// # Errors
+/// Up to the commit: whatever failed; the guest runs here. After it: [`Error::InDoubt`].
+pub fn run(go: Move<'_>, offer: Offer) -> (Report, Result<()>) {
+    let mut session = Session::new(go);
+    let result = session.migrate(offer);
+    let result = match result {
+        Ok(()) => Ok(()),
+        Err(error) if session.go.journal.entry().phase < Phase::Committed => session.give_up(error),
+        Err(error) => session.resolve_doubt(error),
+    };
+    session.report.outcome = match &result {
+        Ok(()) => "moved".into(),
+        Err(error) => format!("failed: {}", chain(error)),
+    };
+    let (written, read) = session.go.peer.bytes();
+    session.report.wire_bytes = written + read;
+    session.report.took = session.watch.total();
+    session.report.phases = session.watch.phases().to_vec();
+    (session.report, result)
+}
+
+struct Greeted;
+struct Offered;
+struct Copied;
+struct Suspended {
+    digest: MemoryDigest,
+}
+struct Committed;
+
+impl<'a> Session<'a> {
+    fn new(go: Move<'a>) -> Self {
+        let facts = go.guest.facts().clone();
+        let report = Report {
+            version: REPORT_VERSION,
+            domain: facts.name.clone(),
+            uuid: facts.uuid.clone(),
+            kind: facts.kind.to_string(),
+            source: nix::unistd::gethostname()
+                .map(|name| name.to_string_lossy().into_owned())
+                .unwrap_or_default(),
+            destination: go.peer.peer().to_owned(),
+            outcome: String::new(),
+            tracker: None,
+            guest_bytes: go.guest.populated() * PAGE_SIZE as u64,
+            wire_bytes: 0,
+            took: Duration::ZERO,
+            phases: Vec::new(),
+            downtime: Downtime::default(),
+            link: LinkReport::default(),
+            stop: None,
+            rounds: Vec::new(),
+            verified: false,
+        };
+        Session {
+            known: PageTable::new(facts.pages),
+            dirty: PageSet::new(facts.pages),
+            go,
+            watch: Stopwatch::default(),
+            report,
+            history: Vec::new(),
+            suspend_started: None,
+        }
+    }
+
+    fn migrate(&mut self, offer: Offer) -> Result<()> {
+        let greeted = self.greet()?;
+        let offered = self.offer(greeted, offer)?;
+        let copied = self.copy(&offered)?;
+        let suspended = self.suspend(&copied)?;
+        let committed = self.hand_over(&suspended)?;
+        self.finish(&committed)
+    }
+
+    fn phase(&mut self, name: &'static str) {
+        log::debug!("{name}");
+        self.go.observer.notice(Progress::Phase(name));
+    }
+
+    fn greet(&mut self) -> Result<Greeted> {
+        self.phase("connecting");
+        hold("connecting");
+        self.go.peer.greet(Instant::now() + GREETING)?;
+        self.watch.lap("connect");
+        let start = Instant::now();
+        self.go.peer.send(&ToDestination::Ping(1))?;
+        match self.receive(GREETING)? {
+            ToSource::Pong(1) => {}
+            other => return Err(self.unexpected(&other)),
+        }
+        self.report.link.rtt_ms = rounded(start.elapsed()) * 1e3;
+        Ok(Greeted)
+    }
+
+    fn offer(&mut self, _greeted: Greeted, offer: Offer) -> Result<Offered> {
+        self.phase("offering");
+        hold("offering");
+        self.go.peer.send(&ToDestination::Offer(Box::new(offer)))?;
+        let refused = |peer: &Conversation, reason: Text| Error::RefusedByPeer {
+            peer: peer.peer().to_owned(),
+            reason: reason.to_string(),
+        };
+        match self.receive(ACCEPTING)? {
+            ToSource::Accept(accept) => {
+                for warning in accept.warnings {
+                    self.go
+                        .observer
+                        .notice(Progress::Warning(warning.to_string()));
+                }
+            }
+            ToSource::Refuse(refusal) => return Err(refused(&self.go.peer, refusal.reason)),
+            ToSource::Failed(reason) => return Err(refused(&self.go.peer, reason)),
+            other => return Err(self.unexpected(&other)),
+        }
+        self.watch.lap("offer");
+        Ok(Offered)
+    }
+
+    fn copy(&mut self, _offered: &Offered) -> Result<Copied> {
+        self.go.journal.reach(Phase::Tracking)?;
+        self.report.tracker = Some(self.go.guest.begin()?);
+        self.phase("copying");
+        let mut dirty = std::mem::replace(&mut self.dirty, PageSet::new(0));
+        self.go.guest.next_dirty(&mut dirty, Moment::Live)?;
+        // The first time everything is dirty, whatever a tracker knows.
+        dirty.fill();
+        for number in 1.. {
+            let started = Instant::now();
+            let mut deferred = PageSet::new(dirty.pages());
+            let round = self.round(number, &mut dirty, &mut deferred, Moment::Live, started)?;
+            dirty = deferred;
+            let before = dirty.len();
+            self.go.guest.next_dirty(&mut dirty, Moment::Live)?;
+            let scans = self.report.tracker == Some(crate::report::TrackerKind::Scan);
+            let sent = round.raw + round.zero + round.no_data;
+            // A scan can't know what is dirty before it looks: expect as much as it found this
+            // time, which is what one pass's time makes dirty.
+            let left = match (scans, number) {
+                (false, _) => dirty.len(),
+                (true, 1) => u64::MAX,
+                (true, _) => sent.max(before),
+            };
+            self.report.rounds.push(round);
+            self.go.observer.notice(Progress::Round {
+                number,
+                round,
+                left,
+            });
+            let wire_bytes = round.wire_bytes;
+            self.history.push(RoundFacts {
+                sent,
+                left,
+                wire_bytes,
+                took: round.took,
+            });
+            if number == 1 {
+                let seconds = round.took.as_secs_f64().max(1e-6);
+                self.report.link.mbit =
+                    (round.wire_bytes as f64 * 8e-6 / seconds * 10.0).round() / 10.0;
+            }
+            if let Some(stop) = decide(&self.history, &self.go.plan.limits) {
+                self.report.stop = Some(stop);
+                break;
+            }
+            if self
+                .go
+                .plan
+                .timeout
+                .is_some_and(|timeout| self.watch.total() > timeout)
+            {
+                return Err(Error::Refused(format!(
+                    "The guest changes too fast: {left} pages are left after {number} rounds and {:.0} s",
+                    self.watch.total().as_secs_f64()
+                )));
+            }
+        }
+        self.dirty = dirty;
+        self.watch.lap("pre-copy");
+        Ok(Copied)
+    }
+
+    /// One pass over `dirty`; waits until it has crossed.
+    fn round(
+        &mut self,
+        number: u32,
+        dirty: &mut PageSet,
+        deferred: &mut PageSet,
+        moment: Moment,
+        started: Instant,
+    ) -> Result<Round> {
+        hold(match (moment, number) {
+            (Moment::Live, 1) => "copying",
+            (Moment::Live, _) => "recopying",
+            (Moment::Last, _) => "last-round",
+        });
+        let mut round = Round {
+            pages: dirty.len(),
+            ..Round::default()
+        };
+        let bytes_before = self.go.peer.bytes().0;
+        self.go.peer.send(&ToDestination::P2mFrames {
+            max_pfn: self.known.pages().saturating_sub(1),
+            frames: self.go.guest.p2m_frames().to_vec(),
+        })?;
+        let mut encoder = BatchEncoder::new();
+        let mut encoded = Vec::new();
+        let mut pfns = Vec::with_capacity(READ_BATCH);
+        let mut cursor = 0;
+        let mut batch = Batch::default();
+        let mut done = 0;
+        while dirty.take_batch(&mut cursor, READ_BATCH, &mut pfns) > 0 {
+            batch.clear();
+            self.go
+                .guest
+                .read(&pfns, &self.known, moment, &mut batch, deferred)?;
+            done += pfns.len() as u64;
+            pfns.clear();
+            round.unchanged += batch.unchanged;
+            for entries in batch.entries.chunks(FRAME_PAGES) {
+                for entry in entries {
+                    let page_type = entry.state.page_type;
+                    match entry.content {
+                        Found::Nothing => {
+                            round.no_data += 1;
+                            encoder.push_hole(entry.pfn, page_type)?;
+                        }
+                        Found::Zero => {
+                            round.zero += 1;
+                            encoder.push_zero(entry.pfn, page_type)?;
+                        }
+                        Found::Slot(slot) => {
+                            let page = batch.content(slot).ok_or_else(|| Error::Guest {
+                                what: format!("page {:#x} was lost", entry.pfn),
+                            })?;
+                            round.raw += 1;
+                            encoder.push(entry.pfn, page_type, page)?;
+                        }
+                    }
+                    self.known.set(entry.pfn, entry.state);
+                }
+                encoded.clear();
+                encoder.finish(&mut encoded);
+                self.go.peer.send(&ToDestination::Pages(&encoded))?;
+            }
+            let wire_bytes = self.go.peer.bytes().0;
+            let rate =
+                (wire_bytes - bytes_before) as f64 / started.elapsed().as_secs_f64().max(1e-3);
+            self.go.observer.notice(Progress::Pages {
+                round: number,
+                done,
+                total: round.pages,
+                wire_bytes,
+                rate,
+            });
+        }
+        round.deferred = deferred.len();
+        let last = moment == Moment::Last;
+        self.go.peer.send(&ToDestination::RoundEnd {
+            round: number,
+            pages: round.raw + round.zero + round.no_data,
+            populated: self.go.guest.populated(),
+            last,
+        })?;
+        // The last one is answered by "ready": nothing waits for a round trip in the silence.
+        if !last {
+            match self.receive(HANDLING)? {
+                ToSource::RoundAck { round, .. } if round == number => {}
+                other => return Err(self.unexpected(&other)),
+            }
+        }
+        round.took = started.elapsed();
+        round.wire_bytes = self.go.peer.bytes().0 - bytes_before;
+        Ok(round)
+    }
+
+    fn suspend(&mut self, _copied: &Copied) -> Result<Suspended> {
+        (self.go.unchanged)()?;
+        self.phase("suspending");
+        hold("suspending");
+        self.go.journal.reach(Phase::Suspending)?;
+        let started = Instant::now();
+        self.suspend_started = Some(started);
+        self.go.guest.suspend()?;
+        self.part("suspend", started.elapsed());
+        hold("suspended");
+        (self.go.unchanged)()?;
+        let last = Instant::now();
+        let mut dirty = std::mem::replace(&mut self.dirty, PageSet::new(0));
+        self.go.guest.next_dirty(&mut dirty, Moment::Last)?;
+        let number = self.history.len() as u32 + 1;
+        let mut deferred = PageSet::new(dirty.pages());
+        let read_last = dirty.clone();
+        let round = self.round(number, &mut dirty, &mut deferred, Moment::Last, last)?;
+        self.report.rounds.push(round);
+        self.part("last delta", last.elapsed());
+        let state = Instant::now();
+        let guest_state = self.go.guest.final_state()?;
+        self.go
+            .peer
+            .send(&ToDestination::State(Box::new(guest_state)))?;
+        let digest = self.known.digest(&self.go.digester);
+        self.go.peer.send(&ToDestination::Final(digest))?;
+        self.part("state", state.elapsed());
+        if self.go.plan.verify {
+            let verify = Instant::now();
+            self.verify(&read_last)?;
+            self.part("verify at the source", verify.elapsed());
+        }
+        Ok(Suspended { digest })
+    }
+
+    /// Reads all memory again: what differs and was not read since the suspend is a change that
+    /// nobody told us of.
+    fn verify(&mut self, read_last: &PageSet) -> Result<()> {
+        let mut batch = Batch::default();
+        let mut deferred = PageSet::new(self.known.pages());
+        let mut everything = PageSet::full(self.known.pages());
+        let mut pfns = Vec::with_capacity(READ_BATCH);
+        let mut cursor = 0;
+        let mut missed: Vec<u64> = Vec::new();
+        while everything.take_batch(&mut cursor, READ_BATCH, &mut pfns) > 0 {
+            batch.clear();
+            self.go
+                .guest
+                .read(&pfns, &self.known, Moment::Last, &mut batch, &mut deferred)?;
+            pfns.clear();
+            // A page that was read since the suspend is right as it was read.
+            missed.extend(
+                batch
+                    .entries
+                    .iter()
+                    .map(|entry| entry.pfn)
+                    .filter(|pfn| !read_last.contains(*pfn)),
+            );
+        }
+        // dom0 goes on filling the buffers that the guest has posted for its network: what it
+        // copied there since the suspend was logged, and is no change of the guest's.
+        let mut since = PageSet::new(self.known.pages());
+        self.go.guest.next_dirty(&mut since, Moment::Live)?;
+        missed.retain(|pfn| !since.contains(*pfn));
+        if missed.is_empty() {
+            self.report.verified = true;
+            return Ok(());
+        }
+        let shown: Vec<String> = missed
+            .iter()
+            .take(8)
+            .map(|pfn| format!("{pfn:#x}"))
+            .collect();
+        Err(Error::Verify(format!(
+            "{} pages changed unseen, {} among them",
+            missed.len(),
+            shown.join(", ")
+        )))
+    }
+
+    fn hand_over(&mut self, suspended: &Suspended) -> Result<Committed> {
+        hold("final-sent");
+        let waited = Instant::now();
+        match self.receive(RESTORING)? {
+            ToSource::Ready(ready) => {
+                if ready.digest != suspended.digest {
+                    return Err(Error::Verify("What arrived is not what was sent".into()));
+                }
+                for part in ready.parts {
+                    let name = format!("destination: {}", part.name);
+                    self.report.downtime.parts.insert(name, part.seconds);
+                }
+            }
+            other => return Err(self.unexpected(&other)),
+        }
+        self.part("wait for ready", waited.elapsed());
+        self.phase("handing over");
+        hold("ready");
+        // From here on only the destination's word lets the guest run here again.
+        self.go.peer.ignore_cancel();
+        self.go.journal.reach(Phase::Committed)?;
+        hold("committed");
+        Ok(Committed)
+    }
+
+    fn finish(&mut self, _committed: &Committed) -> Result<()> {
+        let commit = Instant::now();
+        self.go.peer.send(&ToDestination::Commit)?;
+        match self.receive(RUNNING)? {
+            ToSource::Running => {}
+            other => return Err(self.unexpected(&other)),
+        }
+        self.part("commit and unpause", commit.elapsed());
+        if let Some(started) = self.suspend_started {
+            self.report.downtime.total = started.elapsed();
+        }
+        self.watch.lap("handover");
+        self.phase("cleaning up");
+        hold("acknowledged");
+        self.clean_up_after_move();
+        self.watch.lap("clean up");
+        Ok(())
+    }
+
+    /// The guest runs at the destination: nothing that fails here changes that.
+    fn clean_up_after_move(&mut self) {
+        if let Err(error) = self.go.guest.end_tracking() {
+            log::warn!("{}", chain(&error));
+        }
+        match self.go.guest.destroy() {
+            Ok(()) => self.end_journal(Outcome::Moved),
+            // The journal stays: `resolve` destroys it later.
+            Err(error) => self.go.observer.notice(Progress::Warning(format!(
+                "The guest has moved, but its old domain is still here: {}",
+                chain(&error)
+            ))),
+        }
+        self.go.peer.close();
+    }
+
+    /// Before the commit: the guest goes on here.
+    fn give_up(&mut self, error: Error) -> Result<()> {
+        self.phase("giving up");
+        let suspending = self.go.journal.entry().phase >= Phase::Suspending;
+        let mut safe = true;
+        if suspending {
+            // First what the guest waits for.
+            if let Err(error) = self.go.guest.resume() {
+                safe = false;
+                log::error!("{}", chain(&error));
+            }
+        }
+        if let Err(error) = self.go.guest.end_tracking() {
+            safe = false;
+            log::error!("{}", chain(&error));
+        }
+        if suspending {
+            let facts = self.go.guest.facts();
+            if let Err(error) = keeper::start(self.go.directories, &facts.name, &facts.uuid) {
+                log::error!("{}", chain(&error));
+            }
+        }
+        self.go.peer.ignore_cancel();
+        // A peer that is gone finds out by itself.
+        let _ = self
+            .go
+            .peer
+            .send(&ToDestination::Abort(Text::new(&chain(&error))));
+        self.go.peer.close();
+        if !safe {
+            return Err(Error::Unsettled(Box::new(error)));
+        }
+        self.end_journal(Outcome::Aborted);
+        Err(error)
+    }
+
+    /// Commit was recorded and no answer came: only the destination knows.
+    fn resolve_doubt(&mut self, error: Error) -> Result<()> {
+        self.phase("asking the destination");
+        log::warn!("{}", chain(&error));
+        self.go.peer.close();
+        let started = Instant::now();
+        loop {
+            match recovery::ask(self.go.journal.entry()) {
+                Ok(Owner::Destination) => {
+                    self.clean_up_after_move();
+                    return Ok(());
+                }
+                Ok(Owner::Source) => {
+                    return self.give_up(error);
+                }
+                Ok(Owner::Unknown) => break,
+                Err(error) if started.elapsed() < ASKING => {
+                    log::warn!("{}", chain(&error));
+                    std::thread::sleep(Duration::from_secs(2));
+                }
+                Err(error) => {
+                    log::warn!("{}", chain(&error));
+                    break;
+                }
+            }
+        }
+        Err(Error::InDoubt {
+            peer: self.go.peer.peer().to_owned(),
+        })
+    }
+
+    fn end_journal(&mut self, outcome: Outcome) {
+        if let Err(error) = self.go.journal.end(outcome) {
+            log::error!("{}", chain(&error));
+        }
+    }
+
+    fn part(&mut self, name: &str, took: Duration) {
+        self.report
+            .downtime
+            .parts
+            .insert(name.to_owned(), rounded(took));
+    }
+
+    /// The next message, but for those that only tell how far the destination is.
+    fn receive(&mut self, patience: Duration) -> Result<ToSource> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let received: Received = self.go.peer.receive(deadline)?;
+            match ToSource::decode(received.frame())? {
+                ToSource::Progress { .. } => {}
+                ToSource::Ping(token) => self.go.peer.send(&ToDestination::Pong(token))?,
+                message => return Ok(message),
+            }
+        }
+    }
+
+    fn unexpected(&self, message: &ToSource) -> Error {
+        let peer = self.go.peer.peer().to_owned();
+        match message {
+            ToSource::Failed(reason) => Error::PeerFailed {
+                peer,
+                reason: reason.to_string(),
+            },
+            other => Error::Protocol {
+                peer,
+                what: format!("{:?} out of order", other.tag()),
+            },
+        }
+    }
+}

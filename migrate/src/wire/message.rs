@@ -1,0 +1,376 @@
+//! The messages, typed, and their payloads.
+
+use super::document::{Acceptance, Offer, Readiness, Refusal};
+use super::{Frame, Tag, Text, WireError};
+use crate::bytes::{Bytes, Malformed};
+use crate::digest::MemoryDigest;
+use crate::guest::xen::stream::record::RecordType;
+use crate::guest::xen::stream::state::{DomainKind, GuestState, GuestStateBuilder, StateError};
+use crate::pages::{MAX_PAGES, Pfn};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::fmt;
+
+/// Which way a message goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// From the source to the destination.
+    ToDestination,
+    /// From the destination to the source.
+    ToSource,
+}
+
+/// What a [`FrameWriter`](super::FrameWriter) sends.
+pub trait Message {
+    /// What it is.
+    fn tag(&self) -> Tag;
+
+    /// Appends the payload, but for its bulk.
+    ///
+    /// # Errors
+    /// Fails when the message is not one that the peer would take.
+    fn encode(&self, to: &mut Vec<u8>) -> Result<(), WireError>;
+
+    /// Bytes that follow what [`encode`](Self::encode) appended, sent without a copy.
+    fn bulk(&self) -> &[u8] {
+        &[]
+    }
+}
+
+/// A message of the source's.
+#[derive(Clone, PartialEq)]
+pub enum ToDestination<'a> {
+    /// The guest that is to move. The first message.
+    Offer(Box<Offer>),
+    /// Where a PV guest's p2m is. It comes before the first pages, and again whenever it changed.
+    P2mFrames {
+        /// The highest pfn.
+        max_pfn: Pfn,
+        /// The pfns of the p2m's frames, in order.
+        frames: Vec<Pfn>,
+    },
+    /// A batch of pages, for [`BatchDecoder`](crate::codec::BatchDecoder).
+    Pages(&'a [u8]),
+    /// All pages of a round have been sent.
+    RoundEnd {
+        /// The round's number, from 1.
+        round: u32,
+        /// Pages that were sent in it.
+        pages: u64,
+        /// Pages that the guest has now, holes left out.
+        populated: u64,
+        /// Whether the guest is suspended and no other round follows.
+        last: bool,
+    },
+    /// What the suspended guest is besides its memory.
+    State(Box<GuestState>),
+    /// Everything has been sent. The digest is of the memory that the destination must have now.
+    Final(MemoryDigest),
+    /// The guest is the destination's. The source never resumes it from now on.
+    Commit,
+    /// The move is over; the guest stays where it is.
+    Abort(Text),
+    /// Asks for a [`ToSource::Pong`] with the same number.
+    Ping(u64),
+    /// Answers a [`ToSource::Ping`].
+    Pong(u64),
+}
+
+/// A message of the destination's.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ToSource {
+    /// The guest may come.
+    Accept(Box<Acceptance>),
+    /// The guest may not come; the move is over.
+    Refuse(Refusal),
+    /// A round has arrived.
+    RoundAck {
+        /// The round's number.
+        round: u32,
+        /// Pages that came in it.
+        pages: u64,
+    },
+    /// The guest is complete, its memory proved, and it could run.
+    Ready(Readiness),
+    /// The guest runs here.
+    Running,
+    /// The destination cannot go on. Before the commit, nothing is left there.
+    Failed(Text),
+    /// How far the destination is.
+    Progress {
+        /// Pages that have arrived.
+        received: u64,
+        /// Pages that have been given to the restore.
+        restored: u64,
+    },
+    /// Asks for a [`ToDestination::Pong`] with the same number.
+    Ping(u64),
+    /// Answers a [`ToDestination::Ping`].
+    Pong(u64),
+}
+
+impl Message for ToDestination<'_> {
+    fn tag(&self) -> Tag {
+        match self {
+            Self::Offer(_) => Tag::Offer,
+            Self::P2mFrames { .. } => Tag::P2mFrames,
+            Self::Pages(_) => Tag::Pages,
+            Self::RoundEnd { .. } => Tag::RoundEnd,
+            Self::State(_) => Tag::State,
+            Self::Final(_) => Tag::Final,
+            Self::Commit => Tag::Commit,
+            Self::Abort(_) => Tag::Abort,
+            Self::Ping(_) => Tag::SourcePing,
+            Self::Pong(_) => Tag::SourcePong,
+        }
+    }
+
+    fn encode(&self, to: &mut Vec<u8>) -> Result<(), WireError> {
+        match self {
+            Self::Offer(offer) => {
+                offer.check()?;
+                encode_document(self.tag(), offer, to)?;
+            }
+            Self::P2mFrames { max_pfn, frames } => {
+                to.reserve(8 + frames.len() * 8);
+                to.extend(max_pfn.to_le_bytes());
+                frames.iter().for_each(|pfn| to.extend(pfn.to_le_bytes()));
+            }
+            Self::Pages(_) | Self::Commit => {}
+            Self::RoundEnd {
+                round,
+                pages,
+                populated,
+                last,
+            } => {
+                to.extend(round.to_le_bytes());
+                to.extend(pages.to_le_bytes());
+                to.extend(populated.to_le_bytes());
+                to.push(u8::from(*last));
+            }
+            Self::State(state) => encode_state(state, to)?,
+            Self::Final(digest) => to.extend(digest.0),
+            Self::Abort(reason) => to.extend(reason.as_str().as_bytes()),
+            Self::Ping(number) | Self::Pong(number) => to.extend(number.to_le_bytes()),
+        }
+        Ok(())
+    }
+
+    fn bulk(&self) -> &[u8] {
+        match self {
+            Self::Pages(batch) => batch,
+            _ => &[],
+        }
+    }
+}
+
+impl<'a> ToDestination<'a> {
+    /// The message in a frame. The numbers in it are in themselves possible; whether they fit the
+    /// guest that was offered is for the caller to check.
+    ///
+    /// # Errors
+    /// Fails when the payload is not exactly one such message.
+    pub fn decode(frame: Frame<'a>) -> Result<Self, WireError> {
+        let tag = frame.tag;
+        let malformed = WireError::malformed(tag);
+        let mut from = Bytes::new(frame.payload);
+        let message = match tag {
+            Tag::Offer => {
+                let offer: Box<Offer> = decode_document(&mut from, tag)?;
+                offer.check()?;
+                Self::Offer(offer)
+            }
+            Tag::P2mFrames => decode_p2m_frames(&mut from).map_err(&malformed)?,
+            Tag::Pages => Self::Pages(decode_rest(&mut from)),
+            Tag::RoundEnd => Self::RoundEnd {
+                round: from.u32().map_err(&malformed)?,
+                pages: from.u64().map_err(&malformed)?,
+                populated: from.u64().map_err(&malformed)?,
+                last: match from.u8().map_err(&malformed)? {
+                    0 => false,
+                    1 => true,
+                    _ => return Err(WireError::Malformed(tag)),
+                },
+            },
+            Tag::State => Self::State(Box::new(decode_state(decode_rest(&mut from))?)),
+            Tag::Final => Self::Final(MemoryDigest(from.array().map_err(&malformed)?)),
+            Tag::Commit => Self::Commit,
+            Tag::Abort => Self::Abort(Text::from_bytes(decode_rest(&mut from))),
+            Tag::SourcePing => Self::Ping(from.u64().map_err(&malformed)?),
+            Tag::SourcePong => Self::Pong(from.u64().map_err(&malformed)?),
+            _ => return Err(WireError::WrongDirection(tag)),
+        };
+        if from.is_empty() {
+            Ok(message)
+        } else {
+            Err(WireError::Malformed(tag))
+        }
+    }
+}
+
+/// Does not show content: it is a guest's memory.
+impl fmt::Debug for ToDestination<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Offer(offer) => f.debug_tuple("Offer").field(offer).finish(),
+            Self::P2mFrames { max_pfn, frames } => {
+                write!(f, "P2mFrames({} up to {max_pfn:#x})", frames.len())
+            }
+            Self::Pages(batch) => write!(f, "Pages({} bytes)", batch.len()),
+            Self::RoundEnd {
+                round,
+                pages,
+                populated,
+                last,
+            } => f
+                .debug_struct("RoundEnd")
+                .field("round", round)
+                .field("pages", pages)
+                .field("populated", populated)
+                .field("last", last)
+                .finish(),
+            Self::State(state) => f.debug_tuple("State").field(state).finish(),
+            Self::Final(digest) => f.debug_tuple("Final").field(digest).finish(),
+            Self::Commit => f.write_str("Commit"),
+            Self::Abort(reason) => f.debug_tuple("Abort").field(reason).finish(),
+            Self::Ping(number) => f.debug_tuple("Ping").field(number).finish(),
+            Self::Pong(number) => f.debug_tuple("Pong").field(number).finish(),
+        }
+    }
+}
+
+impl Message for ToSource {
+    fn tag(&self) -> Tag {
+        match self {
+            Self::Accept(_) => Tag::Accept,
+            Self::Refuse(_) => Tag::Refuse,
+            Self::RoundAck { .. } => Tag::RoundAck,
+            Self::Ready(_) => Tag::Ready,
+            Self::Running => Tag::Running,
+            Self::Failed(_) => Tag::Failed,
+            Self::Progress { .. } => Tag::Progress,
+            Self::Ping(_) => Tag::DestinationPing,
+            Self::Pong(_) => Tag::DestinationPong,
+        }
+    }
+
+    fn encode(&self, to: &mut Vec<u8>) -> Result<(), WireError> {
+        match self {
+            Self::Accept(acceptance) => encode_document(self.tag(), acceptance, to)?,
+            Self::Refuse(refusal) => encode_document(self.tag(), refusal, to)?,
+            Self::RoundAck { round, pages } => {
+                to.extend(round.to_le_bytes());
+                to.extend(pages.to_le_bytes());
+            }
+            Self::Ready(readiness) => encode_document(self.tag(), readiness, to)?,
+            Self::Running => {}
+            Self::Failed(reason) => to.extend(reason.as_str().as_bytes()),
+            Self::Progress { received, restored } => {
+                to.extend(received.to_le_bytes());
+                to.extend(restored.to_le_bytes());
+            }
+            Self::Ping(number) | Self::Pong(number) => to.extend(number.to_le_bytes()),
+        }
+        Ok(())
+    }
+}
+
+impl ToSource {
+    /// The message in a frame.
+    ///
+    /// # Errors
+    /// Fails when the payload is not exactly one such message.
+    pub fn decode(frame: Frame<'_>) -> Result<Self, WireError> {
+        let tag = frame.tag;
+        let malformed = WireError::malformed(tag);
+        let mut from = Bytes::new(frame.payload);
+        let message = match tag {
+            Tag::Accept => Self::Accept(decode_document(&mut from, tag)?),
+            Tag::Refuse => Self::Refuse(decode_document(&mut from, tag)?),
+            Tag::RoundAck => Self::RoundAck {
+                round: from.u32().map_err(&malformed)?,
+                pages: from.u64().map_err(&malformed)?,
+            },
+            Tag::Ready => Self::Ready(decode_document(&mut from, tag)?),
+            Tag::Running => Self::Running,
+            Tag::Failed => Self::Failed(Text::from_bytes(decode_rest(&mut from))),
+            Tag::Progress => Self::Progress {
+                received: from.u64().map_err(&malformed)?,
+                restored: from.u64().map_err(&malformed)?,
+            },
+            Tag::DestinationPing => Self::Ping(from.u64().map_err(&malformed)?),
+            Tag::DestinationPong => Self::Pong(from.u64().map_err(&malformed)?),
+            _ => return Err(WireError::WrongDirection(tag)),
+        };
+        if from.is_empty() {
+            Ok(message)
+        } else {
+            Err(WireError::Malformed(tag))
+        }
+    }
+}
+
+fn decode_rest<'a>(from: &mut Bytes<'a>) -> &'a [u8] {
+    let rest = from.rest();
+    *from = Bytes::new(&[]);
+    rest
+}
+
+fn encode_document(tag: Tag, document: &impl Serialize, to: &mut Vec<u8>) -> Result<(), WireError> {
+    serde_json::to_writer(to, document).map_err(|error| WireError::Document(tag, error))
+}
+
+fn decode_document<T: DeserializeOwned>(from: &mut Bytes<'_>, tag: Tag) -> Result<T, WireError> {
+    serde_json::from_slice(decode_rest(from)).map_err(|error| WireError::Document(tag, error))
+}
+
+fn decode_p2m_frames<'a>(from: &mut Bytes<'_>) -> Result<ToDestination<'a>, Malformed> {
+    let max_pfn = from.u64()?;
+    let (frames, left) = decode_rest(from).as_chunks::<8>();
+    if max_pfn >= MAX_PAGES || !left.is_empty() {
+        return Err(Malformed);
+    }
+    // Only 64-bit guests move: a frame of their p2m holds 512 entries.
+    if frames.len() as u64 != max_pfn / 512 + 1 {
+        return Err(Malformed);
+    }
+    let frames: Vec<_> = frames.iter().copied().map(Pfn::from_le_bytes).collect();
+    if frames.iter().any(|pfn| *pfn > max_pfn) {
+        return Err(Malformed);
+    }
+    Ok(ToDestination::P2mFrames { max_pfn, frames })
+}
+
+// A state is its kind (1 PV, 2 HVM) and its records, each a u32 type, a u32 length, and a body.
+
+fn encode_state(state: &GuestState, to: &mut Vec<u8>) -> Result<(), WireError> {
+    let kind: u32 = match state {
+        GuestState::Pv(_) => 1,
+        GuestState::Hvm(_) => 2,
+    };
+    to.extend(kind.to_le_bytes());
+    state.write_records(|record, head, body| {
+        to.extend(record.number().to_le_bytes());
+        // The lengths were checked, and are far below 4 GiB.
+        to.extend(((head.len() + body.len()) as u32).to_le_bytes());
+        to.extend_from_slice(head);
+        to.extend_from_slice(body);
+        Ok(())
+    })
+}
+
+fn decode_state(payload: &[u8]) -> Result<GuestState, StateError> {
+    let mut from = Bytes::new(payload);
+    let kind = match from.u32()? {
+        1 => DomainKind::Pv64,
+        2 => DomainKind::Hvm,
+        _ => return Err(StateError::Malformed),
+    };
+    let mut builder = GuestStateBuilder::new();
+    while !from.is_empty() {
+        let record = RecordType::from_number(from.u32()?).ok_or(StateError::Malformed)?;
+        let length = from.u32()? as usize;
+        builder.add(record, from.take(length)?)?;
+    }
+    builder.finish(kind)
+}

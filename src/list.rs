@@ -1,0 +1,102 @@
+//! `vmshadow list`
+
+use migrate::directories::Directories;
+use migrate::guest::xen::checks::{Allowed, hindrances};
+use migrate::guest::xen::host::Host;
+use migrate::handover::journal;
+use migrate::handover::recovery::{Action, action};
+use migrate::report::TrackerKind;
+use serde::Serialize;
+use xen_sys::DomId;
+
+use crate::cli;
+
+/// One guest.
+#[derive(Debug, Serialize)]
+struct Guest {
+    name: String,
+    domid: u32,
+    uuid: String,
+    kind: &'static str,
+    memory_mib: u64,
+    vcpus: u32,
+    state: &'static str,
+    tracker: Option<TrackerKind>,
+    hindrances: Vec<String>,
+    open_moves: Vec<String>,
+}
+
+/// Prints every guest.
+pub fn run(options: &cli::List) -> anyhow::Result<()> {
+    let host = Host::open()?;
+    let shadow = host.ctl().physical_info()?.shadow;
+    let journals = journal::list(&Directories::default())?;
+    let mut guests = Vec::new();
+    for info in host.ctl().domains()? {
+        if info.domain == DomId::DOM0 || info.dying {
+            continue;
+        }
+        let uuid = host.uuid_text(&info);
+        let tracker = (!info.hvm).then_some(match shadow {
+            true => TrackerKind::LogDirty,
+            false => TrackerKind::Scan,
+        });
+        guests.push(Guest {
+            name: host.name(info.domain).unwrap_or_else(|_| "(null)".into()),
+            domid: info.domain.get(),
+            kind: if info.hvm { "hvm" } else { "pv" },
+            memory_mib: info.tot_pages >> 8,
+            vcpus: info.online_vcpus,
+            state: match (&info.shutdown, info.paused) {
+                (Some(_), _) if info.is_suspended() => "suspended",
+                (Some(_), _) => "shut down",
+                (None, true) => "paused",
+                (None, false) => "running",
+            },
+            tracker,
+            hindrances: hindrances(&host, info.domain, Allowed::default())
+                .unwrap_or_else(|error| vec![migrate::error::chain(&error)]),
+            open_moves: journals
+                .iter()
+                .filter(|entry| entry.begin.uuid == uuid && action(entry) != Action::Nothing)
+                .map(|entry| format!("{:?} to {}", entry.phase, entry.begin.peer))
+                .collect(),
+            uuid,
+        });
+    }
+    if options.json {
+        println!("{}", serde_json::to_string_pretty(&guests)?);
+        return Ok(());
+    }
+    println!(
+        "{:24} {:>5} {:>4} {:>8} {:>5} {:10} {:10} Can be moved",
+        "Name", "ID", "Kind", "MiB", "VCPUs", "State", "Tracker"
+    );
+    for guest in guests {
+        println!(
+            "{:24} {:>5} {:>4} {:>8} {:>5} {:10} {:10} {}",
+            guest.name,
+            guest.domid,
+            guest.kind,
+            guest.memory_mib,
+            guest.vcpus,
+            guest.state,
+            guest
+                .tracker
+                .map(|tracker| tracker.to_string())
+                .unwrap_or_default(),
+            if guest.hindrances.is_empty() {
+                "yes".to_owned()
+            } else {
+                guest.hindrances.join("; ")
+            },
+        );
+        for open in guest.open_moves {
+            println!(
+                "    a move is open: {open}; run: vmshadow resolve {}",
+                guest.name
+            );
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,161 @@
+//! How a move goes, for people.
+//!
+//! On a terminal one line that changes, with rate, what remains and when it ends; elsewhere plain
+//! lines, one a phase and round.
+
+use std::io::{IsTerminal, stderr};
+use std::time::{Duration, Instant};
+
+use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
+use migrate::report::{Observer, Progress, Report};
+
+/// The observer that fits where we write to. Progress goes to standard error; `quiet` leaves only
+/// warnings.
+pub fn observer(quiet: bool) -> Box<dyn Observer> {
+    if quiet {
+        Box::new(Warnings)
+    } else if stderr().is_terminal() {
+        Box::new(Terminal::new())
+    } else {
+        Box::new(Lines {
+            start: Instant::now(),
+        })
+    }
+}
+
+struct Warnings;
+
+impl Observer for Warnings {
+    fn notice(&mut self, progress: Progress) {
+        if let Progress::Warning(text) = progress {
+            eprintln!("Warning: {text}");
+        }
+    }
+}
+
+struct Lines {
+    start: Instant,
+}
+
+impl Observer for Lines {
+    fn notice(&mut self, progress: Progress) {
+        let at = self.start.elapsed().as_secs_f64();
+        match progress {
+            Progress::Phase(name) => eprintln!("{at:7.1} s  {name}"),
+            Progress::Warning(text) => eprintln!("{at:7.1} s  warning: {text}"),
+            Progress::Round {
+                number,
+                round,
+                left,
+            } => {
+                let left = if left == u64::MAX {
+                    "?".to_owned()
+                } else {
+                    left.to_string()
+                };
+                eprintln!(
+                    "{at:7.1} s  round {number}: {} of {} pages sent, {} on the wire, {left} left",
+                    round.raw + round.zero + round.no_data,
+                    round.pages,
+                    HumanBytes(round.wire_bytes),
+                );
+            }
+            Progress::Pages { .. } => {}
+        }
+    }
+}
+
+struct Terminal {
+    bar: ProgressBar,
+    started: Instant,
+    round: u32,
+}
+
+impl Terminal {
+    fn new() -> Self {
+        let bar = ProgressBar::no_length();
+        // The template is ours and is right; without it the bar still shows.
+        if let Ok(style) = ProgressStyle::with_template("{prefix:14} {wide_bar} {msg}") {
+            bar.set_style(style);
+        }
+        bar.enable_steady_tick(Duration::from_millis(200));
+        Terminal {
+            bar,
+            started: Instant::now(),
+            round: 0,
+        }
+    }
+}
+
+impl Observer for Terminal {
+    fn notice(&mut self, progress: Progress) {
+        match progress {
+            Progress::Phase(name) => self.bar.set_prefix(name),
+            Progress::Warning(text) => self.bar.suspend(|| eprintln!("Warning: {text}")),
+            Progress::Pages {
+                round,
+                done,
+                total,
+                wire_bytes,
+                rate,
+            } => {
+                if round != self.round {
+                    self.round = round;
+                    self.started = Instant::now();
+                }
+                self.bar.set_length(total);
+                self.bar.set_position(done);
+                let spent = self.started.elapsed();
+                let rest = spent.mul_f64(total.saturating_sub(done) as f64 / done.max(1) as f64);
+                self.bar.set_message(format!(
+                    "round {round}  {}  {}/s  {} left",
+                    HumanBytes(wire_bytes),
+                    HumanBytes(rate as u64),
+                    HumanDuration(rest),
+                ));
+            }
+            Progress::Round { .. } => {}
+        }
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// A finished move in a few lines.
+pub fn summary(report: &Report) -> String {
+    let mut text = format!(
+        "{} moved to {} in {:.1} s: {} of memory, {} on the wire, {} rounds ({}), silent for {:.2} s\n",
+        report.domain,
+        report.destination,
+        report.took.as_secs_f64(),
+        HumanBytes(report.guest_bytes),
+        HumanBytes(report.wire_bytes),
+        report.rounds.len(),
+        report
+            .tracker
+            .map(|tracker| tracker.to_string())
+            .unwrap_or_default(),
+        report.downtime.total.as_secs_f64(),
+    );
+    let phases: Vec<String> = report
+        .phases
+        .iter()
+        .map(|(name, seconds)| format!("{name} {seconds:.1}"))
+        .collect();
+    text.push_str(&format!("  phases, s: {}\n", phases.join(", ")));
+    let parts: Vec<String> = report
+        .downtime
+        .parts
+        .iter()
+        .map(|(name, seconds)| format!("{name} {seconds:.2}"))
+        .collect();
+    text.push_str(&format!("  silence, s: {}\n", parts.join(", ")));
+    if report.verified {
+        text.push_str("  verified: all memory compared at both hosts\n");
+    }
+    text
+}

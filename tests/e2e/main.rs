@@ -1,0 +1,10 @@
+//! A real guest moves between two real Xen sites: what must hold, and what happens when it is
+//! broken on purpose.
+//!
+//! `make test` runs it, with the Debian package in `VMSHADOW_DEB`. Each test brings up sites of its
+//! own. Every move runs in verify mode: all memory is compared at both sites.
+
+mod broken;
+mod moves;
+mod refused;
+mod scene;

@@ -1,0 +1,127 @@
+//! Two sites with the package installed, and what the tests do there.
+
+use std::path::PathBuf;
+use std::process::Output;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use testbed::{Guest, Hypervisor, Options, SiteName, Testbed};
+
+/// What both sites take of each other's guests.
+const POLICY: &str = "[site]\nkernel_directories = [\"/\"]\ndisk_directories = [\"/\"]\n\
+                      default_bridge = \"xenbr0\"\n";
+
+/// How long what a broken move left behind may take to be cleared away.
+const CLEARED: Duration = Duration::from_secs(120);
+
+/// Whether everything is to be tested, not a selection.
+pub fn full() -> bool {
+    std::env::var_os("VMSHADOW_FULL").is_some()
+}
+
+/// Brings two sites up with the package installed.
+pub fn sites(options: Options) -> Testbed {
+    let package = PathBuf::from(
+        std::env::var_os("VMSHADOW_DEB").expect("VMSHADOW_DEB names the package: see `make test`"),
+    );
+    let testbed = Testbed::up(&options).unwrap();
+    for site in testbed.sites() {
+        site.install(&package).unwrap();
+        site.write("/etc/vmshadow/vmshadow.toml", POLICY.as_bytes())
+            .unwrap();
+    }
+    testbed
+}
+
+/// Two sites with that hypervisor.
+pub fn with(hypervisor: Hypervisor) -> Options {
+    Options {
+        hypervisor,
+        ..Options::default()
+    }
+}
+
+/// A small guest that rewrites memory and holds some.
+pub fn small_guest() -> Guest {
+    Guest {
+        memory_mib: 96,
+        run: vec!["rewrite 2 2".into(), "random 4".into()],
+        ..Guest::new("g1", 101)
+    }
+}
+
+/// The command that moves `g1` from `from`.
+pub fn migrate(from: SiteName, more: &str) -> String {
+    format!(
+        "vmshadow migrate g1 {} --verify {more}",
+        from.other().address()
+    )
+}
+
+/// Moves `g1` from `from`, and panics with what it said where it fails.
+pub fn move_guest(testbed: &Testbed, from: SiteName, more: &str) -> String {
+    testbed
+        .site(from)
+        .run(&format!("{} 2>&1", migrate(from, more)))
+        .unwrap()
+}
+
+/// Both streams of a command's output, for messages.
+pub fn said(output: &Output) -> String {
+    let (out, err) = (&output.stdout, &output.stderr);
+    format!(
+        "{}{}",
+        String::from_utf8_lossy(out),
+        String::from_utf8_lossy(err)
+    )
+}
+
+/// What a move must not leave behind at one site; empty when it is clean.
+fn left_behind(testbed: &Testbed, site: SiteName) -> String {
+    // Comm names of our own processes are exact: a keeper may stay.
+    let script = "xl list | awk 'NR > 2 && $1 != \"g1\" { print \"domain \" $1 }'; \
+        ls /var/lib/vmshadow/incoming 2>/dev/null | sed 's/^/file /'; \
+        for j in /var/lib/vmshadow/moves/*.journal; do [ ! -e $j ] || grep -q '\"end\"' $j || echo open $j; done; \
+        for p in /proc/[0-9]*; do c=$(cat $p/comm 2>/dev/null); case $c in \
+        vmshadow|vmshadow-guard|libxl-save-help*) echo process $c ${p#/proc/};; esac; done";
+    testbed.site(site).run(script).unwrap()
+}
+
+/// Waits until exactly one guest runs, intact, and nothing else is left at either site. Where it is.
+pub fn settled(testbed: &Testbed, guest: &Guest, after: &str) -> SiteName {
+    let deadline = Instant::now() + CLEARED;
+    loop {
+        let left: Vec<String> = [SiteName::A, SiteName::B]
+            .into_iter()
+            .map(|site| left_behind(testbed, site))
+            .filter(|left| !left.trim().is_empty())
+            .collect();
+        let places = testbed.where_is("g1").unwrap();
+        if left.is_empty()
+            && let [place] = places[..]
+        {
+            alive(testbed, guest, after);
+            return place;
+        }
+        assert!(
+            Instant::now() < deadline,
+            "{after}: g1 is at {places:?}; left: {left:?}"
+        );
+        thread::sleep(Duration::from_millis(500));
+    }
+}
+
+/// Checks that the guest goes on and all its memory is right.
+pub fn alive(testbed: &Testbed, guest: &Guest, after: &str) {
+    testbed.wait_for_guest(SiteName::A, guest).unwrap();
+    let first = testbed.status(SiteName::A, guest).unwrap();
+    let checked = testbed.ask(SiteName::A, guest, "verify").unwrap();
+    assert_eq!(checked["bad"], 0, "{after}: {checked}");
+    let second = testbed.status(SiteName::A, guest).unwrap();
+    assert_eq!(first.boot_id, second.boot_id, "{after}");
+    assert!(
+        second.counter > first.counter,
+        "{after}: the counter stands"
+    );
+    assert!(second.errors.none(), "{after}: {second:?}");
+}

@@ -1,0 +1,205 @@
+//! Test guests: Debian's kernel with `testbed-guest` as its only process.
+
+use crate::{Error, Result};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::net::Ipv4Addr;
+use std::str::FromStr;
+
+/// Where a site keeps what guests need: the same paths at both, for the guest is
+/// to reboot wherever it is.
+pub const DIRECTORY: &str = "/var/lib/vmshadow-testbed";
+
+/// How a guest runs.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// Paravirtualised.
+    #[default]
+    Pv,
+    /// Hardware-assisted, without emulated devices.
+    Pvh,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Pv => "pv",
+            Self::Pvh => "pvh",
+        })
+    }
+}
+
+impl FromStr for Kind {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "pv" => Ok(Self::Pv),
+            "pvh" => Ok(Self::Pvh),
+            _ => Err("Neither pv nor pvh".to_owned()),
+        }
+    }
+}
+
+/// A guest to start. Change what [`Guest::new`] gives as needed.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+pub struct Guest {
+    /// The domain's name.
+    pub name: String,
+    /// How it runs.
+    pub kind: Kind,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// What the balloon may grow to, in MiB; [`Guest::memory_mib`] if it is less.
+    pub maximum_mib: u32,
+    /// vCPUs.
+    pub vcpus: u32,
+    /// The physical CPUs to run on, in xl's words ("1", "0-1"). None: any.
+    pub cpus: Option<String>,
+    /// The last byte of the address 10.77.0.X, and of the MAC address.
+    pub address: u8,
+    /// Commands of the control port to run at boot: workloads.
+    pub run: Vec<String>,
+    /// Size of the disk /dev/xvda in MiB: a raw file, of this name at both sites.
+    /// 0: no disk.
+    pub disk_mib: u32,
+    /// More lines for the domain's configuration.
+    pub extra: Vec<String>,
+}
+
+impl Guest {
+    /// A PV guest with 128 MiB and one vCPU. `address` is the last byte of its
+    /// address, by convention from 101 on.
+    #[must_use]
+    pub fn new(name: &str, address: u8) -> Self {
+        Self {
+            name: name.to_owned(),
+            kind: Kind::Pv,
+            memory_mib: 128,
+            maximum_mib: 0,
+            vcpus: 1,
+            cpus: None,
+            address,
+            run: Vec::new(),
+            disk_mib: 0,
+            extra: Vec::new(),
+        }
+    }
+
+    /// The address on the WAN.
+    #[must_use]
+    pub fn address(&self) -> Ipv4Addr {
+        Ipv4Addr::new(10, 77, 0, self.address)
+    }
+
+    /// The file of the disk.
+    #[must_use]
+    pub fn disk_path(&self) -> String {
+        format!("{DIRECTORY}/{}.disk", self.name)
+    }
+
+    /// The configuration for `xl create`.
+    #[must_use]
+    pub fn config(&self) -> String {
+        let run: Vec<String> = self
+            .run
+            .iter()
+            .map(|command| command.replace(' ', ","))
+            .collect();
+        let mut lines = vec![
+            format!("name = \"{}\"", self.name),
+            format!("type = \"{}\"", self.kind),
+            format!("kernel = \"{DIRECTORY}/vmlinux\""),
+            format!("ramdisk = \"{DIRECTORY}/guest.initrd\""),
+            format!(
+                "extra = \"console=hvc0 testbed.name={} testbed.address={}/24 testbed.run={}\"",
+                self.name,
+                self.address(),
+                run.join(";")
+            ),
+            format!("memory = {}", self.memory_mib),
+            format!("maxmem = {}", self.maximum_mib.max(self.memory_mib)),
+            format!("vcpus = {}", self.vcpus),
+            format!(
+                "vif = [\"mac=00:16:3e:4d:00:{:02x},bridge=xenbr0\"]",
+                self.address
+            ),
+        ];
+        if let Some(cpus) = &self.cpus {
+            lines.push(format!("cpus = \"{cpus}\""));
+        }
+        if self.disk_mib > 0 {
+            lines.push(format!("disk = [\"{},raw,xvda,w\"]", self.disk_path()));
+        }
+        lines.extend(self.extra.iter().cloned());
+        lines.join("\n") + "\n"
+    }
+
+    /// Refuses what would break the configuration's quoting.
+    pub(crate) fn check(&self) -> Result<()> {
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+        if self.name.is_empty() || !self.name.bytes().all(plain) {
+            return Err(Error::Unfit(format!("Not a guest's name: {:?}", self.name)));
+        }
+        if self
+            .run
+            .iter()
+            .any(|command| command.contains(['"', '\'', '\\', ';', ',', '\n']))
+        {
+            return Err(Error::Unfit(
+                "A guest's commands are of plain words".to_owned(),
+            ));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_configuration_says_all() {
+        let guest = Guest {
+            kind: Kind::Pvh,
+            vcpus: 2,
+            cpus: Some("1".into()),
+            maximum_mib: 256,
+            run: vec!["rewrite 8".into(), "random 40".into()],
+            disk_mib: 64,
+            extra: vec!["on_reboot = \"destroy\"".into()],
+            ..Guest::new("g1", 101)
+        };
+        guest.check().unwrap();
+        assert_eq!(
+            guest.config(),
+            "name = \"g1\"\n\
+             type = \"pvh\"\n\
+             kernel = \"/var/lib/vmshadow-testbed/vmlinux\"\n\
+             ramdisk = \"/var/lib/vmshadow-testbed/guest.initrd\"\n\
+             extra = \"console=hvc0 testbed.name=g1 testbed.address=10.77.0.101/24 \
+             testbed.run=rewrite,8;random,40\"\n\
+             memory = 128\n\
+             maxmem = 256\n\
+             vcpus = 2\n\
+             vif = [\"mac=00:16:3e:4d:00:65,bridge=xenbr0\"]\n\
+             cpus = \"1\"\n\
+             disk = [\"/var/lib/vmshadow-testbed/g1.disk,raw,xvda,w\"]\n\
+             on_reboot = \"destroy\"\n"
+        );
+    }
+
+    #[test]
+    fn what_breaks_the_quoting_is_refused() {
+        assert!(Guest::new("a b", 101).check().is_err());
+        assert!(
+            Guest {
+                run: vec!["x\"".into()],
+                ..Guest::new("g1", 101)
+            }
+            .check()
+            .is_err()
+        );
+    }
+}
