@@ -142,7 +142,10 @@ fn a_lost_link_after_the_commit() {
             // Longer than the source goes on asking.
             thread::sleep(Duration::from_secs(100));
         });
-        assert!(!moved && told.contains("only 10.77.0.12 knows"), "{point}: {told}");
+        assert!(
+            !moved && told.contains("only 10.77.0.12 knows"),
+            "{point}: {told}"
+        );
         // The guardian goes on asking; without it only an operator settles it.
         here.run(
             "for p in /proc/[0-9]*; do [ \"$(cat $p/comm 2>/dev/null)\" != vmshadow-guard ] || \

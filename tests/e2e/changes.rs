@@ -72,7 +72,12 @@ fn a_device_or_a_vcpu_that_comes_or_goes_on_the_way() {
             "xl network-detach g1 00:16:3e:4d:00:77",
             "nics changed",
         ),
-        ("copying", "xl vcpu-set g1 1", "xl vcpu-set g1 2", "changed"),
+        (
+            "copying",
+            "xl vcpu-set g1 1",
+            "xl vcpu-set --ignore-host g1 2",
+            "changed",
+        ),
         (
             "suspending",
             "xl network-attach g1 bridge=xenbr0 mac=00:16:3e:4d:00:77",
