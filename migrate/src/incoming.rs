@@ -38,7 +38,6 @@ pub fn receive(
     cancel: Arc<AtomicBool>,
 ) -> Result<()> {
     directories.create()?;
-    recovery::settle_all(directories);
     let peer = std::env::var("SSH_CONNECTION")
         .ok()
         .and_then(|text| text.split_whitespace().next().map(str::to_owned))
@@ -48,6 +47,8 @@ pub fn receive(
         writer: Box::new(io::stdout()),
     };
     let conversation = Conversation::start(&peer, link, WireRole::Destination, None, cancel);
+    // It may take longer than the source waits for a first word.
+    recovery::settle_all(directories);
     run(directories, conversation, &mut |offer| {
         prepare(directories, policy, &peer, offer)
     })
@@ -63,6 +64,19 @@ fn prepare(
         return Err(Error::Refused("Only PV guests can be taken".into()));
     }
     let host = Host::open()?;
+    let memory = host
+        .ctl()
+        .physical_info()
+        .context(|| "Can't read about this host")?
+        .total_pages;
+    // What is kept of each page is made before the restore finds that there is no room.
+    if offer.populated_pages > memory || offer.pages / 4 > memory {
+        return Err(Error::Refused(format!(
+            "Not enough memory: the guest has {} MiB, this host {} MiB in all",
+            offer.pages >> 8,
+            memory >> 8
+        )));
+    }
     let accepted = accept(offer, policy).map_err(|error| Error::Refused(chain(&error)))?;
     let lock = GuestLock::wait(directories, &offer.uuid, &offer.name, LOCKED)?;
     recovery::refuse_open_moves(directories, &offer.uuid, &offer.name)?;

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 use xen_sys::DomId;
+use xen_sys::ctl::ShutdownReason;
 
 use crate::digest::{DigestKey, Digester};
 use crate::directories::Directories;
@@ -57,6 +58,51 @@ pub struct Moved {
     pub report: Option<Report>,
     /// How it ended.
     pub result: Result<()>,
+    /// Where the move failed: what was seen of the guest here when all was over.
+    pub left: Option<Left>,
+}
+
+/// What is seen of a guest at this host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Left {
+    /// It runs.
+    Running,
+    /// Its operator has paused it.
+    Paused,
+    /// It is suspended.
+    Suspended,
+    /// It has stopped by itself.
+    Stopped(ShutdownReason),
+    /// There is no such domain.
+    Gone,
+}
+
+impl std::fmt::Display for Left {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Left::Running => f.write_str("runs here"),
+            Left::Paused => f.write_str("is paused here"),
+            Left::Suspended => f.write_str("is suspended here"),
+            Left::Stopped(reason) => write!(f, "has stopped here ({reason})"),
+            Left::Gone => f.write_str("is gone from this host"),
+        }
+    }
+}
+
+fn look(host: &Host, uuid: &str) -> Option<Left> {
+    let domains = host.ctl().domains().ok()?;
+    let info = domains
+        .iter()
+        .find(|info| !info.dying && host.uuid_text(info) == uuid);
+    Some(match info {
+        None => Left::Gone,
+        Some(info) => match info.shutdown {
+            Some(ShutdownReason::Suspend) => Left::Suspended,
+            Some(reason) => Left::Stopped(reason),
+            None if info.paused => Left::Paused,
+            None => Left::Running,
+        },
+    })
 }
 
 /// Moves a guest. Once `cancel` is set it gives up, unless the guest is committed.
@@ -67,13 +113,11 @@ pub fn migrate(
     cancel: Arc<AtomicBool>,
 ) -> Moved {
     match prepare_and_move(directories, request, observer, cancel) {
-        Ok((report, result)) => Moved {
-            report: Some(report),
-            result,
-        },
+        Ok(moved) => moved,
         Err(error) => Moved {
             report: None,
             result: Err(error),
+            left: None,
         },
     }
 }
@@ -107,7 +151,7 @@ fn prepare_and_move(
     request: &Request,
     observer: &mut dyn Observer,
     cancel: Arc<AtomicBool>,
-) -> Result<(Report, Result<()>)> {
+) -> Result<Moved> {
     directories.create()?;
     recovery::settle_all(directories);
     let host = Host::open()?;
@@ -136,7 +180,7 @@ fn prepare_and_move(
             move_id: move_id.to_string(),
             role: Role::Source,
             name: name.clone(),
-            uuid,
+            uuid: uuid.clone(),
             domid: Some(domid.get()),
             peer: request.remote.host.clone(),
             remote: request.remote.command.clone(),
@@ -193,7 +237,12 @@ fn prepare_and_move(
         _ => guardian.finish(),
     }
     session.finish(Duration::from_secs(10));
-    Ok((report, result))
+    let left = result.as_ref().err().and_then(|_| look(&host, &uuid));
+    Ok(Moved {
+        report: Some(report),
+        result,
+        left,
+    })
 }
 
 fn offer(

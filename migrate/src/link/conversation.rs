@@ -10,9 +10,14 @@
 //! ```
 //!
 //! A peer that is silent for [`SILENCE`] is lost, whatever its connection says: a cut link shows
-//! no end of file. A sign of life is a pong with number 0, which nobody asked for.
+//! no end of file. Silence is counted from its hello on, and ends with each byte: a long frame takes
+//! its time on a slow link. A sign of life is a pong with number 0, which nobody asked for.
+//!
+//! Whoever waits may set a deadline for all that it sends and receives
+//! ([`Conversation::set_deadline`]): a peer that is alive and gets nowhere must not keep a suspended
+//! guest waiting.
 
-use std::io::Write;
+use std::io::{self, Read, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -73,11 +78,45 @@ pub struct Conversation {
     role: Role,
     outgoing: Option<Sender<Vec<u8>>>,
     incoming: Receiver<Heard>,
-    last_heard: Arc<Mutex<Instant>>,
+    last_heard: LastHeard,
     written: Arc<AtomicU64>,
     read: Arc<AtomicU64>,
     broken: Arc<Mutex<Option<String>>>,
     cancel: Arc<AtomicBool>,
+    deadline: Option<Instant>,
+}
+
+/// When the peer was heard last; none before its first byte.
+#[derive(Clone, Default)]
+struct LastHeard(Arc<Mutex<Option<Instant>>>);
+
+impl LastHeard {
+    fn note(&self) {
+        if let Ok(mut noted) = self.0.lock() {
+            *noted = Some(Instant::now());
+        }
+    }
+
+    fn silence(&self) -> Duration {
+        let noted = self.0.lock().ok().and_then(|noted| *noted);
+        noted.map_or(Duration::ZERO, |noted| noted.elapsed())
+    }
+}
+
+/// A reader that notes when it has read something.
+struct Listening<R> {
+    inner: R,
+    last_heard: LastHeard,
+}
+
+impl<R: Read> Read for Listening<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.inner.read(buffer)?;
+        if count > 0 {
+            self.last_heard.note();
+        }
+        Ok(count)
+    }
 }
 
 impl Conversation {
@@ -92,7 +131,7 @@ impl Conversation {
     ) -> Self {
         let (outgoing, frames) = bounded::<Vec<u8>>(QUEUE);
         let (heard, incoming) = bounded(QUEUE);
-        let last_heard = Arc::new(Mutex::new(Instant::now()));
+        let last_heard = LastHeard::default();
         let (written, read) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
         let broken = Arc::<Mutex<Option<String>>>::default();
 
@@ -105,21 +144,20 @@ impl Conversation {
                 broken.get_or_insert(chain(&error));
             }
         });
-        let mut reader = Counted::new(link.reader, Arc::clone(&read));
-        let noted = Arc::clone(&last_heard);
+        let mut reader = Counted::new(
+            Listening {
+                inner: link.reader,
+                last_heard: last_heard.clone(),
+            },
+            Arc::clone(&read),
+        );
         thread::spawn(move || {
-            let note = || {
-                if let Ok(mut noted) = noted.lock() {
-                    *noted = Instant::now();
-                }
-            };
             // A receiver that is gone needs nothing more.
             let end = |reason| {
                 let _ = heard.send(Heard::End(reason));
             };
             match Hello::read(&mut reader) {
                 Ok(hello) => {
-                    note();
                     if heard.send(Heard::Hello(hello)).is_err() {
                         return;
                     }
@@ -134,7 +172,6 @@ impl Conversation {
             loop {
                 match frames.read() {
                     Ok(Some(frame)) => {
-                        note();
                         let received = Received {
                             tag: frame.tag,
                             payload: frame.payload.to_vec(),
@@ -161,6 +198,7 @@ impl Conversation {
             read,
             broken,
             cancel,
+            deadline: None,
         }
     }
 
@@ -180,6 +218,11 @@ impl Conversation {
     /// From now on no wait is cancelled.
     pub fn ignore_cancel(&mut self) {
         self.cancel = Arc::default();
+    }
+
+    /// From now on sending and receiving fail once it is later than this. `None`: no more.
+    pub fn set_deadline(&mut self, deadline: Option<Instant>) {
+        self.deadline = deadline;
     }
 
     /// Waits for the peer's hello and agrees on a version.
@@ -214,11 +257,13 @@ impl Conversation {
         }
     }
 
-    /// The next frame, waited for until `deadline`.
+    /// The next frame, waited for until `deadline`. After it there is none, not even one that has
+    /// come: messages that tell of progress must not put off the end of a wait.
     ///
     /// # Errors
     /// [`Error::LinkLost`] also where the deadline passes, [`Error::Cancelled`].
     pub fn receive(&mut self, deadline: Instant) -> Result<Received> {
+        self.check_time(Some(deadline))?;
         match self.hear(deadline)? {
             Heard::Frame(received) => Ok(received),
             Heard::Hello(_) | Heard::End(_) => Err(self.lost("it greeted twice".into())),
@@ -247,13 +292,21 @@ impl Conversation {
             if let Some(heard) = self.hear_for(TICK)? {
                 return Ok(heard);
             }
-            if Instant::now() >= deadline {
-                return Err(self.lost("no answer in time".into()));
+            self.check_time(Some(deadline))?;
+        }
+    }
+
+    fn check_time(&self, deadline: Option<Instant>) -> Result<()> {
+        match deadline {
+            Some(deadline) if Instant::now() >= deadline => {
+                Err(self.lost("no answer in time".into()))
             }
+            _ => Ok(()),
         }
     }
 
     fn hear_for(&mut self, patience: Duration) -> Result<Option<Heard>> {
+        self.check_time(self.deadline)?;
         match self.incoming.recv_timeout(patience) {
             Ok(Heard::End(reason)) => Err(self.lost(reason)),
             Ok(heard) => Ok(Some(heard)),
@@ -269,14 +322,11 @@ impl Conversation {
         if self.broken.lock().is_ok_and(|broken| broken.is_some()) {
             return Err(self.end_reason());
         }
+        self.check_time(self.deadline)?;
         // What is queued was heard: a slow handler is not a silent peer.
-        let heard = self
-            .last_heard
-            .lock()
-            .map(|heard| heard.elapsed())
-            .unwrap_or_default();
-        if heard > SILENCE && self.incoming.is_empty() {
-            return Err(self.lost(format!("nothing heard for {} s", heard.as_secs())));
+        let silence = self.last_heard.silence();
+        if silence > SILENCE && self.incoming.is_empty() {
+            return Err(self.lost(format!("nothing heard for {} s", silence.as_secs())));
         }
         Ok(())
     }
@@ -318,8 +368,84 @@ fn write_frames(
             Err(RecvTimeoutError::Timeout) => sign_of_life.clone(),
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
         };
-        writer.write_all(&frame)?;
-        writer.flush()?;
-        pace.wait(frame.len());
+        // In pieces: at a low rate the peer hears a little all the time.
+        for piece in frame.chunks(pace.piece()) {
+            writer.write_all(piece)?;
+            writer.flush()?;
+            pace.wait(piece.len());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    fn pair(rate: Option<u64>) -> (Conversation, Conversation) {
+        let (one, other) = UnixStream::pair().unwrap();
+        let talk = |stream: UnixStream, role, rate| {
+            let link = Link {
+                reader: Box::new(stream.try_clone().unwrap()),
+                writer: Box::new(stream),
+            };
+            Conversation::start("peer", link, role, rate, Arc::default())
+        };
+        let mut pair = (
+            talk(one, Role::Source, rate),
+            talk(other, Role::Destination, None),
+        );
+        let soon = Instant::now() + Duration::from_secs(60);
+        pair.0.greet(soon).unwrap();
+        pair.1.greet(soon).unwrap();
+        pair
+    }
+
+    fn lost(result: Result<impl Sized>, word: &str) {
+        match result {
+            Err(Error::LinkLost { reason, .. }) if reason.contains(word) => {}
+            Err(other) => panic!("{other}"),
+            Ok(_) => panic!("It is not lost"),
+        }
+    }
+
+    #[test]
+    fn a_deadline_ends_every_wait() {
+        let (mut source, mut destination) = pair(None);
+        let later = Instant::now() + Duration::from_secs(3600);
+        source.set_deadline(Some(Instant::now()));
+        destination.send(&ToSource::Pong(1)).unwrap();
+        lost(source.receive(later), "in time");
+        lost(source.send(&ToDestination::Ping(1)), "in time");
+        lost(source.receive_for(Duration::ZERO), "in time");
+        source.set_deadline(None);
+        assert_eq!(source.receive(later).unwrap().tag(), Tag::DestinationPong);
+        source.send(&ToDestination::Ping(1)).unwrap();
+    }
+
+    /// A destination that goes on telling how far it is, and gets nowhere.
+    #[test]
+    fn what_comes_too_late_does_not_count() {
+        let (mut source, mut destination) = pair(None);
+        destination.send(&ToSource::Running).unwrap();
+        lost(source.receive(Instant::now()), "in time");
+    }
+
+    #[test]
+    fn a_capped_link_still_shows_life() {
+        // A frame that takes a minute, in pieces of a tenth of a second.
+        let (mut source, destination) = pair(Some(100_000));
+        source
+            .send(&ToDestination::Pages(&vec![1; 1 << 20]))
+            .unwrap();
+        let start = Instant::now();
+        let (_, before) = destination.bytes();
+        while destination.bytes().1 < before + 30_000 {
+            assert!(start.elapsed() < Duration::from_secs(60));
+            thread::sleep(Duration::from_millis(10));
+        }
+        assert!(destination.incoming.is_empty(), "It is whole already");
+        assert!(destination.last_heard.silence() < SILENCE);
     }
 }

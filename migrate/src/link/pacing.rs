@@ -61,6 +61,14 @@ impl Pace {
         }
     }
 
+    /// How many bytes to send at once: what crosses in a tenth of a second.
+    pub fn piece(&self) -> usize {
+        match self.rate {
+            None => usize::MAX,
+            Some(rate) => (rate * Self::BURST.as_secs_f64()).max(512.0) as usize,
+        }
+    }
+
     /// How long to wait after sending `bytes` at `now`.
     fn pay(&mut self, bytes: usize, now: Instant) -> Duration {
         let Some(rate) = self.rate else {

@@ -3,7 +3,7 @@
 //! ssh runs `vmshadow receive` there; its standard streams are the link. Keys must be set up: a
 //! password prompt in the middle of a move is of no use.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -12,6 +12,19 @@ use std::time::{Duration, Instant};
 
 use super::Link;
 use crate::error::{Error, IoContext, Result};
+use crate::wire::Text;
+
+/// Lines of the other side's standard error that are kept, each of [`LONGEST_LINE`] at most.
+const LINES: usize = 20;
+
+/// Bytes of a line that are looked at: a peer may send one that never ends.
+const LONGEST_LINE: u64 = 4096;
+
+/// Bytes of an answer that are read: it is a line.
+const LONGEST_ANSWER: u64 = 64 << 10;
+
+/// How long an answer may take: ssh, a program's start, and another move's end there.
+const ANSWERING: Duration = Duration::from_secs(90);
 
 /// How the other site is reached.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,8 +90,12 @@ impl Remote {
     /// # Errors
     /// [`Error::Io`] where ssh can't be started.
     pub fn connect(&self) -> Result<(Link, Session)> {
+        self.start(&["receive"])
+    }
+
+    fn start(&self, arguments: &[&str]) -> Result<(Link, Session)> {
         let mut child = self
-            .child(&["receive"])?
+            .child(arguments)?
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -94,13 +111,15 @@ impl Remote {
             let said = Arc::clone(&said);
             let host = self.host.clone();
             thread::spawn(move || {
-                for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                let mut stderr = BufReader::new(stderr);
+                while let Some(line) = read_line(&mut stderr) {
                     log::info!("{host}: {line}");
                     if let Ok(mut said) = said.lock() {
-                        // Bounded: a peer may talk for ever.
-                        if said.len() < 20 {
-                            said.push(line.chars().take(400).collect());
+                        // The last ones tell why it ended.
+                        if said.len() == LINES {
+                            said.remove(0);
                         }
+                        said.push(line);
                     }
                 }
             })
@@ -122,24 +141,39 @@ impl Remote {
     /// Runs `vmshadow ARGUMENTS` at the other site and returns what it printed.
     ///
     /// # Errors
-    /// [`Error::LinkLost`] where it can't be reached or fails.
+    /// [`Error::LinkLost`] where it can't be reached, fails, or takes too long.
     pub fn ask(&self, arguments: &[&str]) -> Result<String> {
         let lost = |reason: String| Error::LinkLost {
             peer: self.host.clone(),
             reason,
         };
-        let output = self
-            .child(arguments)?
-            .stdin(Stdio::null())
-            .output()
-            .context(|| format!("Can't start {}", self.command[0]))?;
-        if !output.status.success() {
-            let said = String::from_utf8_lossy(&output.stderr);
-            return Err(lost(
-                said.lines().last().unwrap_or("no answer").trim().to_owned(),
-            ));
+        let (link, mut session) = self.start(arguments)?;
+        drop(link.writer);
+        let (answered, answer) = crossbeam_channel::bounded(1);
+        thread::spawn(move || {
+            let mut bytes = Vec::new();
+            let read = link.reader.take(LONGEST_ANSWER).read_to_end(&mut bytes);
+            // Nobody waits any more where it took too long.
+            let _ = answered.send(read.map(|_| bytes));
+        });
+        let answer = answer.recv_timeout(ANSWERING);
+        let status = session.finish(Duration::from_secs(2));
+        match answer {
+            Err(_) => Err(lost(format!("no answer within {} s", ANSWERING.as_secs()))),
+            Ok(Err(error)) => Err(lost(error.to_string())),
+            Ok(Ok(bytes)) if status == Some(0) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
+            Ok(Ok(_)) => Err(lost(session.last_words().unwrap_or("no answer".into()))),
         }
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+}
+
+/// One line, cut and made safe to show; `None` at the end.
+fn read_line(from: &mut impl BufRead) -> Option<String> {
+    let mut line = Vec::new();
+    let mut piece = from.by_ref().take(LONGEST_LINE);
+    match piece.read_until(b'\n', &mut line) {
+        Ok(0) | Err(_) => None,
+        Ok(_) => Some(Text::from_bytes(line.trim_ascii_end()).to_string()),
     }
 }
 
@@ -168,13 +202,18 @@ impl Session {
     /// Why the link ended, as far as ssh says.
     pub fn reason(&mut self) -> String {
         let status = self.finish(Duration::from_secs(2));
-        let said = self.said();
-        let last = said.iter().rev().find(|line| !line.trim().is_empty());
-        match (last, status) {
-            (Some(line), _) => line.trim().to_owned(),
+        match (self.last_words(), status) {
+            (Some(line), _) => line,
             (None, Some(code)) => format!("ssh ended with status {code}"),
             (None, None) => "the connection was closed".to_owned(),
         }
+    }
+
+    /// The last line that says anything.
+    fn last_words(&self) -> Option<String> {
+        let said = self.said();
+        let last = said.iter().rev().find(|line| !line.trim().is_empty());
+        last.map(|line| line.trim().to_owned())
     }
 
     /// Gives ssh `patience` to end by itself, then ends it. The exit status, if it has one.
@@ -236,6 +275,26 @@ mod tests {
         link.reader.read_to_string(&mut back).unwrap();
         assert_eq!(back, "there and back");
         assert_eq!(session.reason(), "hello");
+    }
+
+    #[test]
+    fn what_the_other_side_says_is_bounded_and_safe_to_show() {
+        let flood = "i=0; while [ $i -lt 100 ]; do printf 'line %d \\033[2J\\n' $i >&2; i=$((i+1)); done; \
+                     head -c 100000 /dev/zero | tr '\\0' x >&2; exit 3";
+        let sh = ["sh", "-c", flood].map(str::to_owned).to_vec();
+        let (_link, mut session) = Remote::from_parts("b".into(), sh).connect().unwrap();
+        assert_eq!(session.finish(Duration::from_secs(60)), Some(3));
+        let said = session.said();
+        assert_eq!(said.len(), LINES);
+        assert!(said.iter().all(|line| line.len() <= Text::MAX));
+        assert!(!said.concat().contains('\u{1b}'));
+    }
+
+    #[test]
+    fn an_answer_is_what_was_printed() {
+        let sh = ["sh", "-c", "cat; echo yes"].map(str::to_owned).to_vec();
+        let answer = Remote::from_parts("b".into(), sh).ask(&[]).unwrap();
+        assert_eq!(answer, "yes\n");
     }
 
     #[test]
