@@ -4,6 +4,7 @@ use crate::guest::{DIRECTORY, Guest, Kind};
 use crate::image::{Hypervisor, Images};
 use crate::initramfs::{self, Entry};
 use crate::link::{self, Link};
+use crate::pause::Pause;
 use crate::run::{self, RunDirectory};
 use crate::site::{Site, SiteName};
 use crate::watch::Watching;
@@ -492,6 +493,14 @@ impl Testbed {
     /// When it can't be reached.
     pub fn watch(&self, from: SiteName, guest: &Guest) -> Result<Watching> {
         Watching::start(self.site(from), guest.address())
+    }
+
+    /// Watches how long an empty guest stands still while it moves away from a site.
+    ///
+    /// # Errors
+    /// When it is not there.
+    pub fn watch_pause(&self, from: SiteName, guest: &Guest) -> Result<Pause> {
+        Pause::start(self.site(from), self.site(from.other()), guest)
     }
 
     /// The guests that were started here, wherever they are now.

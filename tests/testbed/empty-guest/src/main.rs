@@ -72,21 +72,17 @@ pub unsafe extern "C" fn run(start_info: *mut StartInfo) -> ! {
                 machine.before_suspend();
                 let cancelled = suspend(machine.start_info_mfn());
                 machine.after_suspend(cancelled);
-                if !cancelled {
-                    console.attach(machine.console_port());
-                    store.attach(machine.store_port());
-                    announce(&machine, &mut store, resumed + 1);
-                }
                 resumed += 1;
                 let how = if cancelled {
+                    store.write_number(&machine, RESUMED, resumed);
                     " after a cancelled suspend"
                 } else {
+                    console.attach(machine.console_port());
+                    store.attach(machine.store_port());
+                    announce(&machine, &mut store, resumed);
                     ""
                 };
                 let _ = writeln!(console, "Resumed{how}, {resumed} times by now");
-                if cancelled {
-                    store.write_number(&machine, RESUMED, resumed);
-                }
             }
             b"poweroff" | b"halt" => {
                 store.write(&machine, REQUEST, b"");
