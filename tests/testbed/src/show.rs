@@ -87,6 +87,22 @@ struct Figures {
     /// The longest silence of the pings; of an empty guest, from when it was asked to suspend to its
     /// first act at the destination.
     silence: f64,
+    /// How busy dom0's CPU was at the source and at the destination, in percent: near 100 where the
+    /// emulated processor bounds the move rather than the link.
+    busy: [f64; 2],
+}
+
+/// Ticks that dom0's CPUs were busy and idle since the boot.
+fn ticks(testbed: &Testbed, site: SiteName) -> Result<(f64, f64)> {
+    let line = testbed.site(site).run("head -1 /proc/stat")?;
+    let ticks: Vec<f64> = line
+        .split_whitespace()
+        .skip(1)
+        .map(str::parse)
+        .collect::<std::result::Result<_, _>>()?;
+    // user nice system idle iowait irq softirq steal: what others took of the processor counts.
+    let idle: f64 = ticks.iter().skip(3).take(2).sum();
+    Ok((ticks.iter().take(8).sum::<f64>() - idle, idle))
 }
 
 /// Measures one move.
@@ -97,10 +113,16 @@ fn measure(testbed: &Testbed, guest: &Guest, from: SiteName, command: &str) -> R
             .run("cat /sys/class/net/eth1/statistics/tx_bytes")?;
         Ok(text.trim().parse()?)
     };
-    let run = || -> Result<(f64, f64)> {
-        let (sent, start) = (bytes(from)?, Instant::now());
+    let run = || -> Result<(f64, f64, [f64; 2])> {
+        let looks = || -> Result<_> { Ok([ticks(testbed, from)?, ticks(testbed, from.other())?]) };
+        let (before, sent, start) = (looks()?, bytes(from)?, Instant::now());
         testbed.site(from).run(command)?;
-        Ok((start.elapsed().as_secs_f64(), bytes(from)? - sent))
+        let (took, sent, after) = (start.elapsed(), bytes(from)? - sent, looks()?);
+        let busy = [0, 1].map(|side| {
+            let busy = after[side].0 - before[side].0;
+            100.0 * busy / (busy + after[side].1 - before[side].1).max(1.0)
+        });
+        Ok((took.as_secs_f64(), sent, busy))
     };
     let (took, silence) = if guest.kind == Kind::Empty {
         let pause = testbed.watch_pause(from, guest)?;
@@ -117,11 +139,12 @@ fn measure(testbed: &Testbed, guest: &Guest, from: SiteName, command: &str) -> R
         }
         (took, seen.ping.longest_silence)
     };
-    let (seconds, sent) = took;
+    let (seconds, sent, busy) = took;
     Ok(Figures {
         seconds,
         megabytes: sent / 1e6,
         silence,
+        busy,
     })
 }
 
@@ -137,6 +160,7 @@ fn measure_all(testbed: &Testbed, guest: &Guest) -> Result<[Figures; COMMANDS.le
         seconds: 0.0,
         megabytes: 0.0,
         silence: 0.0,
+        busy: [0.0; 2],
     }; COMMANDS.len()];
     for (command, figures) in COMMANDS.iter().zip(&mut all) {
         let line = format!("{command} {} {} 2>&1", guest.name, at.other().address());
@@ -161,10 +185,12 @@ fn print_rows(label: &str, all: &[Figures], floor: Option<&[Figures]>) {
             bytes.min_by(f64::total_cmp)
         });
         println!(
-            "| {label} | {command} | {} | {} | {} |",
+            "| {label} | {command} | {} | {} | {} | {:.0}, {:.0} |",
             cell(figures.seconds, own.map(|own| own.seconds), 1),
             cell(figures.megabytes, least, 1),
-            cell(figures.silence, own.map(|own| own.silence), 2)
+            cell(figures.silence, own.map(|own| own.silence), 2),
+            figures.busy[0],
+            figures.busy[1],
         );
     }
 }
@@ -176,8 +202,8 @@ pub fn bench_xl() -> Result<()> {
     println!(
         "In brackets: above the floor, the move of an empty guest without a limit of the rate"
     );
-    println!("| guest | command | seconds | MB on the wire | silence, s |");
-    println!("|---|---|---|---|---|");
+    println!("| guest | command | seconds | MB on the wire | silence, s | dom0s busy, % |");
+    println!("|---|---|---|---|---|---|");
     let busy = vec!["rewrite 8".to_owned(), "random 40".to_owned()];
     for memory_mib in [128, 512] {
         let guest = Guest {
