@@ -78,6 +78,15 @@ pub struct Conversation {
     read: Arc<AtomicU64>,
     broken: Arc<Mutex<Option<String>>>,
     cancel: Arc<AtomicBool>,
+    deadline: Option<Deadline>,
+}
+
+/// When all that is sent and received has to be done.
+#[derive(Debug, Clone, Copy)]
+struct Deadline {
+    at: Instant,
+    /// From when it was set.
+    allowed: Duration,
 }
 
 impl Conversation {
@@ -161,6 +170,7 @@ impl Conversation {
             read,
             broken,
             cancel,
+            deadline: None,
         }
     }
 
@@ -177,6 +187,17 @@ impl Conversation {
         )
     }
 
+    /// From `deadline` on every send and receive fails with [`Error::TimedOut`], whatever the peer
+    /// does meanwhile: while a guest is silent, neither a stalled link nor a peer that only drips
+    /// messages can make it longer. It holds for waits that have begun as for those to come, until
+    /// it is set anew; `None` lifts it.
+    pub fn set_deadline(&mut self, deadline: Option<Instant>) {
+        self.deadline = deadline.map(|at| Deadline {
+            at,
+            allowed: at.saturating_duration_since(Instant::now()),
+        });
+    }
+
     /// From now on no wait is cancelled.
     pub fn ignore_cancel(&mut self) {
         self.cancel = Arc::default();
@@ -186,7 +207,7 @@ impl Conversation {
     ///
     /// # Errors
     /// [`Error::Wire`] where there is no common version, [`Error::LinkLost`],
-    /// [`Error::Cancelled`].
+    /// [`Error::Cancelled`], [`Error::TimedOut`].
     pub fn greet(&mut self, deadline: Instant) -> Result<Agreement> {
         match self.hear(deadline)? {
             Heard::Hello(hello) => Ok(Hello::new(self.role).agree(&hello)?),
@@ -197,7 +218,7 @@ impl Conversation {
     /// Queues a message; waits while the link is busy.
     ///
     /// # Errors
-    /// [`Error::LinkLost`], [`Error::Cancelled`].
+    /// [`Error::LinkLost`], [`Error::Cancelled`], [`Error::TimedOut`].
     pub fn send(&mut self, message: &impl Message) -> Result<()> {
         let mut frame = Vec::new();
         FrameWriter::new(&mut frame).send(message)?;
@@ -206,7 +227,7 @@ impl Conversation {
             let Some(outgoing) = &self.outgoing else {
                 return Err(self.lost("the link was closed".into()));
             };
-            match outgoing.send_timeout(frame, TICK) {
+            match outgoing.send_timeout(frame, self.patience(TICK)) {
                 Ok(()) => return Ok(()),
                 Err(SendTimeoutError::Timeout(unsent)) => frame = unsent,
                 Err(SendTimeoutError::Disconnected(_)) => return Err(self.end_reason()),
@@ -217,7 +238,8 @@ impl Conversation {
     /// The next frame, waited for until `deadline`.
     ///
     /// # Errors
-    /// [`Error::LinkLost`] also where the deadline passes, [`Error::Cancelled`].
+    /// [`Error::LinkLost`] also where `deadline` passes, [`Error::Cancelled`], and
+    /// [`Error::TimedOut`] where the one of [`Conversation::set_deadline`] does.
     pub fn receive(&mut self, deadline: Instant) -> Result<Received> {
         match self.hear(deadline)? {
             Heard::Frame(received) => Ok(received),
@@ -228,7 +250,7 @@ impl Conversation {
     /// The next frame if one comes within `patience`.
     ///
     /// # Errors
-    /// [`Error::LinkLost`], [`Error::Cancelled`].
+    /// [`Error::LinkLost`], [`Error::Cancelled`], [`Error::TimedOut`].
     pub fn receive_for(&mut self, patience: Duration) -> Result<Option<Received>> {
         match self.hear_for(patience)? {
             None => Ok(None),
@@ -254,7 +276,9 @@ impl Conversation {
     }
 
     fn hear_for(&mut self, patience: Duration) -> Result<Option<Heard>> {
-        match self.incoming.recv_timeout(patience) {
+        // Also where a message is there already: who always has one to handle is told as well.
+        self.interrupted()?;
+        match self.incoming.recv_timeout(self.patience(patience)) {
             Ok(Heard::End(reason)) => Err(self.lost(reason)),
             Ok(heard) => Ok(Some(heard)),
             Err(RecvTimeoutError::Disconnected) => Err(self.end_reason()),
@@ -262,10 +286,29 @@ impl Conversation {
         }
     }
 
-    fn check(&self) -> Result<()> {
+    /// How long to wait at most, of `wanted`.
+    fn patience(&self, wanted: Duration) -> Duration {
+        self.deadline.map_or(wanted, |deadline| {
+            wanted.min(deadline.at.saturating_duration_since(Instant::now()))
+        })
+    }
+
+    /// What ends a wait from this side.
+    fn interrupted(&self) -> Result<()> {
         if self.cancel.load(Ordering::Relaxed) {
             return Err(Error::Cancelled);
         }
+        match self.deadline {
+            Some(deadline) if Instant::now() >= deadline.at => Err(Error::TimedOut {
+                peer: self.peer.clone(),
+                allowed: deadline.allowed,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        self.interrupted()?;
         if self.broken.lock().is_ok_and(|broken| broken.is_some()) {
             return Err(self.end_reason());
         }
@@ -321,5 +364,111 @@ fn write_frames(
         writer.write_all(&frame)?;
         writer.flush()?;
         pace.wait(frame.len());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+
+    /// One end under test, and the other as bare streams.
+    fn talk(role: Role, rate: Option<u64>) -> (Conversation, UnixStream, Arc<AtomicBool>) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let cancel = Arc::<AtomicBool>::default();
+        let link = Link {
+            reader: Box::new(ours.try_clone().unwrap()),
+            writer: Box::new(ours),
+        };
+        let conversation = Conversation::start("b", link, role, rate, Arc::clone(&cancel));
+        (conversation, theirs, cancel)
+    }
+
+    /// Far enough to be no part of a test.
+    fn later() -> Instant {
+        Instant::now() + Duration::from_secs(3600)
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_millis(50)
+    }
+
+    #[test]
+    fn a_deadline_ends_a_send_that_the_link_holds_up() {
+        // Nobody reads at the other end.
+        let (mut source, _stalled, _) = talk(Role::Source, None);
+        source.set_deadline(Some(soon()));
+        let batch = vec![0; 256 << 10];
+        let error = loop {
+            if let Err(error) = source.send(&ToDestination::Pages(&batch)) {
+                break error;
+            }
+        };
+        assert!(matches!(error, Error::TimedOut { .. }), "{error:?}");
+        // Nor is anything sent after it, though it may be lifted.
+        assert!(source.send(&ToDestination::Commit).is_err());
+    }
+
+    #[test]
+    fn a_deadline_ends_a_receive() {
+        let (mut source, _silent, _) = talk(Role::Source, None);
+        source.set_deadline(Some(soon()));
+        let error = source.receive(later()).err().unwrap();
+        assert!(matches!(error, Error::TimedOut { .. }), "{error:?}");
+        assert!(source.receive_for(Duration::from_secs(3600)).is_err());
+    }
+
+    #[test]
+    fn a_peer_that_drips_messages_does_not_move_the_deadline() {
+        let (mut source, mut peer, _) = talk(Role::Source, None);
+        Hello::new(Role::Destination).write(&mut peer).unwrap();
+        source.greet(later()).unwrap();
+        let dripping = thread::spawn(move || {
+            let mut frames = FrameWriter::new(peer);
+            while frames
+                .send(&ToSource::Progress {
+                    received: 1,
+                    restored: 0,
+                })
+                .is_ok()
+            {}
+        });
+        source.set_deadline(Some(soon()));
+        let error = loop {
+            if let Err(error) = source.receive(later()) {
+                break error;
+            }
+        };
+        assert!(matches!(error, Error::TimedOut { .. }), "{error:?}");
+        drop(source);
+        dripping.join().unwrap();
+    }
+
+    #[test]
+    fn a_lifted_deadline_holds_no_more() {
+        let (mut source, mut peer, _) = talk(Role::Source, None);
+        source.set_deadline(Some(Instant::now()));
+        assert!(source.greet(later()).is_err());
+        source.set_deadline(None);
+        Hello::new(Role::Destination).write(&mut peer).unwrap();
+        source.greet(later()).unwrap();
+        FrameWriter::new(&mut peer)
+            .send(&ToSource::Running)
+            .unwrap();
+        let received = source.receive(later()).unwrap();
+        assert_eq!(received.tag(), Tag::Running);
+    }
+
+    #[test]
+    fn a_peer_that_never_stops_talking_does_not_hold_up_a_cancel() {
+        let (mut destination, mut peer, cancel) = talk(Role::Destination, None);
+        Hello::new(Role::Source).write(&mut peer).unwrap();
+        destination.greet(later()).unwrap();
+        FrameWriter::new(&mut peer)
+            .send(&ToDestination::Ping(1))
+            .unwrap();
+        cancel.store(true, Ordering::Relaxed);
+        let error = destination.receive(later()).err().unwrap();
+        assert!(matches!(error, Error::Cancelled), "{error:?}");
     }
 }
