@@ -9,8 +9,9 @@
 //!                  there is nothing to send
 //! ```
 //!
-//! A peer that is silent for [`SILENCE`] is lost, whatever its connection says: a cut link shows
-//! no end of file. A sign of life is a pong with number 0, which nobody asked for.
+//! A peer that is silent for [`SILENCE`] after its hello is lost, whatever its connection says: a
+//! cut link shows no end of file. Each byte from it counts. A sign of life is a pong with number
+//! 0, which nobody asked for.
 
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -20,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded};
 
+use super::sign_of_life::{LastHeard, Listening};
 use super::{Counted, Link, Pace};
 use crate::error::{Error, Result, chain};
 use crate::wire::{
@@ -73,11 +75,13 @@ pub struct Conversation {
     role: Role,
     outgoing: Option<Sender<Vec<u8>>>,
     incoming: Receiver<Heard>,
-    last_heard: Arc<Mutex<Instant>>,
+    last_heard: LastHeard,
+    silence: Duration,
     written: Arc<AtomicU64>,
     read: Arc<AtomicU64>,
     broken: Arc<Mutex<Option<String>>>,
     cancel: Arc<AtomicBool>,
+    hurry: Arc<AtomicBool>,
     deadline: Option<Deadline>,
 }
 
@@ -101,34 +105,32 @@ impl Conversation {
     ) -> Self {
         let (outgoing, frames) = bounded::<Vec<u8>>(QUEUE);
         let (heard, incoming) = bounded(QUEUE);
-        let last_heard = Arc::new(Mutex::new(Instant::now()));
+        let last_heard = LastHeard::default();
         let (written, read) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
         let broken = Arc::<Mutex<Option<String>>>::default();
 
         let mut writer = Counted::new(link.writer, Arc::clone(&written));
         let break_reason = Arc::clone(&broken);
+        let hurry = Arc::<AtomicBool>::default();
+        let hurried = Arc::clone(&hurry);
         thread::spawn(move || {
-            if let Err(error) = write_frames(&mut writer, role, &frames, rate)
+            if let Err(error) = write_frames(&mut writer, role, &frames, rate, &hurried)
                 && let Ok(mut broken) = break_reason.lock()
             {
                 broken.get_or_insert(chain(&error));
             }
         });
-        let mut reader = Counted::new(link.reader, Arc::clone(&read));
-        let noted = Arc::clone(&last_heard);
+        let reader = Counted::new(link.reader, Arc::clone(&read));
+        let noted = last_heard.clone();
+        let mut reader = Listening::new(reader, last_heard.clone());
         thread::spawn(move || {
-            let note = || {
-                if let Ok(mut noted) = noted.lock() {
-                    *noted = Instant::now();
-                }
-            };
             // A receiver that is gone needs nothing more.
             let end = |reason| {
                 let _ = heard.send(Heard::End(reason));
             };
             match Hello::read(&mut reader) {
                 Ok(hello) => {
-                    note();
+                    noted.begin(Instant::now());
                     if heard.send(Heard::Hello(hello)).is_err() {
                         return;
                     }
@@ -143,7 +145,6 @@ impl Conversation {
             loop {
                 match frames.read() {
                     Ok(Some(frame)) => {
-                        note();
                         let received = Received {
                             tag: frame.tag,
                             payload: frame.payload.to_vec(),
@@ -166,10 +167,12 @@ impl Conversation {
             outgoing: Some(outgoing),
             incoming,
             last_heard,
+            silence: SILENCE,
             written,
             read,
             broken,
             cancel,
+            hurry,
             deadline: None,
         }
     }
@@ -198,9 +201,11 @@ impl Conversation {
         });
     }
 
-    /// From now on no wait is cancelled.
+    /// From now on no wait is cancelled. Nor is a rate kept: all that is still to be said is
+    /// short, and must not wait for what was queued before it to be paid.
     pub fn ignore_cancel(&mut self) {
         self.cancel = Arc::default();
+        self.hurry.store(true, Ordering::Relaxed);
     }
 
     /// Waits for the peer's hello and agrees on a version.
@@ -280,7 +285,12 @@ impl Conversation {
         self.interrupted()?;
         match self.incoming.recv_timeout(self.patience(patience)) {
             Ok(Heard::End(reason)) => Err(self.lost(reason)),
-            Ok(heard) => Ok(Some(heard)),
+            Ok(heard) => {
+                // While the queue was full nothing was read: what the peer said meanwhile is
+                // still on its way to us.
+                self.last_heard.note(Instant::now());
+                Ok(Some(heard))
+            }
             Err(RecvTimeoutError::Disconnected) => Err(self.end_reason()),
             Err(RecvTimeoutError::Timeout) => self.check().map(|()| None),
         }
@@ -313,13 +323,11 @@ impl Conversation {
             return Err(self.end_reason());
         }
         // What is queued was heard: a slow handler is not a silent peer.
-        let heard = self
-            .last_heard
-            .lock()
-            .map(|heard| heard.elapsed())
-            .unwrap_or_default();
-        if heard > SILENCE && self.incoming.is_empty() {
-            return Err(self.lost(format!("nothing heard for {} s", heard.as_secs())));
+        match self.last_heard.silent_for(Instant::now()) {
+            Some(silent) if silent > self.silence && self.incoming.is_empty() => {
+                return Err(self.lost(format!("nothing heard for {} s", silent.as_secs())));
+            }
+            _ => {}
         }
         Ok(())
     }
@@ -347,6 +355,7 @@ fn write_frames(
     role: Role,
     frames: &Receiver<Vec<u8>>,
     rate: Option<u64>,
+    hurry: &AtomicBool,
 ) -> std::result::Result<(), WireError> {
     Hello::new(role).write(&mut *writer)?;
     let mut sign_of_life = Vec::new();
@@ -361,15 +370,18 @@ fn write_frames(
             Err(RecvTimeoutError::Timeout) => sign_of_life.clone(),
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
         };
-        writer.write_all(&frame)?;
-        writer.flush()?;
-        pace.wait(frame.len());
+        for slice in frame.chunks(pace.slice()) {
+            writer.write_all(slice)?;
+            writer.flush()?;
+            pace.wait(slice.len(), hurry);
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io;
     use std::os::unix::net::UnixStream;
 
     /// One end under test, and the other as bare streams.
@@ -457,6 +469,49 @@ mod tests {
             .unwrap();
         let received = source.receive(later()).unwrap();
         assert_eq!(received.tag(), Tag::Running);
+    }
+
+    #[test]
+    fn silence_counts_from_the_hello_on() {
+        let (mut source, mut peer, _) = talk(Role::Source, None);
+        source.silence = Duration::ZERO;
+        for _ in 0..3 {
+            assert!(
+                source
+                    .receive_for(Duration::from_millis(1))
+                    .unwrap()
+                    .is_none()
+            );
+        }
+        Hello::new(Role::Destination).write(&mut peer).unwrap();
+        source.greet(later()).unwrap();
+        let error = source.receive(later()).err().unwrap();
+        assert!(error.to_string().contains("nothing heard"), "{error}");
+    }
+
+    #[test]
+    fn a_low_rate_delays_no_farewell() {
+        use std::io::Read;
+        // At this rate the first frame alone would take a day.
+        let (mut source, mut peer, _) = talk(Role::Source, Some(1));
+        source
+            .send(&ToDestination::Pages(&vec![7; 100_000]))
+            .unwrap();
+        assert_eq!(Hello::read(&mut peer).unwrap().role, Role::Source);
+        // A part of it is a sign of life.
+        let mut start = vec![0; 200_000];
+        let count = peer.read(&mut start).unwrap();
+        assert!((1..=512).contains(&count), "{count}");
+        source.ignore_cancel();
+        source
+            .send(&ToDestination::Abort(crate::wire::Text::new("enough")))
+            .unwrap();
+        let mut frames = FrameReader::new(
+            io::Cursor::new(start[..count].to_vec()).chain(peer),
+            Direction::ToDestination,
+        );
+        assert_eq!(frames.read().unwrap().unwrap().tag, Tag::Pages);
+        assert_eq!(frames.read().unwrap().unwrap().tag, Tag::Abort);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 mod conversation;
 mod pacing;
+mod sign_of_life;
 pub mod ssh;
 
 pub use conversation::{Conversation, Received, SILENCE};
