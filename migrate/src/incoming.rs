@@ -2,6 +2,12 @@
 //!
 //! `vmshadow receive`, started by ssh from the other site: its standard input and output are the
 //! link. Of what the other site says of the guest only listed fields are taken.
+//!
+//! ```text
+//! hello <-> hello -> offer -> settle what earlier moves left -> checks -> accept or refuse
+//! ```
+//!
+//! All that may take its time comes after the hello: from then on signs of life go out.
 
 use std::io;
 use std::sync::Arc;
@@ -27,14 +33,18 @@ use crate::wire::{GuestKind, Offer, Role as WireRole, Text, XenVersion};
 /// Receives one guest over standard input and output.
 ///
 /// # Errors
-/// Whatever failed; the source was told, and nothing of the guest is left here.
+/// Whatever failed; the source was told, and nothing of the guest is left here. Where this is no
+/// host that can receive, [`Error::Refused`] says what is missing.
 pub fn receive(
     directories: &Directories,
     policy: &SitePolicy,
     cancel: Arc<AtomicBool>,
 ) -> Result<()> {
     directories.create()?;
-    recovery::settle_all(directories);
+    // Quick, and told in words: whoever looks at this end alone should see it too.
+    let missing = xen_sys::host::probe()
+        .missing
+        .map(|missing| chain(&missing));
     let peer = std::env::var("SSH_CONNECTION")
         .ok()
         .and_then(|text| text.split_whitespace().next().map(str::to_owned))
@@ -44,9 +54,14 @@ pub fn receive(
         writer: Box::new(io::stdout()),
     };
     let conversation = Conversation::start(&peer, link, WireRole::Destination, None, cancel);
-    run(directories, conversation, &mut |offer| {
-        prepare(directories, policy, &peer, offer)
-    })
+    let result = run(directories, conversation, &mut |offer| match &missing {
+        Some(missing) => Err(Error::Refused(missing.clone())),
+        None => prepare(directories, policy, &peer, offer),
+    });
+    match (result, missing) {
+        (Err(_), Some(missing)) => Err(Error::Refused(missing)),
+        (result, _) => result,
+    }
 }
 
 fn prepare(
@@ -59,6 +74,13 @@ fn prepare(
         return Err(Error::Refused("Only PV guests can be taken".into()));
     }
     let host = Host::open()?;
+    let physical = host
+        .ctl()
+        .physical_info()
+        .context(|| "Can't read about this host")?;
+    refuse_oversize(offer.pages, physical.total_pages)?;
+    // An earlier attempt for the same guest may be among it.
+    recovery::settle_all(directories);
     let accepted = accept(offer, policy).map_err(|error| Error::Refused(chain(&error)))?;
     let lock = GuestLock::take(directories, &offer.uuid, &offer.name)?;
     refuse_conflicts(&host, offer)?;
@@ -113,6 +135,20 @@ fn prepare(
         xen,
         warnings,
     })
+}
+
+/// Before anything is allocated: what is kept for each page of the guest, its own memory aside,
+/// must not be for pages that this machine could never give it.
+fn refuse_oversize(pages: u64, host_pages: u64) -> Result<()> {
+    if pages <= host_pages {
+        return Ok(());
+    }
+    let mib = |pages: u64| pages.div_ceil(256);
+    Err(Error::Refused(format!(
+        "The guest may grow to {} MiB, and this host has only {} MiB: lower the guest's maxmem",
+        mib(pages),
+        mib(host_pages)
+    )))
 }
 
 fn refuse_conflicts(host: &Host, offer: &Offer) -> Result<()> {
@@ -180,4 +216,21 @@ fn warnings(host: &Host, ours: &XenVersion, offer: &Offer) -> Result<Vec<String>
         ));
     }
     Ok(warnings)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_larger_than_the_machine_is_refused() {
+        let gib = 1 << 18;
+        assert!(refuse_oversize(4 * gib, 4 * gib).is_ok());
+        let error = refuse_oversize(4 * gib + 1, 4 * gib).unwrap_err();
+        assert!(matches!(error, Error::Refused(_)), "{error:?}");
+        assert!(error.to_string().contains("4097 MiB"), "{error}");
+        // The largest that the protocol can say.
+        assert!(refuse_oversize(crate::pages::MAX_PAGES, gib).is_err());
+        assert!(refuse_oversize(u64::MAX, gib).is_err());
+    }
 }
