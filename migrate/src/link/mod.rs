@@ -5,6 +5,7 @@
 
 mod conversation;
 mod pacing;
+mod said;
 mod sign_of_life;
 pub mod ssh;
 
