@@ -27,19 +27,19 @@ pub fn run(options: &cli::Check) -> ExitCode {
     let good = findings.iter().all(|finding| finding.ok);
     if options.json {
         match serde_json::to_string_pretty(&findings) {
-            Ok(text) => println!("{text}"),
-            Err(error) => eprintln!("vmshadow: {error}"),
+            Ok(text) => say!("{text}"),
+            Err(error) => tell!("vmshadow: {error}"),
         }
     } else {
         for finding in &findings {
-            println!(
+            say!(
                 "{:4} {:22} {}",
                 if finding.ok { "ok" } else { "FAIL" },
                 finding.what,
                 finding.found
             );
         }
-        println!(
+        say!(
             "{}",
             if good {
                 "This host can move guests"

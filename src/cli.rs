@@ -12,7 +12,7 @@ use std::path::PathBuf;
     arg_required_else_help = true
 )]
 #[command(
-    after_help = "Exit status: 0 done; 1 failed, and the message says where the guest runs; \
+    after_help = "Exit status: 0 done; 1 failed, and the message says where the guest is; \
 2 bad usage.\nSet VMSHADOW_LOG=info (or debug) to see more."
 )]
 pub struct Cli {
@@ -46,7 +46,7 @@ pub enum Command {
 /// `vmshadow check`
 #[derive(Debug, Args)]
 pub struct Check {
-    /// Also check whether this host can be reached: [USER@]HOST
+    /// Also check whether another host can be reached and move guests: [USER@]HOST
     pub host: Option<String>,
     /// How HOST is reached
     #[command(flatten)]
@@ -80,7 +80,7 @@ pub struct Migrate {
     /// Send at most this much: bits per second, with k, M or G (50M is 50 Mbit/s)
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub bandwidth: Option<u64>,
-    /// Give up, with the guest running here, when it isn't suspended after S seconds
+    /// Give up, with the guest running here, when copying is not at its end S seconds after the start
     #[arg(long, value_name = "S")]
     pub timeout: Option<u64>,
     /// Move a guest with writable disks: they are shared storage, at the same path on HOST

@@ -1,5 +1,22 @@
 //! The command `vmshadow`: subcommands in the manner of xl. No logic of its own.
 
+/// Prints a line. A reader that is gone (`vmshadow list | head`, a closed terminal) is no reason to
+/// fail, least of all in the middle of a move.
+macro_rules! say {
+    ($($text:tt)*) => {{
+        use std::io::Write;
+        let _ = writeln!(std::io::stdout(), $($text)*);
+    }};
+}
+
+/// Prints a line to standard error, in the same way.
+macro_rules! tell {
+    ($($text:tt)*) => {{
+        use std::io::Write;
+        let _ = writeln!(std::io::stderr(), $($text)*);
+    }};
+}
+
 mod check;
 mod cli;
 mod list;
@@ -21,10 +38,15 @@ use clap::Parser;
 use cli::{Cli, Command};
 
 fn main() -> ExitCode {
-    env_logger::Builder::from_env(env_logger::Env::new().filter_or("VMSHADOW_LOG", "warn"))
+    let cli = Cli::parse();
+    // What guardians and keepers do is read later, in their log files.
+    let level = match cli.command {
+        Command::Guard(_) | Command::Keeper(_) => "info",
+        _ => "warn",
+    };
+    env_logger::Builder::from_env(env_logger::Env::new().filter_or("VMSHADOW_LOG", level))
         .format_timestamp_millis()
         .init();
-    let cli = Cli::parse();
     let directories = Directories::default();
     let result = match &cli.command {
         Command::Check(options) => return check::run(options),
@@ -40,7 +62,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("vmshadow: {error:#}");
+            tell!("vmshadow: {error:#}");
             ExitCode::from(1)
         }
     }

@@ -1,6 +1,8 @@
 //! `vmshadow migrate`
 
-use std::fs;
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
@@ -8,8 +10,8 @@ use migrate::directories::Directories;
 use migrate::error::Error;
 use migrate::guest::xen::checks::Allowed;
 use migrate::link::ssh::Remote;
-use migrate::outgoing::{Request, migrate};
-use migrate::report::{Report, TrackerKind};
+use migrate::outgoing::{Left, Moved, Request, migrate};
+use migrate::report::TrackerKind;
 use migrate::rounds::Limits;
 use migrate::source::Plan;
 
@@ -43,6 +45,7 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
         }),
         rate: options.bandwidth,
     };
+    let report = options.report.as_deref().map(open_report).transpose()?;
     let mut observer = progress::observer(options.json);
     let moved = migrate(
         directories,
@@ -51,43 +54,52 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
         crate::cancelled()?,
     );
     drop(observer);
-    if let Some(report) = &moved.report {
-        publish(options, report)?;
+    // What became of the guest matters more than a report that can't be written.
+    if let Err(error) = publish(options, &moved, report) {
+        tell!("Warning: {error:#}");
     }
-    moved
-        .result
-        .map_err(|error| explain(error, &options.domain, &options.host))
+    let Moved { result, left, .. } = moved;
+    result.map_err(|error| explain(error, left, &options.domain, &options.host))
 }
 
-fn publish(options: &cli::Migrate, report: &Report) -> anyhow::Result<()> {
+/// Before the move, so that a path that can't be written stops it.
+fn open_report(path: &Path) -> anyhow::Result<File> {
+    File::create(path).with_context(|| format!("Can't write {}", path.display()))
+}
+
+fn publish(options: &cli::Migrate, moved: &Moved, file: Option<File>) -> anyhow::Result<()> {
+    let Some(report) = &moved.report else {
+        return Ok(());
+    };
     let json = serde_json::to_string_pretty(report)?;
-    if let Some(path) = &options.report {
-        fs::write(path, format!("{json}\n"))
-            .with_context(|| format!("Can't write {}", path.display()))?;
-    }
     if options.json {
-        println!("{json}");
-    } else if report.outcome == "moved" {
-        print!("{}", progress::summary(report));
+        say!("{json}");
+    } else if moved.result.is_ok() {
+        say!("{}", progress::summary(report).trim_end());
+    }
+    if let Some(mut file) = file {
+        writeln!(file, "{json}").context("Can't write the report")?;
     }
     Ok(())
 }
 
 /// Adds where the guest is now, and what to do.
-fn explain(error: Error, domain: &str, host: &str) -> anyhow::Error {
-    let place = match &error {
-        Error::InDoubt { .. } => format!(
+fn explain(error: Error, left: Option<Left>, domain: &str, host: &str) -> anyhow::Error {
+    let resolve = format!("run: vmshadow resolve {domain}");
+    let place = match (&error, left) {
+        (Error::InDoubt { .. }, _) => format!(
             "{domain} is suspended here and may run at {host}: only {host} knows. \
-             When it can be reached again, run: vmshadow resolve {domain}"
+             When it can be reached again, {resolve}"
         ),
-        Error::Unsettled(_) => {
-            format!(
-                "{domain} was not moved and may be suspended here; run: vmshadow resolve {domain}"
-            )
+        // It never came to a move.
+        (_, None) => return anyhow!(error),
+        (_, Some(Left::Suspended)) => {
+            format!("{domain} was not moved and is suspended here; {resolve}")
         }
-        // Nothing was touched, or nothing was found.
-        Error::Refused(_) | Error::Busy(_) => return anyhow!(error),
-        _ => format!("{domain} was not moved and runs here"),
+        (Error::Unsettled(_), Some(left)) => {
+            format!("{domain} was not moved and {left}; {resolve}")
+        }
+        (_, Some(left)) => format!("{domain} was not moved and {left}"),
     };
     anyhow!(error).context(place)
 }

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use anyhow::{anyhow, bail};
+use anyhow::anyhow;
 use migrate::directories::Directories;
 use migrate::error::Error;
-use migrate::handover::journal;
-use migrate::handover::recovery::{Action, Owner, Settled, action, settle, settle_by_decree};
+use migrate::handover::journal::{self, Entry};
+use migrate::handover::recovery::{Action, Settled, action, settle, settle_by_decree};
 
 use crate::cli::{self, Decree};
 
@@ -28,9 +28,9 @@ pub fn run(options: &cli::Resolve, directories: &Directories) -> anyhow::Result<
         .collect();
     if open.is_empty() {
         if options.json {
-            println!("[]");
+            say!("[]");
         } else {
-            println!(
+            say!(
                 "No move of {} is open here",
                 options.domain.as_deref().unwrap_or("any guest")
             );
@@ -38,39 +38,51 @@ pub fn run(options: &cli::Resolve, directories: &Directories) -> anyhow::Result<
         return Ok(());
     }
     let mut done: Vec<Settled> = Vec::new();
+    let mut failed = Vec::new();
     for entry in open {
-        let name = entry.begin.name.clone();
         let settled = match options.decree {
-            Some(Decree::Here) => settle_by_decree(directories, &entry, Owner::Source),
-            Some(Decree::There) => settle_by_decree(directories, &entry, Owner::Destination),
+            Some(Decree::Here) => settle_by_decree(directories, &entry, true),
+            Some(Decree::There) => settle_by_decree(directories, &entry, false),
             None => settle(directories, &entry, PATIENCE),
         };
         match settled {
             Ok(settled) => done.push(settled),
-            Err(Error::InDoubt { peer }) => bail!(
-                "{peer} has no record of this move, which began there before it could be committed. \
-                 Look whether {0} runs at {peer}, then run: vmshadow resolve --decree here|there {0}",
-                name
-            ),
-            Err(error @ Error::LinkLost { .. }) => {
-                return Err(anyhow!(error).context(format!(
-                    "{} stays suspended here, since it may run at {}; try again when that host can be \
-                     reached",
-                    name, entry.begin.peer
-                )));
-            }
-            Err(error) => return Err(error.into()),
+            Err(error) => failed.push(explain(error, &entry)),
         }
     }
     if options.json {
-        println!("{}", serde_json::to_string_pretty(&done)?);
+        say!("{}", serde_json::to_string_pretty(&done)?);
     } else {
         for settled in done {
-            println!(
+            say!(
                 "{}: {} (it is {})",
-                settled.name, settled.what, settled.place
+                settled.name,
+                settled.what,
+                settled.place
             );
         }
     }
-    Ok(())
+    // One that can't be settled must not hold up the others: they come first.
+    let last = failed.pop();
+    for error in failed {
+        tell!("vmshadow: {error:#}");
+    }
+    last.map_or(Ok(()), Err)
+}
+
+/// Adds what to do.
+fn explain(error: Error, entry: &Entry) -> anyhow::Error {
+    let (name, peer) = (&entry.begin.name, &entry.begin.peer);
+    match error {
+        Error::InDoubt { .. } => anyhow!(
+            "{peer} has no record of the move of {name}, which began there before it could be \
+             committed. Look whether {name} runs at {peer}, then run: \
+             vmshadow resolve --decree here|there {name}"
+        ),
+        Error::LinkLost { .. } => anyhow!(error).context(format!(
+            "{name} stays suspended here, since it may run at {peer}; try again when that host can \
+             be reached"
+        )),
+        error => anyhow!(error).context(format!("The move of {name} stays open")),
+    }
 }

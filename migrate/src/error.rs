@@ -56,7 +56,7 @@ pub enum Error {
     },
     /// What had to be done with the other site by a certain time was not.
     #[error("{peer}, or the link to it, took longer than {} s", seconds(*.allowed))]
-    TimedOut {
+    Stalled {
         /// The other site.
         peer: String,
         /// How long it was allowed to take.
@@ -99,6 +99,9 @@ pub enum Error {
     /// Another process works on the same guest.
     #[error("{0}")]
     Busy(String),
+    /// The time that the operator gave is over.
+    #[error("The guest changes too fast, or the link is too slow: {0}")]
+    TimedOut(String),
     /// The operator cancelled.
     #[error("Cancelled")]
     Cancelled,

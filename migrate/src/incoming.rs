@@ -12,6 +12,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use xen_sys::ctl::{CpuPolicy, GuestKind as CpuKind};
 
@@ -29,6 +30,9 @@ use crate::handover::recovery::{self, incoming_name};
 use crate::image::Image;
 use crate::link::{Conversation, Link};
 use crate::wire::{GuestKind, Offer, Role as WireRole, Text, XenVersion};
+
+/// How long whoever settles an earlier move of the guest may hold its lock.
+const LOCKED: Duration = Duration::from_secs(5);
 
 /// Receives one guest over standard input and output.
 ///
@@ -78,11 +82,12 @@ fn prepare(
         .ctl()
         .physical_info()
         .context(|| "Can't read about this host")?;
-    refuse_oversize(offer.pages, physical.total_pages)?;
+    refuse_oversize(offer.pages, offer.populated_pages, physical.total_pages)?;
     // An earlier attempt for the same guest may be among it.
     recovery::settle_all(directories);
     let accepted = accept(offer, policy).map_err(|error| Error::Refused(chain(&error)))?;
-    let lock = GuestLock::take(directories, &offer.uuid, &offer.name)?;
+    let lock = GuestLock::wait(directories, &offer.uuid, &offer.name, LOCKED)?;
+    recovery::refuse_open_moves(directories, &offer.uuid, &offer.name)?;
     refuse_conflicts(&host, offer)?;
     check_cpu(&host, offer)?;
     let xen = xen_version(&host)?;
@@ -137,17 +142,17 @@ fn prepare(
     })
 }
 
-/// Before anything is allocated: what is kept for each page of the guest, its own memory aside,
-/// must not be for pages that this machine could never give it.
-fn refuse_oversize(pages: u64, host_pages: u64) -> Result<()> {
-    if pages <= host_pages {
+/// What is kept of each page is made before the restore finds that there is no room. A memory map
+/// may be larger than the guest, which can have been ballooned down, but not by any factor.
+fn refuse_oversize(pages: u64, populated: u64, host_pages: u64) -> Result<()> {
+    if populated <= host_pages && pages / 4 <= host_pages {
         return Ok(());
     }
-    let mib = |pages: u64| pages.div_ceil(256);
     Err(Error::Refused(format!(
-        "The guest may grow to {} MiB, and this host has only {} MiB: lower the guest's maxmem",
-        mib(pages),
-        mib(host_pages)
+        "Not enough memory: the guest has {} MiB, and {} MiB at most; this host has {} MiB in all",
+        populated >> 8,
+        pages >> 8,
+        host_pages >> 8
     )))
 }
 
@@ -225,12 +230,13 @@ mod tests {
     #[test]
     fn a_guest_larger_than_the_machine_is_refused() {
         let gib = 1 << 18;
-        assert!(refuse_oversize(4 * gib, 4 * gib).is_ok());
-        let error = refuse_oversize(4 * gib + 1, 4 * gib).unwrap_err();
-        assert!(matches!(error, Error::Refused(_)), "{error:?}");
-        assert!(error.to_string().contains("4097 MiB"), "{error}");
-        // The largest that the protocol can say.
-        assert!(refuse_oversize(crate::pages::MAX_PAGES, gib).is_err());
-        assert!(refuse_oversize(u64::MAX, gib).is_err());
+        let refused = |pages, populated| refuse_oversize(pages, populated, 4 * gib).is_err();
+        assert!(!refused(4 * gib, 4 * gib));
+        assert!(refused(4 * gib + 1, 4 * gib + 1));
+        // Ballooned down from more than the machine has.
+        assert!(!refused(16 * gib, gib));
+        assert!(refused(16 * gib + 4, gib));
+        // The most that the protocol can say.
+        assert!(refused(crate::pages::MAX_PAGES, 1));
     }
 }

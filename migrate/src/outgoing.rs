@@ -7,9 +7,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use serde_json::Value;
 use xen_sys::DomId;
+use xen_sys::ctl::ShutdownReason;
 
 use crate::digest::{DigestKey, Digester};
 use crate::directories::Directories;
@@ -19,9 +21,9 @@ use crate::guest::xen::checks::{Allowed, Layout, hindrances};
 use crate::guest::xen::host::Host;
 use crate::guest::xen::pv::PvSource;
 use crate::handover::guardian::Guardian;
-use crate::handover::journal::{self, Begin, JOURNAL_VERSION, Journal, Role};
+use crate::handover::journal::{self, Begin, JOURNAL_VERSION, Journal, Outcome, Role};
 use crate::handover::lock::GuestLock;
-use crate::handover::recovery::{self, Action, action};
+use crate::handover::recovery;
 use crate::link::Conversation;
 use crate::link::ssh::Remote;
 use crate::report::{Observer, Report, TrackerKind};
@@ -29,6 +31,9 @@ use crate::source::{Move, Plan, run};
 use crate::wire::{
     CpuPolicy, GuestKind, MoveId, Offer, Role as WireRole, Text, TscOffer, XenVersion,
 };
+
+/// How long whoever settles an earlier move of the guest may hold its lock.
+const LOCKED: Duration = Duration::from_secs(5);
 
 /// What the operator asked for.
 #[derive(Debug, Clone)]
@@ -53,6 +58,51 @@ pub struct Moved {
     pub report: Option<Report>,
     /// How it ended.
     pub result: Result<()>,
+    /// Where the move failed: what was seen of the guest here when all was over.
+    pub left: Option<Left>,
+}
+
+/// What is seen of a guest at this host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Left {
+    /// It runs.
+    Running,
+    /// Its operator has paused it.
+    Paused,
+    /// It is suspended.
+    Suspended,
+    /// It has stopped by itself.
+    Stopped(ShutdownReason),
+    /// There is no such domain.
+    Gone,
+}
+
+impl std::fmt::Display for Left {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Left::Running => f.write_str("runs here"),
+            Left::Paused => f.write_str("is paused here"),
+            Left::Suspended => f.write_str("is suspended here"),
+            Left::Stopped(reason) => write!(f, "has stopped here ({reason})"),
+            Left::Gone => f.write_str("is gone from this host"),
+        }
+    }
+}
+
+fn look(host: &Host, uuid: &str) -> Option<Left> {
+    let domains = host.ctl().domains().ok()?;
+    let info = domains
+        .iter()
+        .find(|info| !info.dying && host.uuid_text(info) == uuid);
+    Some(match info {
+        None => Left::Gone,
+        Some(info) => match info.shutdown {
+            Some(ShutdownReason::Suspend) => Left::Suspended,
+            Some(reason) => Left::Stopped(reason),
+            None if info.paused => Left::Paused,
+            None => Left::Running,
+        },
+    })
 }
 
 /// Moves a guest. Once `cancel` is set it gives up, unless the guest is committed.
@@ -63,13 +113,11 @@ pub fn migrate(
     cancel: Arc<AtomicBool>,
 ) -> Moved {
     match prepare_and_move(directories, request, observer, cancel) {
-        Ok((report, result)) => Moved {
-            report: Some(report),
-            result,
-        },
+        Ok(moved) => moved,
         Err(error) => Moved {
             report: None,
             result: Err(error),
+            left: None,
         },
     }
 }
@@ -103,15 +151,15 @@ fn prepare_and_move(
     request: &Request,
     observer: &mut dyn Observer,
     cancel: Arc<AtomicBool>,
-) -> Result<(Report, Result<()>)> {
+) -> Result<Moved> {
     directories.create()?;
     recovery::settle_all(directories);
     let host = Host::open()?;
     let domid = find_domain(&host, &request.domain)?;
     let name = host.name(domid)?;
     let uuid = host.uuid_text(&host.info(domid)?);
-    let lock = GuestLock::take(directories, &uuid, &name)?;
-    refuse_open_moves(directories, &uuid, &name)?;
+    let lock = GuestLock::wait(directories, &uuid, &name, LOCKED)?;
+    recovery::refuse_open_moves(directories, &uuid, &name)?;
     let hindrances = hindrances(&host, domid, request.allowed)?;
     if !hindrances.is_empty() {
         return Err(Error::Refused(format!(
@@ -132,7 +180,7 @@ fn prepare_and_move(
             move_id: move_id.to_string(),
             role: Role::Source,
             name: name.clone(),
-            uuid,
+            uuid: uuid.clone(),
             domid: Some(domid.get()),
             peer: request.remote.host.clone(),
             remote: request.remote.command.clone(),
@@ -140,8 +188,16 @@ fn prepare_and_move(
             boot_id: journal::boot_id(),
         },
     )?;
-    let guardian = Guardian::start(directories, &journal.entry().path, &name)?;
-    let (link, mut session) = request.remote.connect()?;
+    let begun = Guardian::start(directories, &journal.entry().path, &name)
+        .and_then(|guardian| Ok((guardian, request.remote.connect()?)));
+    let (guardian, (link, mut session)) = match begun {
+        Ok(begun) => begun,
+        Err(error) => {
+            // Nothing was touched.
+            journal.end_and_remove(Outcome::Aborted)?;
+            return Err(error);
+        }
+    };
     let peer = Conversation::start(
         &request.remote.host,
         link,
@@ -165,9 +221,9 @@ fn prepare_and_move(
     );
     // What ssh says of its end tells more than that the connection was closed.
     let result = result.map_err(|error| match error {
-        Error::LinkLost { peer, .. } => Error::LinkLost {
+        Error::LinkLost { peer, reason } => Error::LinkLost {
             peer,
-            reason: session.reason(),
+            reason: session.reason(reason),
         },
         other => other,
     });
@@ -180,32 +236,13 @@ fn prepare_and_move(
         Err(Error::InDoubt { .. }) => guardian.leave(),
         _ => guardian.finish(),
     }
-    session.finish(std::time::Duration::from_secs(10));
-    Ok((report, result))
-}
-
-/// An earlier move that is still open must be settled first.
-fn refuse_open_moves(directories: &Directories, uuid: &str, name: &str) -> Result<()> {
-    for entry in journal::list(directories)?
-        .iter()
-        .filter(|entry| entry.begin.uuid == uuid)
-    {
-        match action(entry) {
-            Action::Nothing => {}
-            Action::AskDestination => {
-                return Err(Error::Refused(format!(
-                    "An earlier move of {name} to {} is in doubt; run: vmshadow resolve {name}",
-                    entry.begin.peer
-                )));
-            }
-            _ => {
-                return Err(Error::Refused(format!(
-                    "An earlier move of {name} is not settled; run: vmshadow resolve {name}"
-                )));
-            }
-        }
-    }
-    Ok(())
+    session.finish(Duration::from_secs(10));
+    let left = result.as_ref().err().and_then(|_| look(&host, &uuid));
+    Ok(Moved {
+        report: Some(report),
+        result,
+        left,
+    })
 }
 
 fn offer(

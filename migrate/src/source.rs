@@ -43,10 +43,14 @@ const FRAME_PAGES: usize = 256;
 const GREETING: Duration = Duration::from_secs(60);
 
 /// How long the other site may take to accept: it waits for memory, and for xl's lock.
-const ACCEPTING: Duration = Duration::from_secs(120);
+const ACCEPTING: Duration = Duration::from_secs(240);
 
 /// How long it may take to handle a round that has crossed.
 const HANDLING: Duration = Duration::from_secs(300);
+
+/// How long the guest may be suspended before the handover, whatever it waits for: then it goes on
+/// here. The verify mode reads all memory of large guests meanwhile.
+const SILENT: Duration = Duration::from_secs(600);
 
 /// How long a restore may take to complete: devices' hotplug scripts, and the verify mode.
 const RESTORING: Duration = Duration::from_secs(300);
@@ -263,17 +267,6 @@ impl<'a> Session<'a> {
                 self.report.stop = Some(stop);
                 break;
             }
-            if self
-                .go
-                .plan
-                .timeout
-                .is_some_and(|timeout| self.watch.total() > timeout)
-            {
-                return Err(Error::Refused(format!(
-                    "The guest changes too fast: {left} pages are left after {number} rounds and {:.0} s",
-                    self.watch.total().as_secs_f64()
-                )));
-            }
         }
         self.dirty = dirty;
         self.watch.lap("pre-copy");
@@ -301,6 +294,7 @@ impl<'a> Session<'a> {
         let bytes_before = self.go.peer.bytes().0;
         self.go.peer.send(&ToDestination::P2mFrames {
             max_pfn: self.known.pages().saturating_sub(1),
+            populated: self.go.guest.populated(),
             frames: self.go.guest.p2m_frames().to_vec(),
         })?;
         let mut encoder = BatchEncoder::new();
@@ -310,6 +304,9 @@ impl<'a> Session<'a> {
         let mut batch = Batch::default();
         let mut done = 0;
         while dirty.take_batch(&mut cursor, READ_BATCH, &mut pfns) > 0 {
+            if moment == Moment::Live {
+                self.check_time(number, round.pages - done)?;
+            }
             batch.clear();
             self.go
                 .guest
@@ -359,7 +356,6 @@ impl<'a> Session<'a> {
         self.go.peer.send(&ToDestination::RoundEnd {
             round: number,
             pages: round.raw + round.zero + round.no_data,
-            populated: self.go.guest.populated(),
             last,
         })?;
         // The last one is answered by "ready": nothing waits for a round trip in the silence.
@@ -374,6 +370,18 @@ impl<'a> Session<'a> {
         Ok(round)
     }
 
+    /// Fails once the time that the operator gave is over.
+    fn check_time(&self, round: u32, left: u64) -> Result<()> {
+        let took = self.watch.total();
+        match self.go.plan.timeout {
+            Some(timeout) if took > timeout => Err(Error::TimedOut(format!(
+                "{left} pages are left in round {round} after {:.0} s",
+                took.as_secs_f64()
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     fn suspend(&mut self, _copied: &Copied) -> Result<Suspended> {
         (self.go.unchanged)()?;
         self.phase("suspending");
@@ -383,6 +391,7 @@ impl<'a> Session<'a> {
         self.suspend_started = Some(started);
         self.go.guest.suspend()?;
         self.part("suspend", started.elapsed());
+        self.go.peer.set_deadline(Some(started + SILENT));
         hold("suspended");
         (self.go.unchanged)()?;
         let last = Instant::now();
@@ -475,6 +484,7 @@ impl<'a> Session<'a> {
         hold("ready");
         // From here on only the destination's word lets the guest run here again.
         self.go.peer.ignore_cancel();
+        self.go.peer.set_deadline(None);
         self.go.journal.reach(Phase::Committed)?;
         hold("committed");
         Ok(Committed)
@@ -518,26 +528,20 @@ impl<'a> Session<'a> {
     /// Before the commit: the guest goes on here.
     fn give_up(&mut self, error: Error) -> Result<()> {
         self.phase("giving up");
-        let suspending = self.go.journal.entry().phase >= Phase::Suspending;
         let mut safe = true;
-        if suspending {
-            // First what the guest waits for.
-            if let Err(error) = self.go.guest.resume() {
+        let mut note = |step: Result<()>| {
+            if let Err(error) = step {
                 safe = false;
                 log::error!("{}", chain(&error));
             }
+        };
+        if self.go.journal.entry().phase >= Phase::Suspending {
+            // First what the guest waits for.
+            note(self.go_on());
         }
-        if let Err(error) = self.go.guest.end_tracking() {
-            safe = false;
-            log::error!("{}", chain(&error));
-        }
-        if suspending {
-            let facts = self.go.guest.facts();
-            if let Err(error) = keeper::start(self.go.directories, &facts.name, &facts.uuid) {
-                log::error!("{}", chain(&error));
-            }
-        }
+        note(self.go.guest.end_tracking());
         self.go.peer.ignore_cancel();
+        self.go.peer.set_deadline(None);
         // A peer that is gone finds out by itself.
         let _ = self
             .go
@@ -549,6 +553,18 @@ impl<'a> Session<'a> {
         }
         self.end_journal(Outcome::Aborted);
         Err(error)
+    }
+
+    /// Lets the guest run here again, under a keeper where it was suspended: `xl`'s monitor ends
+    /// then.
+    fn go_on(&mut self) -> Result<()> {
+        if self.go.guest.end_suspend()? {
+            let facts = self.go.guest.facts();
+            let kept = keeper::start(self.go.directories, &facts.name, &facts.uuid);
+            self.go.guest.resume()?;
+            kept?;
+        }
+        Ok(())
     }
 
     /// Commit was recorded and no answer came: only the destination knows.

@@ -12,10 +12,11 @@ use testbed::{Guest, Hypervisor, SiteName, Testbed};
 use crate::scene::{go_on, hold_at, move_guest, said, settled, sites, small_guest, with};
 
 /// Where the source can be stopped, in the order of a move.
-const SOURCE: [&str; 10] = [
+const SOURCE: [&str; 11] = [
     "connecting",
     "offering",
     "copying",
+    "recopying",
     "suspending",
     "suspended",
     "last-round",
@@ -26,7 +27,7 @@ const SOURCE: [&str; 10] = [
 ];
 
 /// Where the destination can be stopped, in the order of a move.
-const DESTINATION: [&str; 7] = [
+const DESTINATION: [&str; 9] = [
     "accepting",
     "receiving",
     "restoring",
@@ -34,6 +35,8 @@ const DESTINATION: [&str; 7] = [
     "ready",
     "commit-received",
     "owner",
+    "unpaused",
+    "running",
 ];
 
 fn kill_everywhere(testbed: &Testbed, guest: &Guest, destination: bool, points: &[&str]) {

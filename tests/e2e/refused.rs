@@ -152,14 +152,14 @@ fn another_tool_at_work() {
     here.run(
         "mkfifo /tmp/fifo; sleep 1000 < /tmp/fifo > /dev/null 2>&1 & \
          xl save -c g1 /tmp/fifo > /tmp/save 2>&1 & \
-         until pgrep -f '^.*libxl-save-helper --save-domain' > /dev/null; do sleep 0.2; done; \
+         until pgrep -x libxl-save-help > /dev/null; do sleep 0.2; done; \
          sleep 1",
     )
     .unwrap();
     refuses(&testbed, "vmshadow migrate g1 10.77.0.12", "saving");
     here.run(
         "cat /tmp/fifo > /dev/null & kill $(pgrep -f '^sleep 1000'); \
-         while pgrep -f '^.*libxl-save-helper' > /dev/null; do sleep 0.2; done; cat /tmp/save",
+         while pgrep -x libxl-save-help > /dev/null; do sleep 0.2; done; cat /tmp/save",
     )
     .unwrap();
     assert_eq!(settled(&testbed, &guest, "xl save"), SiteName::A);

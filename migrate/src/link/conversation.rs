@@ -190,7 +190,7 @@ impl Conversation {
         )
     }
 
-    /// From `deadline` on every send and receive fails with [`Error::TimedOut`], whatever the peer
+    /// From `deadline` on every send and receive fails with [`Error::Stalled`], whatever the peer
     /// does meanwhile: while a guest is silent, neither a stalled link nor a peer that only drips
     /// messages can make it longer. It holds for waits that have begun as for those to come, until
     /// it is set anew; `None` lifts it.
@@ -212,7 +212,7 @@ impl Conversation {
     ///
     /// # Errors
     /// [`Error::Wire`] where there is no common version, [`Error::LinkLost`],
-    /// [`Error::Cancelled`], [`Error::TimedOut`].
+    /// [`Error::Cancelled`], [`Error::Stalled`].
     pub fn greet(&mut self, deadline: Instant) -> Result<Agreement> {
         match self.hear(deadline)? {
             Heard::Hello(hello) => Ok(Hello::new(self.role).agree(&hello)?),
@@ -223,7 +223,7 @@ impl Conversation {
     /// Queues a message; waits while the link is busy.
     ///
     /// # Errors
-    /// [`Error::LinkLost`], [`Error::Cancelled`], [`Error::TimedOut`].
+    /// [`Error::LinkLost`], [`Error::Cancelled`], [`Error::Stalled`].
     pub fn send(&mut self, message: &impl Message) -> Result<()> {
         let mut frame = Vec::new();
         FrameWriter::new(&mut frame).send(message)?;
@@ -240,11 +240,12 @@ impl Conversation {
         }
     }
 
-    /// The next frame, waited for until `deadline`.
+    /// The next frame, waited for until `deadline`. After it there is none, not even one that has
+    /// come: messages that tell of progress must not put off the end of a wait.
     ///
     /// # Errors
     /// [`Error::LinkLost`] also where `deadline` passes, [`Error::Cancelled`], and
-    /// [`Error::TimedOut`] where the one of [`Conversation::set_deadline`] does.
+    /// [`Error::Stalled`] where the one of [`Conversation::set_deadline`] does.
     pub fn receive(&mut self, deadline: Instant) -> Result<Received> {
         match self.hear(deadline)? {
             Heard::Frame(received) => Ok(received),
@@ -255,7 +256,7 @@ impl Conversation {
     /// The next frame if one comes within `patience`.
     ///
     /// # Errors
-    /// [`Error::LinkLost`], [`Error::Cancelled`], [`Error::TimedOut`].
+    /// [`Error::LinkLost`], [`Error::Cancelled`], [`Error::Stalled`].
     pub fn receive_for(&mut self, patience: Duration) -> Result<Option<Received>> {
         match self.hear_for(patience)? {
             None => Ok(None),
@@ -271,11 +272,13 @@ impl Conversation {
 
     fn hear(&mut self, deadline: Instant) -> Result<Heard> {
         loop {
+            if Instant::now() >= deadline {
+                // The reason that this end has for it comes first.
+                self.interrupted()?;
+                return Err(self.lost("no answer in time".into()));
+            }
             if let Some(heard) = self.hear_for(TICK)? {
                 return Ok(heard);
-            }
-            if Instant::now() >= deadline {
-                return Err(self.lost("no answer in time".into()));
             }
         }
     }
@@ -309,7 +312,7 @@ impl Conversation {
             return Err(Error::Cancelled);
         }
         match self.deadline {
-            Some(deadline) if Instant::now() >= deadline.at => Err(Error::TimedOut {
+            Some(deadline) if Instant::now() >= deadline.at => Err(Error::Stalled {
                 peer: self.peer.clone(),
                 allowed: deadline.allowed,
             }),
@@ -416,7 +419,7 @@ mod tests {
                 break error;
             }
         };
-        assert!(matches!(error, Error::TimedOut { .. }), "{error:?}");
+        assert!(matches!(error, Error::Stalled { .. }), "{error:?}");
         // Nor is anything sent after it, though it may be lifted.
         assert!(source.send(&ToDestination::Commit).is_err());
     }
@@ -426,7 +429,7 @@ mod tests {
         let (mut source, _silent, _) = talk(Role::Source, None);
         source.set_deadline(Some(soon()));
         let error = source.receive(later()).err().unwrap();
-        assert!(matches!(error, Error::TimedOut { .. }), "{error:?}");
+        assert!(matches!(error, Error::Stalled { .. }), "{error:?}");
         assert!(source.receive_for(Duration::from_secs(3600)).is_err());
     }
 
@@ -451,7 +454,7 @@ mod tests {
                 break error;
             }
         };
-        assert!(matches!(error, Error::TimedOut { .. }), "{error:?}");
+        assert!(matches!(error, Error::Stalled { .. }), "{error:?}");
         drop(source);
         dripping.join().unwrap();
     }
@@ -512,6 +515,19 @@ mod tests {
         );
         assert_eq!(frames.read().unwrap().unwrap().tag, Tag::Pages);
         assert_eq!(frames.read().unwrap().unwrap().tag, Tag::Abort);
+    }
+
+    #[test]
+    fn what_comes_too_late_does_not_count() {
+        let (mut source, mut peer, _) = talk(Role::Source, None);
+        Hello::new(Role::Destination).write(&mut peer).unwrap();
+        source.greet(later()).unwrap();
+        FrameWriter::new(&mut peer)
+            .send(&ToSource::Running)
+            .unwrap();
+        let error = source.receive(Instant::now()).err().unwrap();
+        assert!(error.to_string().contains("in time"), "{error}");
+        assert_eq!(source.receive(later()).unwrap().tag(), Tag::Running);
     }
 
     #[test]

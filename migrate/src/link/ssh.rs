@@ -179,7 +179,7 @@ impl Remote {
                     .recv_timeout(left)
                     .map_err(|_| lost("its answer has no end".into()))
             }
-            Some(status) => Err(lost(session.words(status))),
+            Some(status) => Err(lost(session.words(status).unwrap_or("no answer".into()))),
             None => {
                 session.finish(Duration::ZERO);
                 Err(lost(format!("no answer within {} s", patience.as_secs())))
@@ -236,19 +236,19 @@ impl Session {
         self.said.lock().map(|said| said.all()).unwrap_or_default()
     }
 
-    /// Why the link ended, as far as ssh says.
-    pub fn reason(&mut self) -> String {
+    /// Why the link ended, as far as ssh says; else what was `seen` of it here.
+    pub fn reason(&mut self, seen: String) -> String {
         let status = self.finish(Duration::from_secs(2));
-        self.words(status)
+        self.words(status).unwrap_or(seen)
     }
 
-    fn words(&self, status: Option<i32>) -> String {
+    /// ssh's last words, or its status; nothing where it was silent and had to be ended.
+    fn words(&self, status: Option<i32>) -> Option<String> {
         let said = self.said.lock().ok();
         let last = said.as_ref().and_then(|said| said.last());
         match (last, status) {
-            (Some(line), _) => line.to_owned(),
-            (None, Some(code)) => format!("ssh ended with status {code}"),
-            (None, None) => "the connection was closed".to_owned(),
+            (Some(line), _) => Some(line.to_owned()),
+            (None, status) => status.map(|code| format!("ssh ended with status {code}")),
         }
     }
 
@@ -319,7 +319,7 @@ mod tests {
         let mut back = String::new();
         link.reader.read_to_string(&mut back).unwrap();
         assert_eq!(back, "there and back");
-        assert_eq!(session.reason(), "hello");
+        assert_eq!(session.reason("closed".into()), "hello");
     }
 
     fn shell(script: &str) -> Remote {
@@ -370,10 +370,18 @@ mod tests {
         let mut pid = String::new();
         let mut reader = link.reader;
         reader.read_to_string(&mut pid).unwrap();
-        assert_eq!(session.reason(), "gone");
+        assert_eq!(session.reason("closed".into()), "gone");
         // The one that was started here.
         let pid = nix::unistd::Pid::from_raw(pid.trim().parse().unwrap());
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    }
+
+    #[test]
+    fn where_ssh_says_nothing_what_was_seen_is_told() {
+        let (_link, mut session) = shell("exec sleep 3600").connect().unwrap();
+        assert_eq!(session.finish(Duration::ZERO), None);
+        let seen = "nothing heard for 21 s";
+        assert_eq!(session.reason(seen.into()), seen);
     }
 
     #[test]
@@ -385,7 +393,7 @@ mod tests {
         drop(link);
         session.finish(Duration::from_secs(60));
         assert_eq!(session.said().len(), 20);
-        assert_eq!(session.reason(), "\u{fffd}[31mlast\u{fffd}");
+        assert_eq!(session.reason("closed".into()), "\u{fffd}[31mlast\u{fffd}");
     }
 
     #[test]
