@@ -7,10 +7,17 @@
 use std::fs;
 use std::io::pipe;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Output, Stdio};
 
+use migrate::digest::DigestKey;
 use migrate::directories::Directories;
 use migrate::handover::journal::{Begin, JOURNAL_VERSION, Journal, Phase, Role};
+use migrate::wire::{
+    CpuPolicy, Direction, FrameReader, FrameWriter, GuestKind, Hello, MoveId, Offer,
+    Role as WireRole, Text, ToDestination, ToSource, TscOffer, XenVersion,
+};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use tempfile::TempDir;
 
 /// What says that there is no hypervisor, and what to install.
@@ -202,6 +209,92 @@ fn each_open_move_is_settled_whatever_becomes_of_the_others() {
 
 fn printed_json(output: &Output) -> serde_json::Value {
     serde_json::from_slice(&output.stdout).expect("It prints JSON")
+}
+
+/// Starts the receiving end and takes its hello.
+fn receive(machine: &Machine) -> (Child, ChildStdin, ChildStdout) {
+    let mut child = machine
+        .vmshadow(&["receive"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("It starts");
+    let stdin = child.stdin.take().expect("A pipe");
+    let mut stdout = child.stdout.take().expect("A pipe");
+    let hello = Hello::read(&mut stdout).expect("It greets");
+    assert_eq!(hello.role, WireRole::Destination);
+    (child, stdin, stdout)
+}
+
+/// The source is told, as with every other reason to refuse.
+#[test]
+fn a_source_is_told_why_it_is_refused() {
+    let Some(machine) = Machine::new() else {
+        return;
+    };
+    let (child, mut stdin, stdout) = receive(&machine);
+    Hello::new(WireRole::Source).write(&mut stdin).unwrap();
+    let mut to = FrameWriter::new(stdin);
+    let mut from = FrameReader::new(stdout, Direction::ToSource);
+    // The answer says how far the other end is: nothing slow comes before it.
+    to.send(&ToDestination::Ping(1)).unwrap();
+    let mut next = || loop {
+        let frame = from.read().unwrap().expect("It goes on");
+        match ToSource::decode(frame).unwrap() {
+            // A sign of life.
+            ToSource::Pong(0) => {}
+            message => break message,
+        }
+    };
+    assert_eq!(next(), ToSource::Pong(1));
+    to.send(&ToDestination::Offer(Box::new(offer()))).unwrap();
+    match next() {
+        ToSource::Refuse(refusal) => assert_eq!(refusal.reason.to_string(), NO_XEN),
+        other => panic!("{other:?}"),
+    }
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(told(&output).contains(NO_XEN), "{output:?}");
+    assert!(is_empty(&machine.path("lib/vmshadow/moves")));
+    assert!(is_empty(&machine.path("lib/vmshadow/incoming")));
+}
+
+fn offer() -> Offer {
+    Offer {
+        move_id: MoveId::from_random([1; 16]),
+        name: "g1".to_owned(),
+        uuid: "6c1c2b54-62a4-4f3b-9d5a-0d8e7d1b6b0f".to_owned(),
+        kind: GuestKind::Pv,
+        pages: 65_536,
+        populated_pages: 40_000,
+        vcpus: 1,
+        configuration: serde_json::json!({}),
+        cpu_policy: CpuPolicy::default(),
+        tsc: TscOffer { mode: 0, khz: 1 },
+        xen: XenVersion {
+            major: 4,
+            minor: 17,
+            extra: Text::default(),
+        },
+        digest_key: DigestKey::new([2; 32]),
+        verify: false,
+    }
+}
+
+/// Each is answered in good order, not by the kernel's ending the process.
+#[test]
+fn signals_that_ask_to_end_are_answered() {
+    let Some(machine) = Machine::new() else {
+        return;
+    };
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        let (child, _stdin, _stdout) = receive(&machine);
+        let id = i32::try_from(child.id()).unwrap();
+        kill(Pid::from_raw(id), signal).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{signal}: {output:?}");
+    }
 }
 
 #[test]

@@ -39,6 +39,10 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(2);
 /// this many of the longest.
 const QUEUE: usize = 4;
 
+/// How long the last words may take to be written. Whoever closes then ends: what is still queued
+/// would be lost, the reason for a refusal among it.
+const FAREWELL: Duration = Duration::from_secs(5);
+
 /// How often a waiting side looks whether it was cancelled.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -74,6 +78,8 @@ pub struct Conversation {
     peer: String,
     role: Role,
     outgoing: Option<Sender<Vec<u8>>>,
+    /// Closes when the writer has ended.
+    all_written: Receiver<()>,
     incoming: Receiver<Heard>,
     last_heard: LastHeard,
     silence: Duration,
@@ -113,7 +119,10 @@ impl Conversation {
         let break_reason = Arc::clone(&broken);
         let hurry = Arc::<AtomicBool>::default();
         let hurried = Arc::clone(&hurry);
+        let (writing, all_written) = bounded(0);
         thread::spawn(move || {
+            // Dropped when this thread ends.
+            let _writing = writing;
             if let Err(error) = write_frames(&mut writer, role, &frames, rate, &hurried)
                 && let Ok(mut broken) = break_reason.lock()
             {
@@ -165,6 +174,7 @@ impl Conversation {
             peer: peer.to_owned(),
             role,
             outgoing: Some(outgoing),
+            all_written,
             incoming,
             last_heard,
             silence: SILENCE,
@@ -265,9 +275,13 @@ impl Conversation {
         }
     }
 
-    /// Sends what is queued and closes the writing direction. The peer sees an end of file.
+    /// Sends what is queued, as far as the link takes it within a few seconds, and closes the
+    /// writing direction. The peer sees an end of file.
     pub fn close(&mut self) {
+        self.hurry.store(true, Ordering::Relaxed);
         self.outgoing = None;
+        // Nothing is ever sent: this returns when the writer has ended, or is given up.
+        let _: std::result::Result<(), _> = self.all_written.recv_timeout(self.patience(FAREWELL));
     }
 
     fn hear(&mut self, deadline: Instant) -> Result<Heard> {
@@ -457,6 +471,38 @@ mod tests {
         assert!(matches!(error, Error::Stalled { .. }), "{error:?}");
         drop(source);
         dripping.join().unwrap();
+    }
+
+    /// A writer that takes its time for each byte.
+    struct Slow(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Slow {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            thread::sleep(TICK / 100);
+            let count = bytes.len().min(16);
+            self.0.lock().unwrap().extend(&bytes[..count]);
+            Ok(count)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn the_last_words_are_written_when_it_is_closed() {
+        let written = Arc::<Mutex<Vec<u8>>>::default();
+        let (reader, _open) = io::pipe().unwrap();
+        let link = Link {
+            reader: Box::new(reader),
+            writer: Box::new(Slow(Arc::clone(&written))),
+        };
+        let mut source = Conversation::start("b", link, Role::Source, None, Arc::default());
+        let reason = crate::wire::Text::new(&"because ".repeat(50));
+        source.send(&ToDestination::Abort(reason.clone())).unwrap();
+        source.close();
+        let written = written.lock().unwrap();
+        assert!(written.ends_with(reason.as_str().as_bytes()));
     }
 
     #[test]
