@@ -595,6 +595,7 @@ impl Destination for XenDestination {
             domid,
             &*locked(image)?,
             &self.digester,
+            &self.frames,
             &self.rewritten,
         )
     }
