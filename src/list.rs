@@ -28,6 +28,7 @@ struct Guest {
 
 /// Prints every guest.
 pub fn run(options: &cli::List) -> anyhow::Result<()> {
+    crate::require_xen()?;
     let host = Host::open()?;
     let shadow = host.ctl().physical_info()?.shadow;
     let journals = journal::list(&Directories::default())?;

@@ -1,29 +1,24 @@
 //! The command `vmshadow`: subcommands in the manner of xl. No logic of its own.
 
-/// Prints a line. A reader that is gone (`vmshadow list | head`, a closed terminal) is no reason to
-/// fail, least of all in the middle of a move.
+/// Prints a line.
 macro_rules! say {
-    ($($text:tt)*) => {{
-        use std::io::Write;
-        let _ = writeln!(std::io::stdout(), $($text)*);
-    }};
+    ($($text:tt)*) => { $crate::output::say(format_args!($($text)*)) };
 }
 
-/// Prints a line to standard error, in the same way.
+/// Prints a line to standard error.
 macro_rules! tell {
-    ($($text:tt)*) => {{
-        use std::io::Write;
-        let _ = writeln!(std::io::stderr(), $($text)*);
-    }};
+    ($($text:tt)*) => { $crate::output::tell(format_args!($($text)*)) };
 }
 
 mod check;
 mod cli;
 mod list;
 mod migrate;
+mod output;
 mod policy;
 mod progress;
 mod receive;
+mod report_file;
 mod resolve;
 
 use std::process::ExitCode;
@@ -60,6 +55,10 @@ fn main() -> ExitCode {
         Command::Keeper(options) => keeper::run(&directories, &options.uuid).map_err(Into::into),
     };
     match result {
+        // The status of a move tells of the move alone.
+        Ok(()) if output::incomplete() && !matches!(cli.command, Command::Migrate(_)) => {
+            ExitCode::from(1)
+        }
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tell!("vmshadow: {error:#}");
@@ -68,7 +67,16 @@ fn main() -> ExitCode {
     }
 }
 
-/// Set by Ctrl-C and by a polite kill: the move is given up in good order.
+/// Fails, in words that say what to install or to do, where this machine can't control Xen guests.
+fn require_xen() -> anyhow::Result<()> {
+    match xen_sys::host::probe().missing {
+        None => Ok(()),
+        Some(missing) => Err(missing.into()),
+    }
+}
+
+/// Set by Ctrl-C, by a polite kill and by a terminal that closes: the move is given up in good
+/// order.
 fn cancelled() -> anyhow::Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
     for signal in [

@@ -1,11 +1,8 @@
 //! `vmshadow migrate`
 
-use std::fs::File;
-use std::io::Write;
-use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow};
+use anyhow::anyhow;
 use migrate::directories::Directories;
 use migrate::error::Error;
 use migrate::guest::xen::checks::Allowed;
@@ -17,6 +14,7 @@ use migrate::source::Plan;
 
 use crate::cli;
 use crate::progress;
+use crate::report_file::ReportFile;
 
 /// Moves the guest, shows how it goes, and prints the report.
 pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<()> {
@@ -45,7 +43,12 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
         }),
         rate: options.bandwidth,
     };
-    let report = options.report.as_deref().map(open_report).transpose()?;
+    let report = options
+        .report
+        .as_deref()
+        .map(ReportFile::open)
+        .transpose()?;
+    crate::require_xen()?;
     let mut observer = progress::observer(options.json);
     let moved = migrate(
         directories,
@@ -58,16 +61,17 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
     if let Err(error) = publish(options, &moved, report) {
         tell!("Warning: {error:#}");
     }
-    let Moved { result, left, .. } = moved;
-    result.map_err(|error| explain(error, left, &options.domain, &options.host))
+    let Moved {
+        result,
+        left,
+        report,
+    } = moved;
+    // Journals know the guest by its name, whatever it was called here.
+    let name = report.map_or(options.domain.clone(), |report| report.domain);
+    result.map_err(|error| explain(error, left, &name, &options.host))
 }
 
-/// Before the move, so that a path that can't be written stops it.
-fn open_report(path: &Path) -> anyhow::Result<File> {
-    File::create(path).with_context(|| format!("Can't write {}", path.display()))
-}
-
-fn publish(options: &cli::Migrate, moved: &Moved, file: Option<File>) -> anyhow::Result<()> {
+fn publish(options: &cli::Migrate, moved: &Moved, file: Option<ReportFile>) -> anyhow::Result<()> {
     let Some(report) = &moved.report else {
         return Ok(());
     };
@@ -78,7 +82,7 @@ fn publish(options: &cli::Migrate, moved: &Moved, file: Option<File>) -> anyhow:
         say!("{}", progress::summary(report).trim_end());
     }
     if let Some(mut file) = file {
-        writeln!(file, "{json}").context("Can't write the report")?;
+        file.write(&format!("{json}\n"))?;
     }
     Ok(())
 }
@@ -91,10 +95,10 @@ fn explain(error: Error, left: Option<Left>, domain: &str, host: &str) -> anyhow
             "{domain} is suspended here and may run at {host}: only {host} knows. \
              When it can be reached again, {resolve}"
         ),
-        // It never came to a move.
-        (_, None) => return anyhow!(error),
-        (_, Some(Left::Suspended)) => {
-            format!("{domain} was not moved and is suspended here; {resolve}")
+        // There is no such guest, or it is in another worker's hands, who will tell.
+        (_, None) | (Error::Busy(_), _) => return anyhow!(error),
+        (_, Some(left @ (Left::Suspended | Left::Unseen))) => {
+            format!("{domain} was not moved and {left}; {resolve}")
         }
         (Error::Unsettled(_), Some(left)) => {
             format!("{domain} was not moved and {left}; {resolve}")
@@ -102,4 +106,42 @@ fn explain(error: Error, left: Option<Left>, domain: &str, host: &str) -> anyhow
         (_, Some(left)) => format!("{domain} was not moved and {left}"),
     };
     anyhow!(error).context(place)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(error: Error, left: Option<Left>) -> String {
+        format!("{:#}", explain(error, left, "g1", "b"))
+    }
+
+    #[test]
+    fn each_failure_tells_where_the_guest_is() {
+        let cancelled = || Error::Cancelled;
+        assert_eq!(
+            message(cancelled(), Some(Left::Running)),
+            "g1 was not moved and runs here: Cancelled"
+        );
+        assert!(message(cancelled(), Some(Left::Paused)).contains("is paused here"));
+        assert!(message(cancelled(), Some(Left::Gone)).contains("is gone from this host"));
+        for left in [Left::Suspended, Left::Unseen] {
+            let message = message(cancelled(), Some(left));
+            assert!(message.contains("vmshadow resolve g1"), "{message}");
+            assert!(!message.contains("runs here"), "{message}");
+        }
+        let unsettled = Error::Unsettled(Box::new(Error::Cancelled));
+        let message_of_it = message(unsettled, Some(Left::Running));
+        assert!(message_of_it.contains("runs here; run: vmshadow resolve g1"));
+        // Whatever is seen here: the other host may have it.
+        let doubt = || Error::InDoubt { peer: "b".into() };
+        for left in [None, Some(Left::Suspended), Some(Left::Unseen)] {
+            let message = message(doubt(), left);
+            assert!(message.contains("only b knows"), "{message}");
+        }
+        assert_eq!(
+            message(Error::Refused("No such guest".into()), None),
+            "No such guest"
+        );
+    }
 }

@@ -27,6 +27,8 @@ pub fn run(options: &cli::Resolve, directories: &Directories) -> anyhow::Result<
         .filter(|entry| action(entry) != Action::Nothing)
         .collect();
     if open.is_empty() {
+        // Here no guest can be, nor a move of it: the operator may be at another host.
+        crate::require_xen()?;
         if options.json {
             say!("[]");
         } else {
@@ -37,19 +39,11 @@ pub fn run(options: &cli::Resolve, directories: &Directories) -> anyhow::Result<
         }
         return Ok(());
     }
-    let mut done: Vec<Settled> = Vec::new();
-    let mut failed = Vec::new();
-    for entry in open {
-        let settled = match options.decree {
-            Some(Decree::Here) => settle_by_decree(directories, &entry, true),
-            Some(Decree::There) => settle_by_decree(directories, &entry, false),
-            None => settle(directories, &entry, PATIENCE),
-        };
-        match settled {
-            Ok(settled) => done.push(settled),
-            Err(error) => failed.push(explain(error, &entry)),
-        }
-    }
+    let (done, mut failed) = settle_each(open, |entry| match options.decree {
+        Some(Decree::Here) => settle_by_decree(directories, entry, true),
+        Some(Decree::There) => settle_by_decree(directories, entry, false),
+        None => settle(directories, entry, PATIENCE),
+    });
     if options.json {
         say!("{}", serde_json::to_string_pretty(&done)?);
     } else {
@@ -62,7 +56,7 @@ pub fn run(options: &cli::Resolve, directories: &Directories) -> anyhow::Result<
             );
         }
     }
-    // One that can't be settled must not hold up the others: they come first.
+    // The last of them is for the caller to tell.
     let last = failed.pop();
     for error in failed {
         tell!("vmshadow: {error:#}");
@@ -70,7 +64,23 @@ pub fn run(options: &cli::Resolve, directories: &Directories) -> anyhow::Result<
     last.map_or(Ok(()), Err)
 }
 
-/// Adds what to do.
+/// Settles all; one that can't be settled does not hold up the others.
+fn settle_each(
+    open: Vec<Entry>,
+    mut settle: impl FnMut(&Entry) -> Result<Settled, Error>,
+) -> (Vec<Settled>, Vec<anyhow::Error>) {
+    let mut done = Vec::new();
+    let mut failed = Vec::new();
+    for entry in open {
+        match settle(&entry) {
+            Ok(settled) => done.push(settled),
+            Err(error) => failed.push(explain(error, &entry)),
+        }
+    }
+    (done, failed)
+}
+
+/// Adds where the guest is, and what to do.
 fn explain(error: Error, entry: &Entry) -> anyhow::Error {
     let (name, peer) = (&entry.begin.name, &entry.begin.peer);
     match error {
@@ -79,9 +89,15 @@ fn explain(error: Error, entry: &Entry) -> anyhow::Error {
              committed. Look whether {name} runs at {peer}, then run: \
              vmshadow resolve --decree here|there {name}"
         ),
+        // The domain of that time is gone.
+        Error::LinkLost { .. } if entry.begin.boot_id != journal::boot_id() => anyhow!(error)
+            .context(format!(
+                "{name} ended here with the reboot and may run at {peer}: don't start it here yet; \
+                 try again when {peer} can be reached"
+            )),
         Error::LinkLost { .. } => anyhow!(error).context(format!(
-            "{name} stays suspended here, since it may run at {peer}; try again when that host can \
-             be reached"
+            "{name} stays suspended here, since it may run at {peer}; try again when {peer} can be \
+             reached"
         )),
         error => anyhow!(error).context(format!("The move of {name} stays open")),
     }

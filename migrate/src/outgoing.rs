@@ -15,7 +15,7 @@ use xen_sys::ctl::ShutdownReason;
 
 use crate::digest::{DigestKey, Digester};
 use crate::directories::Directories;
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, IoContext, Result, chain};
 use crate::guest::Source;
 use crate::guest::xen::checks::{Allowed, Layout, hindrances};
 use crate::guest::xen::host::Host;
@@ -58,7 +58,8 @@ pub struct Moved {
     pub report: Option<Report>,
     /// How it ended.
     pub result: Result<()>,
-    /// Where the move failed: what was seen of the guest here when all was over.
+    /// Where the move failed: what was seen of the guest here when all was over. None where it was
+    /// not even found.
     pub left: Option<Left>,
 }
 
@@ -75,6 +76,8 @@ pub enum Left {
     Stopped(ShutdownReason),
     /// There is no such domain.
     Gone,
+    /// The hypervisor could not be asked.
+    Unseen,
 }
 
 impl std::fmt::Display for Left {
@@ -85,16 +88,23 @@ impl std::fmt::Display for Left {
             Left::Suspended => f.write_str("is suspended here"),
             Left::Stopped(reason) => write!(f, "has stopped here ({reason})"),
             Left::Gone => f.write_str("is gone from this host"),
+            Left::Unseen => f.write_str("can't be looked at here"),
         }
     }
 }
 
-fn look(host: &Host, uuid: &str) -> Option<Left> {
-    let domains = host.ctl().domains().ok()?;
+fn look(host: &Host, uuid: &str) -> Left {
+    let domains = match host.ctl().domains() {
+        Ok(domains) => domains,
+        Err(error) => {
+            log::error!("{}", chain(&error));
+            return Left::Unseen;
+        }
+    };
     let info = domains
         .iter()
         .find(|info| !info.dying && host.uuid_text(info) == uuid);
-    Some(match info {
+    match info {
         None => Left::Gone,
         Some(info) => match info.shutdown {
             Some(ShutdownReason::Suspend) => Left::Suspended,
@@ -102,7 +112,7 @@ fn look(host: &Host, uuid: &str) -> Option<Left> {
             None if info.paused => Left::Paused,
             None => Left::Running,
         },
-    })
+    }
 }
 
 /// Moves a guest. Once `cancel` is set it gives up, unless the guest is committed.
@@ -112,12 +122,13 @@ pub fn migrate(
     observer: &mut dyn Observer,
     cancel: Arc<AtomicBool>,
 ) -> Moved {
-    match prepare_and_move(directories, request, observer, cancel) {
+    let mut found = None;
+    match prepare_and_move(directories, request, observer, cancel, &mut found) {
         Ok(moved) => moved,
         Err(error) => Moved {
             report: None,
             result: Err(error),
-            left: None,
+            left: found.map(|uuid| Host::open().map_or(Left::Unseen, |host| look(&host, &uuid))),
         },
     }
 }
@@ -151,6 +162,7 @@ fn prepare_and_move(
     request: &Request,
     observer: &mut dyn Observer,
     cancel: Arc<AtomicBool>,
+    found: &mut Option<String>,
 ) -> Result<Moved> {
     directories.create()?;
     recovery::settle_all(directories);
@@ -158,6 +170,7 @@ fn prepare_and_move(
     let domid = find_domain(&host, &request.domain)?;
     let name = host.name(domid)?;
     let uuid = host.uuid_text(&host.info(domid)?);
+    *found = Some(uuid.clone());
     let lock = GuestLock::wait(directories, &uuid, &name, LOCKED)?;
     recovery::refuse_open_moves(directories, &uuid, &name)?;
     let hindrances = hindrances(&host, domid, request.allowed)?;
@@ -221,9 +234,9 @@ fn prepare_and_move(
     );
     // What ssh says of its end tells more than that the connection was closed.
     let result = result.map_err(|error| match error {
-        Error::LinkLost { peer, .. } => Error::LinkLost {
+        Error::LinkLost { peer, reason } => Error::LinkLost {
             peer,
-            reason: session.reason(),
+            reason: session.reason(reason),
         },
         other => other,
     });
@@ -237,7 +250,7 @@ fn prepare_and_move(
         _ => guardian.finish(),
     }
     session.finish(Duration::from_secs(10));
-    let left = result.as_ref().err().and_then(|_| look(&host, &uuid));
+    let left = result.as_ref().err().map(|_| look(&host, &uuid));
     Ok(Moved {
         report: Some(report),
         result,
