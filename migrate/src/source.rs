@@ -49,8 +49,11 @@ const ACCEPTING: Duration = Duration::from_secs(240);
 const HANDLING: Duration = Duration::from_secs(300);
 
 /// How long the guest may be suspended before the handover, whatever it waits for: then it goes on
-/// here. The verify mode reads all memory of large guests meanwhile.
-const SILENT: Duration = Duration::from_secs(600);
+/// here.
+const SILENT: Duration = Duration::from_secs(300);
+
+/// The same in the verify mode, which reads all memory at both sites meanwhile.
+const SILENT_VERIFYING: Duration = Duration::from_secs(1200);
 
 /// How long a restore may take to complete: devices' hotplug scripts, and the verify mode.
 const RESTORING: Duration = Duration::from_secs(300);
@@ -391,7 +394,12 @@ impl<'a> Session<'a> {
         self.suspend_started = Some(started);
         self.go.guest.suspend()?;
         self.part("suspend", started.elapsed());
-        self.go.peer.set_deadline(Some(started + SILENT));
+        let silent = if self.go.plan.verify {
+            SILENT_VERIFYING
+        } else {
+            SILENT
+        };
+        self.go.peer.set_deadline(Some(started + silent));
         hold("suspended");
         (self.go.unchanged)()?;
         let last = Instant::now();
