@@ -30,6 +30,7 @@ fn wait_until_resumed(testbed: &Testbed, guest: &Guest, times: u32) {
 fn an_empty_guest_goes_there_and_back_with_each_tracker() {
     let guest = Guest {
         kind: Kind::Empty,
+        memory_mib: 64,
         ..Guest::new("g1", 101)
     };
     let testbed = sites(with(Hypervisor::Release));

@@ -75,7 +75,7 @@ fn clear_errors_before_anything_is_suspended() {
 #[test]
 fn what_the_hosts_cannot_do() {
     let options = Options {
-        cpu_features: "+aes".into(),
+        cpu_features: "+abm".into(),
         iommu: true,
         ..with(Hypervisor::Release)
     };
@@ -85,7 +85,7 @@ fn what_the_hosts_cannot_do() {
 
     // A CPU without what the guest was promised.
     testbed.start_guest(SiteName::A, &guest).unwrap();
-    refuses(&testbed, "vmshadow migrate g1 10.77.0.12", "CPU");
+    refuses(&testbed, "vmshadow migrate g1 10.77.0.12", "abm");
     assert_eq!(settled(&testbed, &guest, "the other CPU"), SiteName::A);
     testbed.stop_guest("g1").unwrap();
 
@@ -102,7 +102,7 @@ fn what_the_hosts_cannot_do() {
 
     // From here on a guest that b can take.
     let guest = Guest {
-        extra: vec!["cpuid = \"host,aes=0\"".into()],
+        extra: vec!["cpuid = \"host,abm=0\"".into()],
         ..small_guest()
     };
     testbed.start_guest(SiteName::A, &guest).unwrap();

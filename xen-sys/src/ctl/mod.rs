@@ -15,6 +15,7 @@
 //! | `hvm` | the state of PVH and HVM domains |
 
 mod buffer;
+mod cpu_features;
 mod cpu_policy;
 mod domain;
 mod grants;
