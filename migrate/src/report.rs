@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use crate::codec::PagesByTechnique;
 use crate::rounds::{Stop, seconds};
 
 /// How dirty pages are found.
@@ -37,6 +38,8 @@ pub struct Round {
     pub zero: u64,
     /// Of these, sent with their content.
     pub raw: u64,
+    /// Of these with content, how many each technique wrote.
+    pub compressed: PagesByTechnique,
     /// Of these, holes and other pages without content.
     pub no_data: u64,
     /// Of these, left for a later round: page tables that can't be translated while the guest

@@ -15,7 +15,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::codec::BatchEncoder;
+use crate::codec::AdaptiveEncoder;
 use crate::digest::{Digester, MemoryDigest};
 use crate::directories::Directories;
 use crate::error::{Error, Result, chain};
@@ -101,6 +101,7 @@ struct Session<'a> {
     report: Report,
     known: PageTable,
     dirty: PageSet,
+    encoder: AdaptiveEncoder,
     history: Vec<RoundFacts>,
     suspend_started: Option<Instant>,
 }
@@ -163,6 +164,7 @@ impl<'a> Session<'a> {
         Session {
             known: PageTable::new(facts.pages),
             dirty: PageSet::new(facts.pages),
+            encoder: AdaptiveEncoder::default(),
             go,
             watch: Stopwatch::default(),
             report,
@@ -300,8 +302,8 @@ impl<'a> Session<'a> {
             populated: self.go.guest.populated(),
             frames: self.go.guest.p2m_frames().to_vec(),
         })?;
-        let mut encoder = BatchEncoder::new();
         let mut encoded = Vec::new();
+        self.encoder.resume(self.go.peer.sent());
         let mut pfns = Vec::with_capacity(READ_BATCH);
         let mut cursor = 0;
         let mut batch = Batch::default();
@@ -318,6 +320,7 @@ impl<'a> Session<'a> {
             pfns.clear();
             round.unchanged += batch.unchanged;
             for entries in batch.entries.chunks(FRAME_PAGES) {
+                let encoder = self.encoder.batch();
                 for entry in entries {
                     let page_type = entry.state.page_type;
                     match entry.content {
@@ -340,8 +343,11 @@ impl<'a> Session<'a> {
                     self.known.set(entry.pfn, entry.state);
                 }
                 encoded.clear();
-                encoder.finish(&mut encoded);
+                let written = self.encoder.finish(&mut encoded, self.go.peer.sent());
+                round.compressed.add(written.technique, written.raw as u64);
+                let waiting = Instant::now();
                 self.go.peer.send(&ToDestination::Pages(&encoded))?;
+                self.encoder.waited(waiting.elapsed());
             }
             let wire_bytes = self.go.peer.bytes().0;
             let rate =

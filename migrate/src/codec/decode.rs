@@ -1,16 +1,19 @@
 //! Reading batches.
 
-use super::{Class, CodecError, LZ4, MAX_BATCH_PAGES, STORED};
+use super::{Class, CodecError, LZ4, MAX_BATCH_PAGES, STORED, ZSTD};
 use crate::bytes::{Bytes, Malformed};
 use crate::pages::{PAGE_SIZE, Page, PageType, Pfn};
 use std::fmt;
+use zstd_safe::{DCtx, find_frame_compressed_size};
 
 /// Reads batches that may come from anybody. It keeps its buffers from one batch to the next; they
-/// never grow beyond [`MAX_BATCH_PAGES`] pages.
+/// never grow beyond [`MAX_BATCH_PAGES`] pages, and the tables of a decompressor, which are as
+/// large for any input.
 #[derive(Default)]
 pub struct BatchDecoder {
     runs: Vec<Run>,
     raw: Vec<u8>,
+    zstd: Option<DCtx<'static>>,
 }
 
 struct Run {
@@ -122,7 +125,7 @@ impl BatchDecoder {
         block: &[u8],
         expected: usize,
     ) -> Result<(), CodecError> {
-        if compression > LZ4 {
+        if compression > ZSTD {
             return Err(CodecError::UnknownCompression(compression));
         }
         if (compression == STORED && block.len() != expected)
@@ -137,16 +140,48 @@ impl BatchDecoder {
             self.raw.resize(expected, 0);
         }
         let raw = &mut self.raw[..expected];
-        if compression == STORED {
-            raw.copy_from_slice(block);
-            return Ok(());
+        let found = match compression {
+            STORED => {
+                raw.copy_from_slice(block);
+                expected
+            }
+            LZ4 => {
+                lz4_flex::block::decompress_into(block, raw).map_err(|_| CodecError::Decompress)?
+            }
+            _ => decompress_zstd(&mut self.zstd, block, raw)?,
+        };
+        if found != expected {
+            return Err(CodecError::BlockLength { expected, found });
         }
-        match lz4_flex::block::decompress_into(block, raw) {
-            Ok(length) if length == expected => Ok(()),
-            Ok(found) => Err(CodecError::BlockLength { expected, found }),
-            Err(_) => Err(CodecError::Decompress),
-        }
+        Ok(())
     }
+
+    /// Bytes that the decompressor holds.
+    #[cfg(test)]
+    pub(super) fn zstd_bytes(&self) -> usize {
+        self.zstd.as_ref().map_or(0, DCtx::sizeof)
+    }
+}
+
+/// How long the content of `block` is, which is one frame and nothing else. The content goes
+/// straight to `raw`, which is the window as well: however large a window the frame's header asks
+/// for, none is allocated.
+fn decompress_zstd(
+    context: &mut Option<DCtx<'static>>,
+    block: &[u8],
+    raw: &mut [u8],
+) -> Result<usize, CodecError> {
+    // Several frames, or some that are to be skipped, would decompress as well.
+    if find_frame_compressed_size(block) != Ok(block.len()) {
+        return Err(CodecError::Decompress);
+    }
+    let context = match context {
+        Some(context) => context,
+        None => context.insert(DCtx::try_create().ok_or(CodecError::Memory)?),
+    };
+    context
+        .decompress(raw, block)
+        .map_err(|_| CodecError::Decompress)
 }
 
 fn read_run(from: &mut Bytes<'_>, end: Pfn) -> Result<Run, CodecError> {

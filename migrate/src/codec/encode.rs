@@ -1,13 +1,21 @@
 //! Writing batches.
 
-use super::{Class, HEADER_SIZE, LZ4, MAX_BATCH_PAGES, STORED};
+use super::{Class, HEADER_SIZE, LZ4, MAX_BATCH_PAGES, STORED, Technique, ZSTD};
 use crate::bytes::push_varint;
 use crate::pages::{MAX_PAGES, PAGE_SIZE, Page, PageType, Pfn, is_zero};
 use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
 use std::fmt;
+use zstd_safe::{CCtx, CParameter};
+
+/// The pieces of a batch that are looked at to see whether it shrinks at all.
+const SAMPLE_PIECES: usize = 4;
+
+/// The length of each.
+const SAMPLE_PIECE: usize = 2 * PAGE_SIZE;
 
 /// Collects pages and writes them as one batch. It keeps its buffers from one batch to the next:
-/// the raw content of the largest batch so far, once plain and once compressed.
+/// the raw content of the largest batch so far, once plain and once compressed, and the tables of
+/// the compressors that were used.
 ///
 /// A page is copied once, into the place where it is digested and normalised and where the
 /// compressor finds it:
@@ -36,8 +44,15 @@ pub struct BatchEncoder {
     raw: Vec<u8>,
     raw_pages: usize,
     zero_pages: usize,
+    technique: Technique,
+    compressor: Compressor,
+}
+
+/// The compressors with their tables, and where they write.
+struct Compressor {
     compressed: Vec<u8>,
-    table: CompressTable,
+    lz4: CompressTable,
+    zstd: Option<CCtx<'static>>,
 }
 
 struct Run {
@@ -58,6 +73,10 @@ pub struct BatchStatistics {
     pub raw: usize,
     /// Bytes of the whole batch.
     pub bytes: usize,
+    /// Bytes of the block.
+    pub block: usize,
+    /// What wrote the block: the technique that was asked for, or none if that made it no smaller.
+    pub technique: Technique,
 }
 
 /// A page that cannot be added to a batch. These are mistakes of the caller's.
@@ -84,7 +103,7 @@ impl Default for BatchEncoder {
 }
 
 impl BatchEncoder {
-    /// An empty batch. Buffers grow as pages come.
+    /// An empty batch, to be compressed by LZ4. Buffers grow as pages come.
     #[must_use]
     pub fn new() -> Self {
         Self {
@@ -94,9 +113,18 @@ impl BatchEncoder {
             raw: Vec::new(),
             raw_pages: 0,
             zero_pages: 0,
-            compressed: Vec::new(),
-            table: CompressTable::large(),
+            technique: Technique::Lz4,
+            compressor: Compressor {
+                compressed: Vec::new(),
+                lz4: CompressTable::large(),
+                zstd: None,
+            },
         }
+    }
+
+    /// How this batch and the next ones are compressed.
+    pub fn set_technique(&mut self, technique: Technique) {
+        self.technique = technique;
     }
 
     /// How many pages are in the batch.
@@ -217,14 +245,17 @@ impl BatchEncoder {
     /// Appends the batch to `to` and empties it. An empty batch is not written.
     pub fn finish(&mut self, to: &mut Vec<u8>) -> BatchStatistics {
         let start = to.len();
-        if self.pages > 0 {
-            self.write(to);
-        }
+        let (technique, block) = match self.pages {
+            0 => (Technique::Stored, 0),
+            _ => self.write(to),
+        };
         let statistics = BatchStatistics {
             pages: self.pages,
             zero: self.zero_pages,
             raw: self.raw_pages,
             bytes: to.len() - start,
+            block,
+            technique,
         };
         self.clear();
         statistics
@@ -239,22 +270,37 @@ impl BatchEncoder {
         self.zero_pages = 0;
     }
 
-    fn write(&mut self, to: &mut Vec<u8>) {
+    /// How long the block would be if the batch were finished with `technique` now.
+    pub fn block_length_with(&mut self, technique: Technique) -> usize {
         let raw = &self.raw[..self.raw_pages * PAGE_SIZE];
-        // The compressor asks for room for the worst case, although only a result that is shorter
-        // than its input is of use.
-        let room = get_maximum_output_size(raw.len());
-        if self.compressed.len() < room {
-            self.compressed.resize(room, 0);
-        }
-        let (compression, block) = match raw {
-            [] => (STORED, raw),
-            _ => match compress_into_with_table(raw, &mut self.compressed, &mut self.table) {
-                Ok(length) if length < raw.len() => (LZ4, &self.compressed[..length]),
-                _ => (STORED, raw),
-            },
-        };
+        self.compressor.compress(technique, raw).1.len()
+    }
 
+    /// Compresses a small part of the batch by LZ4: the bytes of the part, and the bytes that
+    /// became of them.
+    pub fn sample(&mut self) -> (usize, usize) {
+        let raw = &self.raw[..self.raw_pages * PAGE_SIZE];
+        if raw.len() <= SAMPLE_PIECES * SAMPLE_PIECE {
+            return (raw.len(), self.block_length_with(Technique::Lz4));
+        }
+        let stride = (self.raw_pages / SAMPLE_PIECES) * PAGE_SIZE;
+        let pieces = raw.chunks(stride).take(SAMPLE_PIECES);
+        pieces.fold((0, 0), |(from, to), piece| {
+            let piece = &piece[..SAMPLE_PIECE.min(piece.len())];
+            let (_, block) = self.compressor.compress(Technique::Lz4, piece);
+            (from + piece.len(), to + block.len())
+        })
+    }
+
+    /// Writes the batch; what compressed the block, and its length.
+    fn write(&mut self, to: &mut Vec<u8>) -> (Technique, usize) {
+        let raw = &self.raw[..self.raw_pages * PAGE_SIZE];
+        let (technique, block) = self.compressor.compress(self.technique, raw);
+        let compression = match technique {
+            Technique::Stored => STORED,
+            Technique::Lz4 => LZ4,
+            Technique::Zstd1 | Technique::Zstd3 | Technique::Zstd6 => ZSTD,
+        };
         to.reserve(HEADER_SIZE + self.runs.len() * 4 + block.len());
         to.extend([compression, 0]);
         // There are no more runs than pages, and 1,024 of these at most.
@@ -267,6 +313,55 @@ impl BatchEncoder {
             end = run.first + run.length;
         }
         to.extend_from_slice(block);
+        (technique, block.len())
+    }
+}
+
+impl Compressor {
+    /// `raw` by `technique`, or as it is where that makes it no shorter.
+    fn compress<'a>(&'a mut self, technique: Technique, raw: &'a [u8]) -> (Technique, &'a [u8]) {
+        let length = match technique {
+            _ if raw.is_empty() => None,
+            Technique::Stored => None,
+            Technique::Lz4 => {
+                // It asks for room for the worst case, although only a result that is shorter
+                // than its input is of use.
+                self.make_room(get_maximum_output_size(raw.len()));
+                compress_into_with_table(raw, &mut self.compressed, &mut self.lz4).ok()
+            }
+            Technique::Zstd1 | Technique::Zstd3 | Technique::Zstd6 => {
+                self.make_room(zstd_safe::compress_bound(raw.len()));
+                self.compress_zstd(technique, raw)
+            }
+        };
+        match length {
+            Some(length) if length < raw.len() => (technique, &self.compressed[..length]),
+            _ => (Technique::Stored, raw),
+        }
+    }
+
+    fn make_room(&mut self, room: usize) {
+        if self.compressed.len() < room {
+            self.compressed.resize(room, 0);
+        }
+    }
+
+    /// The length of what is in the buffer then; none if there is no memory for it.
+    fn compress_zstd(&mut self, technique: Technique, raw: &[u8]) -> Option<usize> {
+        let context = match &mut self.zstd {
+            Some(context) => context,
+            none => none.insert(CCtx::try_create()?),
+        };
+        // The destination knows the length, digests what it gets, and has no dictionaries.
+        for parameter in [
+            CParameter::CompressionLevel(technique.zstd_level()?),
+            CParameter::ContentSizeFlag(false),
+            CParameter::ChecksumFlag(false),
+            CParameter::DictIdFlag(false),
+        ] {
+            context.set_parameter(parameter).ok()?;
+        }
+        context.compress2(self.compressed.as_mut_slice(), raw).ok()
     }
 }
 

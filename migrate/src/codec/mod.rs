@@ -23,15 +23,24 @@
 //! |---|---|
 //! | 0 | as it is; empty when no page is raw |
 //! | 1 | one LZ4 block |
+//! | 2 | one zstd frame (RFC 8878), without a dictionary |
 //!
-//! Other numbers are kept for techniques to come; a later version of the protocol may use them,
+//! What the frame's header says of its content is not needed, and not written. Other numbers are kept for techniques to come; a later version of the protocol may use them,
 //! and a decoder refuses what it does not know.
 
+mod adaptive;
+mod choice;
 mod decode;
 mod encode;
+mod link_rate;
+mod technique;
 
+pub use adaptive::AdaptiveEncoder;
+pub use choice::{Choice, Encoded, Order, Probed};
 pub use decode::{Batch, BatchDecoder, BatchPage, Content};
 pub use encode::{BatchEncoder, BatchStatistics, EncodeError};
+pub use link_rate::{LinkRate, Sent};
+pub use technique::{PagesByTechnique, Technique};
 
 use crate::bytes::Malformed;
 use crate::pages::{MAX_PAGES, PAGE_SIZE, Pfn, UnknownPageType};
@@ -73,6 +82,7 @@ impl Class {
 
 const STORED: u8 = 0;
 const LZ4: u8 = 1;
+const ZSTD: u8 = 2;
 
 /// A batch that is not one.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -106,9 +116,12 @@ pub enum CodecError {
         /// Bytes that the block has.
         found: usize,
     },
-    /// The block is no valid LZ4 block of its pages' length.
+    /// The block is not what its compression says, or more than its pages.
     #[error("Block of a batch does not decompress")]
     Decompress,
+    /// There is no memory for the decompressor.
+    #[error("No memory to decompress a batch of pages")]
+    Memory,
 }
 
 impl From<Malformed> for CodecError {

@@ -50,8 +50,13 @@ fn batches() -> impl Strategy<Value = Vec<Owned>> {
     })
 }
 
-fn encode(pages: &[Owned]) -> (Vec<u8>, BatchStatistics) {
+fn techniques() -> impl Strategy<Value = Technique> {
+    proptest::sample::select(Technique::ALL.as_slice())
+}
+
+fn encode(pages: &[Owned], technique: Technique) -> (Vec<u8>, BatchStatistics) {
     let mut encoder = BatchEncoder::new();
+    encoder.set_technique(technique);
     for page in pages {
         match &page.content {
             Some(content) => drop(encoder.push(page.pfn, page.page_type, content).unwrap()),
@@ -126,13 +131,147 @@ fn the_largest_batch_fits_its_limit() {
 fn content_of_equal_pages_is_compressed_across_pages() {
     let page = noise(1);
     let mut encoder = BatchEncoder::new();
-    for pfn in 0..16 {
-        encoder.push(pfn, PageType::Normal, &page).unwrap();
+    let mut decoder = BatchDecoder::new();
+    for (technique, compression) in [
+        (Technique::Stored, STORED),
+        (Technique::Lz4, LZ4),
+        (Technique::Zstd1, ZSTD),
+        (Technique::Zstd3, ZSTD),
+        (Technique::Zstd6, ZSTD),
+        (Technique::Lz4, LZ4),
+    ] {
+        encoder.set_technique(technique);
+        for pfn in 0..16 {
+            encoder.push(pfn, PageType::Normal, &page).unwrap();
+        }
+        let expected = encoder.block_length_with(technique);
+        let mut bytes = Vec::new();
+        let statistics = encoder.finish(&mut bytes);
+        assert_eq!((statistics.raw, bytes[0]), (16, compression));
+        assert_eq!(statistics.technique, technique);
+        assert_eq!(statistics.block, expected);
+        assert_eq!(bytes.len() < 2 * PAGE_SIZE, compression != STORED);
+        let batch = decoder.decode(&bytes, 16).unwrap();
+        assert!(batch.iter().all(|it| it.content == Content::Raw(&page)));
     }
-    let mut bytes = Vec::new();
-    let statistics = encoder.finish(&mut bytes);
-    assert_eq!((statistics.raw, bytes[0]), (16, LZ4));
-    assert!(bytes.len() < 2 * PAGE_SIZE);
+}
+
+#[test]
+fn what_does_not_shrink_is_stored_by_any_technique() {
+    let mut encoder = BatchEncoder::new();
+    for technique in Technique::ALL {
+        encoder.set_technique(technique);
+        for pfn in 0..40u64 {
+            let page = noise((pfn + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+            encoder.push(pfn, PageType::Normal, &page).unwrap();
+        }
+        let (from, to) = encoder.sample();
+        assert_eq!((from, to), (8 * PAGE_SIZE, 8 * PAGE_SIZE));
+        let mut bytes = Vec::new();
+        let statistics = encoder.finish(&mut bytes);
+        assert_eq!(statistics.technique, Technique::Stored);
+        assert_eq!(bytes[0], STORED);
+        assert_eq!(statistics.block, 40 * PAGE_SIZE);
+    }
+    assert_eq!(encoder.sample(), (0, 0));
+}
+
+/// A batch of `pages` normal raw pages with that block.
+fn with_zstd_block(pages: u64, block: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![ZSTD, 0, 1, 0, 0x20, 0];
+    crate::bytes::push_varint(&mut bytes, pages - 1);
+    bytes.extend_from_slice(block);
+    bytes
+}
+
+fn zstd_frame(content: &[u8], content_size: bool) -> Vec<u8> {
+    let mut context = zstd_safe::CCtx::create();
+    context
+        .set_parameter(zstd_safe::CParameter::ContentSizeFlag(content_size))
+        .unwrap();
+    let mut frame = vec![0; zstd_safe::compress_bound(content.len())];
+    let length = context.compress2(frame.as_mut_slice(), content).unwrap();
+    frame.truncate(length);
+    frame
+}
+
+#[test]
+fn a_frame_of_another_length_is_refused() {
+    let mut decoder = BatchDecoder::new();
+    for content_size in [false, true] {
+        let frame = zstd_frame(&[7; 2 * PAGE_SIZE], content_size);
+        let mut decode = |pages, block: &[u8]| {
+            decoder
+                .decode(&with_zstd_block(pages, block), 100)
+                .map(|batch| batch.len())
+        };
+        assert_eq!(decode(2, &frame), Ok(2));
+        assert_eq!(decode(1, &frame), Err(CodecError::Decompress));
+        assert_eq!(
+            decode(3, &frame),
+            Err(CodecError::BlockLength {
+                expected: 3 * PAGE_SIZE,
+                found: 2 * PAGE_SIZE
+            })
+        );
+        // Two frames, one that is to be skipped, nothing.
+        assert_eq!(
+            decode(4, &[frame.as_slice(), &frame].concat()),
+            Err(CodecError::Decompress)
+        );
+        let skipped = [0x50, 0x2a, 0x4d, 0x18, 1, 0, 0, 0, 9];
+        assert_eq!(
+            decode(2, &[&skipped, frame.as_slice()].concat()),
+            Err(CodecError::Decompress)
+        );
+        assert!(decode(2, &skipped).is_err());
+        assert_eq!(decode(1, &[]), Err(CodecError::Decompress));
+        // The context is as good as before.
+        assert_eq!(decode(2, &frame), Ok(2));
+    }
+}
+
+#[test]
+fn a_window_costs_no_memory() {
+    // A frame header with a window of 2 GiB, and one block of a repeated byte that is a page.
+    let mut frame = vec![0x28, 0xb5, 0x2f, 0xfd, 0x00, 21 << 3];
+    frame.extend(((PAGE_SIZE as u32) << 3 | 0b011).to_le_bytes()[..3].iter());
+    frame.push(7);
+    let mut decoder = BatchDecoder::new();
+    let bytes = with_zstd_block(1, &frame);
+    let measured = allocation_counter::measure(|| {
+        // Whether it is accepted is up to zstd.
+        let _ = decoder.decode(&bytes, 1).map(|batch| batch.len());
+    });
+    assert!(measured.bytes_max < 16 * PAGE_SIZE as u64);
+    assert!((1..512 << 10).contains(&decoder.zstd_bytes()));
+    let held = decoder.zstd_bytes();
+    let content: Vec<u8> = (0..MAX_BATCH_PAGES as u64)
+        .flat_map(|at| *noise(at % 7))
+        .collect();
+    let largest = with_zstd_block(MAX_BATCH_PAGES as u64, &zstd_frame(&content, false));
+    for _ in 0..3 {
+        decoder.decode(&largest, MAX_PAGES).unwrap();
+        assert_eq!(decoder.zstd_bytes(), held);
+    }
+}
+
+#[test]
+fn a_claim_of_many_pages_is_checked_before_memory_is_taken() {
+    // More than a batch may have is refused by its runs, before the block is looked at.
+    let bytes = with_zstd_block(
+        MAX_BATCH_PAGES as u64 + 1,
+        &zstd_frame(&[7; PAGE_SIZE], true),
+    );
+    let mut decoder = BatchDecoder::new();
+    let measured = allocation_counter::measure(|| {
+        assert_eq!(
+            decoder.decode(&bytes, MAX_PAGES).unwrap_err(),
+            CodecError::PageCount
+        );
+    });
+    assert!(measured.bytes_max < PAGE_SIZE as u64);
+    assert_eq!(decoder.zstd_bytes(), 0);
 }
 
 #[test]
@@ -209,8 +348,8 @@ fn each_lie_has_its_error() {
     refuse(&[0, 0, 1, 0, 0x00, 0, 0], CodecError::ClassAndType(0));
     refuse(&[0, 0, 1, 0, 0x1f, 7, 0], CodecError::ClassAndType(7));
     refuse(
-        &[2, 0, 1, 0, normal_zero, 0, 0],
-        CodecError::UnknownCompression(2),
+        &[3, 0, 1, 0, normal_zero, 0, 0],
+        CodecError::UnknownCompression(3),
     );
     refuse(
         &[0, 0, 1, 0, normal_zero, 0, 0, 9],
@@ -233,7 +372,15 @@ fn each_lie_has_its_error() {
             found: 0,
         },
     );
+    refuse(
+        &[2, 0, 1, 0, normal_zero, 0, 0],
+        CodecError::BlockLength {
+            expected: 0,
+            found: 0,
+        },
+    );
     refuse(&[1, 0, 1, 0, 0x20, 0, 0], CodecError::Decompress);
+    refuse(&[2, 0, 1, 0, 0x20, 0, 0], CodecError::Decompress);
     // One literal, and the end: a valid block, but not of a page.
     refuse(
         &[1, 0, 1, 0, 0x20, 0, 0, 0x10, 0x41],
@@ -255,8 +402,8 @@ fn each_lie_has_its_error() {
 
 proptest! {
     #[test]
-    fn pages_come_back(pages in batches()) {
-        let (bytes, statistics) = encode(&pages);
+    fn pages_come_back(pages in batches(), technique in techniques(), next in techniques()) {
+        let (bytes, statistics) = encode(&pages, technique);
         prop_assert!(bytes.len() <= MAX_BATCH_BYTES);
         prop_assert_eq!(statistics.pages, pages.len());
         let size = pages.last().unwrap().pfn + 1;
@@ -269,16 +416,50 @@ proptest! {
             Err(CodecError::OutsideMemory(pfn)) if pfn == size - 1
         ));
         // Another batch in the same buffers.
-        let (again, _) = encode(&pages[..1]);
+        let (again, _) = encode(&pages[..1], next);
         prop_assert_eq!(own(decoder.decode(&again, size).unwrap()), &pages[..1]);
     }
 
     #[test]
-    fn what_is_cut_or_grown_is_refused(pages in batches(), at in any::<prop::sample::Index>()) {
-        let (mut bytes, _) = encode(&pages);
+    fn what_is_cut_or_grown_is_refused(
+        pages in batches(),
+        technique in techniques(),
+        at in any::<prop::sample::Index>(),
+    ) {
+        let (mut bytes, _) = encode(&pages, technique);
         let mut decoder = BatchDecoder::new();
         prop_assert!(decoder.decode(&bytes[..at.index(bytes.len())], MAX_PAGES).is_err());
         bytes.push(0);
         prop_assert!(decoder.decode(&bytes, MAX_PAGES).is_err());
+    }
+
+    #[test]
+    fn any_block_is_refused_or_is_its_pages(
+        block in proptest::collection::vec(any::<u8>(), 0..300),
+        header in any::<bool>(),
+        compression in 0u8..4,
+        pages in 1u64..5,
+    ) {
+        let start: &[u8] = if header { &[0x28, 0xb5, 0x2f, 0xfd] } else { &[] };
+        let mut bytes = with_zstd_block(pages, &[start, &block].concat());
+        bytes[0] = compression;
+        let mut decoder = BatchDecoder::new();
+        if let Ok(batch) = decoder.decode(&bytes, 100) {
+            prop_assert_eq!(batch.iter().count(), pages as usize);
+        }
+    }
+
+    #[test]
+    fn a_changed_block_leaves_the_decoder_usable(
+        pages in batches(),
+        at in any::<prop::sample::Index>(),
+        bit in 0u8..8,
+    ) {
+        let (bytes, _) = encode(&pages, Technique::Zstd3);
+        let mut changed = bytes.clone();
+        changed[at.index(bytes.len())] ^= 1 << bit;
+        let mut decoder = BatchDecoder::new();
+        let _ = decoder.decode(&changed, MAX_PAGES).map(|batch| batch.iter().count());
+        prop_assert_eq!(own(decoder.decode(&bytes, MAX_PAGES).unwrap()), pages);
     }
 }

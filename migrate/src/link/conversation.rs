@@ -22,7 +22,8 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded};
 
 use super::sign_of_life::{LastHeard, Listening};
-use super::{Counted, Link, Pace};
+use super::{Counted, HeldUp, Link, Pace};
+use crate::codec::Sent;
 use crate::error::{Error, Result, chain};
 use crate::wire::{
     Agreement, Direction, Frame, FrameReader, FrameWriter, Hello, Message, Role, Tag,
@@ -38,6 +39,9 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(2);
 /// Frames that wait for the link, and frames that wait to be handled: their memory is bounded by
 /// this many of the longest.
 const QUEUE: usize = 4;
+
+/// The most bytes of a frame that are written before the counters move.
+const COUNTED_AT_ONCE: usize = 64 << 10;
 
 /// How long the last words may take to be written. Whoever closes then ends: what is still queued
 /// would be lost, the reason for a refusal among it.
@@ -85,6 +89,7 @@ pub struct Conversation {
     silence: Duration,
     written: Arc<AtomicU64>,
     read: Arc<AtomicU64>,
+    held_up: HeldUp,
     broken: Arc<Mutex<Option<String>>>,
     cancel: Arc<AtomicBool>,
     hurry: Arc<AtomicBool>,
@@ -116,6 +121,8 @@ impl Conversation {
         let broken = Arc::<Mutex<Option<String>>>::default();
 
         let mut writer = Counted::new(link.writer, Arc::clone(&written));
+        let held_up = HeldUp::default();
+        let holding = held_up.clone();
         let break_reason = Arc::clone(&broken);
         let hurry = Arc::<AtomicBool>::default();
         let hurried = Arc::clone(&hurry);
@@ -123,7 +130,7 @@ impl Conversation {
         thread::spawn(move || {
             // Dropped when this thread ends.
             let _writing = writing;
-            if let Err(error) = write_frames(&mut writer, role, &frames, rate, &hurried)
+            if let Err(error) = write_frames(&mut writer, role, &frames, rate, &hurried, &holding)
                 && let Ok(mut broken) = break_reason.lock()
             {
                 broken.get_or_insert(chain(&error));
@@ -180,6 +187,7 @@ impl Conversation {
             silence: SILENCE,
             written,
             read,
+            held_up,
             broken,
             cancel,
             hurry,
@@ -198,6 +206,15 @@ impl Conversation {
             self.written.load(Ordering::Relaxed),
             self.read.load(Ordering::Relaxed),
         )
+    }
+
+    /// Bytes written to the link, and how long that took: the rate of the link, as long as frames
+    /// wait for it.
+    pub fn sent(&self) -> Sent {
+        Sent {
+            bytes: self.written.load(Ordering::Relaxed),
+            held_up: self.held_up.total(),
+        }
     }
 
     /// From `deadline` on every send and receive fails with [`Error::Stalled`], whatever the peer
@@ -373,6 +390,7 @@ fn write_frames(
     frames: &Receiver<Vec<u8>>,
     rate: Option<u64>,
     hurry: &AtomicBool,
+    held_up: &HeldUp,
 ) -> std::result::Result<(), WireError> {
     Hello::new(role).write(&mut *writer)?;
     let mut sign_of_life = Vec::new();
@@ -387,7 +405,9 @@ fn write_frames(
             Err(RecvTimeoutError::Timeout) => sign_of_life.clone(),
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
         };
-        for slice in frame.chunks(pace.slice()) {
+        // In pieces, for both counters to tell of the same bytes at any time.
+        for slice in frame.chunks(pace.slice().min(COUNTED_AT_ONCE)) {
+            let _held_up = held_up.begin();
             writer.write_all(slice)?;
             writer.flush()?;
             pace.wait(slice.len(), hurry);

@@ -40,6 +40,37 @@ impl<T: Write> Write for Counted<T> {
     }
 }
 
+/// How long a writer was held up, for another thread to read.
+#[derive(Debug, Clone, Default)]
+pub struct HeldUp(Arc<AtomicU64>);
+
+impl HeldUp {
+    /// Until the value is dropped the writer is held up.
+    pub fn begin(&self) -> impl Drop + use<> {
+        Holding {
+            total: Arc::clone(&self.0),
+            since: Instant::now(),
+        }
+    }
+
+    /// How long in all, but for what lasts.
+    pub fn total(&self) -> Duration {
+        Duration::from_nanos(self.0.load(Ordering::Relaxed))
+    }
+}
+
+struct Holding {
+    total: Arc<AtomicU64>,
+    since: Instant,
+}
+
+impl Drop for Holding {
+    fn drop(&mut self) {
+        let nanoseconds = self.since.elapsed().as_nanos() as u64;
+        self.total.fetch_add(nanoseconds, Ordering::Relaxed);
+    }
+}
+
 /// Keeps a sender below a rate: each payment says how long to wait before the next.
 ///
 /// A token bucket that holds a tenth of a second's worth, so that a pause is not made up for by a

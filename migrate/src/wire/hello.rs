@@ -12,10 +12,10 @@ use super::{Text, WireError};
 use crate::bytes::Bytes;
 use std::io::{self, Read, Write};
 
-/// The lowest version of the protocol that this program speaks.
-pub const MIN_PROTOCOL: u16 = 1;
+/// The lowest version of the protocol that this program speaks. Version 1 had no zstd.
+pub const MIN_PROTOCOL: u16 = 2;
 /// The highest version of the protocol that this program speaks.
-pub const MAX_PROTOCOL: u16 = 1;
+pub const MAX_PROTOCOL: u16 = 2;
 
 const MAGIC: &[u8; 8] = b"VMSHADOW";
 const HEADER_SIZE: usize = 16;

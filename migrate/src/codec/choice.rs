@@ -1,0 +1,390 @@
+//! Which technique pays, decided anew for each batch from what was measured: a pure policy.
+//!
+//! A source reads pages and encodes them in one thread, while another one sends what was encoded
+//! before. So the slower of the two sets the pace, in bytes of the guest per second:
+//!
+//! ```text
+//!   rate(technique) = min( 1 / (reading + slowdown * cost),  link / ratio )
+//!
+//!   reading    seconds per raw byte that the producer spends on anything but compressing
+//!   cost       CPU seconds per raw byte of the technique
+//!   slowdown   elapsed seconds per CPU second: others want the CPU too
+//!   link       bytes a second, see `LinkRate`
+//!   ratio      bytes of the block per raw byte
+//! ```
+//!
+//! The cheapest technique within 2 % of the highest rate is taken, and the one in use is kept
+//! within 4 %. Until the link is known zstd at level 1 is used: on a slow link it is not far from
+//! the best, and on a fast one there is little time to lose.
+//!
+//! **What is measured.** Each batch gives the ratio and the cost of the technique that wrote it;
+//! half of what was known is forgotten after 4 MiB. Of the others' ratios it tells only indirectly:
+//! now and then a batch is compressed by a neighbour as well, for the comparison alone (a probe).
+//! Probes take 2 % of the time at most. Ratios of two techniques over the same content follow a
+//! power law well enough: `ratio(b) = ratio(a) ^ exponent`. It is 1 for both where nothing shrinks,
+//! and the exponent changes less with content than either ratio. Costs that were not measured yet
+//! are typical ones, scaled by how this machine does with what was measured.
+//!
+//! **What doesn't shrink** must not cost. When the ratio comes above 0.97, a sample of each batch
+//! is compressed by LZ4 first, and the batch is stored where the sample hardly shrinks either.
+
+use super::link_rate::{LinkRate, Sent};
+use super::technique::Technique;
+use std::time::Duration;
+
+/// Batches that shrink to more than this hardly shrink.
+pub(super) const HARDLY: f64 = 0.97;
+
+/// A technique this close to the best one is as good, if it is cheaper.
+const AS_GOOD: f64 = 0.98;
+
+/// The technique in use is kept while it is this close to the best one.
+const GOOD_ENOUGH: f64 = 0.96;
+
+/// Raw bytes after which a measurement counts half.
+const HALF_LIFE: f64 = 4_194_304.0;
+
+/// The part of the time that probes may take.
+const PROBING: f64 = 0.02;
+
+/// The fewest raw bytes for a probe: fewer tell little.
+const PROBE_BYTES: usize = 131_072;
+
+/// How much is left of what probes told when another one comes.
+const PROBE_MEMORY: f64 = 0.8;
+
+/// The ratio of LZ4 to begin with: what an idle guest's pages have, but for the zero ones.
+const FIRST_RATIO: f64 = 0.35;
+
+const TECHNIQUES: usize = Technique::ALL.len();
+
+/// What is typical of each technique: CPU seconds per raw byte, and the exponent of its ratio to
+/// the one of LZ4.
+const TYPICAL: [(f64, f64); TECHNIQUES] = [
+    (0.1e-9, 0.0),
+    (1.7e-9, 1.0),
+    (3.0e-9, 1.32),
+    (5.0e-9, 1.39),
+    (13.0e-9, 1.43),
+];
+
+/// How to encode the next batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Order {
+    /// The technique.
+    pub technique: Technique,
+    /// Look at a sample first, and store the batch if it hardly shrinks.
+    pub sample: bool,
+    /// Compress the batch by this one as well, to learn.
+    pub probe: Option<Technique>,
+}
+
+/// A batch that was encoded.
+#[derive(Debug, Clone, Copy)]
+pub struct Encoded {
+    /// What was asked for, also where the block was stored in the end because it grew.
+    pub technique: Technique,
+    /// Bytes of raw pages.
+    pub raw: usize,
+    /// Bytes of the block.
+    pub block: usize,
+    /// CPU time for compressing.
+    pub cpu: Duration,
+    /// Elapsed time for compressing.
+    pub took: Duration,
+    /// Elapsed time since the last batch for everything else but waiting for the link.
+    pub reading: Duration,
+    /// Elapsed time since the last batch waiting for the link.
+    pub waiting: Duration,
+}
+
+/// A batch that was compressed a second time.
+#[derive(Debug, Clone, Copy)]
+pub struct Probed {
+    /// What wrote it.
+    pub technique: Technique,
+    /// What was tried.
+    pub probe: Technique,
+    /// Bytes of raw pages.
+    pub raw: usize,
+    /// Bytes of the block that was written.
+    pub block: usize,
+    /// Bytes that it would have had.
+    pub probe_block: usize,
+    /// CPU time for the second time.
+    pub cpu: Duration,
+}
+
+/// A mean in which later bytes weigh more.
+#[derive(Debug, Clone, Copy)]
+struct Smoothed {
+    value: f64,
+    /// Bytes that it stands for.
+    bytes: f64,
+}
+
+impl Smoothed {
+    /// What is believed until something is measured; the first measurement replaces it.
+    const fn assumed(value: f64) -> Self {
+        Smoothed { value, bytes: 0.0 }
+    }
+
+    const fn is_measured(self) -> bool {
+        self.bytes > 0.0
+    }
+
+    fn add(&mut self, value: f64, bytes: f64) {
+        let kept = self.bytes * (-bytes / HALF_LIFE).exp2();
+        self.value = (self.value * kept + value * bytes) / (kept + bytes);
+        self.bytes = kept + bytes;
+    }
+}
+
+/// The same content by two neighbours, in bytes that were smoothed over probes.
+#[derive(Debug, Clone, Copy)]
+struct Pair {
+    raw: f64,
+    cheaper: f64,
+    stronger: f64,
+}
+
+impl Pair {
+    /// The exponent from the cheaper one's ratio to the stronger one's.
+    fn exponent(self) -> f64 {
+        let (cheaper, stronger) = (self.cheaper / self.raw, self.stronger / self.raw);
+        if cheaper > HARDLY || stronger <= 0.0 {
+            return 1.0;
+        }
+        (stronger.ln() / cheaper.ln()).clamp(0.5, 4.0)
+    }
+
+    fn add(&mut self, raw: usize, cheaper: usize, stronger: usize) {
+        self.raw = self.raw * PROBE_MEMORY + raw as f64;
+        self.cheaper = self.cheaper * PROBE_MEMORY + cheaper as f64;
+        self.stronger = self.stronger * PROBE_MEMORY + stronger as f64;
+    }
+}
+
+/// Chooses techniques.
+#[derive(Debug, Clone)]
+pub struct Choice {
+    link: LinkRate,
+    current: Technique,
+    /// Of the technique beside it.
+    ratio: Smoothed,
+    ratio_of: Technique,
+    costs: [Smoothed; TECHNIQUES],
+    reading: Smoothed,
+    slowdown: Smoothed,
+    /// The pair of LZ4 and what comes after it, and so on.
+    pairs: [Pair; TECHNIQUES - 2],
+    /// Time for reading that no raw byte was found for yet.
+    unpaid: f64,
+    elapsed: f64,
+    probing: f64,
+    probe_stronger: bool,
+}
+
+impl Default for Choice {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Choice {
+    /// Knows nothing yet.
+    #[must_use]
+    pub fn new() -> Self {
+        let typical = |at: usize| FIRST_RATIO.powf(TYPICAL[at].1) * PROBE_BYTES as f64;
+        Choice {
+            link: LinkRate::default(),
+            current: Technique::Zstd1,
+            ratio: Smoothed::assumed(FIRST_RATIO),
+            ratio_of: Technique::Lz4,
+            costs: TYPICAL.map(|(cost, _)| Smoothed::assumed(cost)),
+            reading: Smoothed::assumed(0.5e-9),
+            slowdown: Smoothed::assumed(1.0),
+            pairs: std::array::from_fn(|at| Pair {
+                raw: PROBE_BYTES as f64,
+                cheaper: typical(at + 1),
+                stronger: typical(at + 2),
+            }),
+            unpaid: 0.0,
+            elapsed: 0.0,
+            probing: 0.0,
+            probe_stronger: true,
+        }
+    }
+
+    /// The technique in use.
+    #[must_use]
+    pub const fn technique(&self) -> Technique {
+        self.current
+    }
+
+    /// What is known of the link.
+    #[must_use]
+    pub const fn link(&self) -> &LinkRate {
+        &self.link
+    }
+
+    /// Goes on after a pause in which nothing was produced.
+    pub fn resume(&mut self, sent: Sent) {
+        self.link.resume(sent);
+    }
+
+    /// How to encode a batch that has `raw` bytes of raw pages.
+    pub fn next(&mut self, raw: usize) -> Order {
+        let hardly_shrinks = self.ratio.is_measured() && self.ratio.value > HARDLY;
+        if !hardly_shrinks {
+            self.decide();
+        }
+        // Where nothing shrinks every technique would tell the same.
+        let probe = (!hardly_shrinks).then(|| self.next_probe(raw)).flatten();
+        Order {
+            technique: self.current,
+            sample: hardly_shrinks && self.current != Technique::Stored,
+            probe,
+        }
+    }
+
+    fn decide(&mut self) {
+        let Some(link) = self.link.bytes_per_second() else {
+            return;
+        };
+        let rates = Technique::ALL.map(|technique| self.rate(technique, link));
+        let best = rates.iter().copied().fold(0.0, f64::max);
+        if rates[self.current as usize] >= GOOD_ENOUGH * best {
+            return;
+        }
+        if let Some((technique, _)) = Technique::ALL
+            .into_iter()
+            .zip(rates)
+            .find(|(_, rate)| *rate >= AS_GOOD * best)
+        {
+            self.current = technique;
+        }
+    }
+
+    /// Bytes of the guest per second.
+    fn rate(&self, technique: Technique, link: f64) -> f64 {
+        let encoding = self.reading.value + self.slowdown.value * self.cost(technique);
+        (link / self.ratio(technique)).min(encoding.recip())
+    }
+
+    /// CPU seconds per raw byte.
+    fn cost(&self, technique: Technique) -> f64 {
+        let own = self.costs[technique as usize];
+        if own.is_measured() {
+            return own.value;
+        }
+        // The nearest one that was measured, of the compressing ones.
+        let nearest = (Technique::Lz4 as usize..TECHNIQUES)
+            .filter(|at| self.costs[*at].is_measured())
+            .min_by_key(|at| at.abs_diff(technique as usize));
+        nearest.map_or(own.value, |at| {
+            own.value * self.costs[at].value / TYPICAL[at].0
+        })
+    }
+
+    fn ratio(&self, technique: Technique) -> f64 {
+        if technique == Technique::Stored {
+            return 1.0;
+        }
+        let exponent = self.exponent(technique) / self.exponent(self.ratio_of);
+        self.ratio.value.powf(exponent).clamp(1e-4, 1.0)
+    }
+
+    /// From the ratio of LZ4 to this one's.
+    fn exponent(&self, technique: Technique) -> f64 {
+        let pairs = (technique as usize).saturating_sub(Technique::Lz4 as usize);
+        self.pairs
+            .iter()
+            .take(pairs)
+            .map(|pair| pair.exponent())
+            .product()
+    }
+
+    /// A neighbour, if there is time for one.
+    fn next_probe(&mut self, raw: usize) -> Option<Technique> {
+        if raw < PROBE_BYTES {
+            return None;
+        }
+        let stronger = self.current.stronger();
+        // That nothing comes of storing is known.
+        let cheaper = self.current.cheaper().filter(|it| *it != Technique::Stored);
+        let probe = if self.probe_stronger {
+            stronger.or(cheaper)?
+        } else {
+            cheaper.or(stronger)?
+        };
+        let seconds = self.cost(probe) * raw as f64;
+        (self.probing + seconds <= PROBING * self.elapsed).then(|| {
+            self.probe_stronger = !self.probe_stronger;
+            probe
+        })
+    }
+
+    /// Learns from a batch that was encoded, and from what was sent since the last one.
+    pub fn encoded(&mut self, batch: Encoded, sent: Sent) {
+        let cycle = batch.took + batch.reading + batch.waiting;
+        self.link.note(sent, cycle);
+        self.elapsed += cycle.as_secs_f64();
+        self.unpaid += batch.reading.as_secs_f64();
+        if batch.raw == 0 {
+            return;
+        }
+        let bytes = batch.raw as f64;
+        self.reading.add(self.unpaid / bytes, bytes);
+        self.unpaid = 0.0;
+        let cpu = batch.cpu.as_secs_f64();
+        self.costs[batch.technique as usize].add(cpu / bytes, bytes);
+        if cpu > 0.0 {
+            let slowdown = batch.took.as_secs_f64() / cpu;
+            self.slowdown.add(slowdown.clamp(1.0, 20.0), bytes);
+        }
+        if batch.technique != Technique::Stored {
+            self.shrunk(batch.technique, batch.block as f64 / bytes, bytes);
+        }
+    }
+
+    /// Learns from a batch that was stored because a sample of it shrank to `ratio`.
+    pub fn sampled(&mut self, raw: usize, ratio: f64) {
+        self.shrunk(Technique::Lz4, ratio, raw as f64);
+    }
+
+    fn shrunk(&mut self, technique: Technique, ratio: f64, bytes: f64) {
+        if technique != self.ratio_of {
+            self.ratio.value = self.ratio(technique);
+            self.ratio_of = technique;
+        }
+        self.ratio.add(ratio.clamp(1e-4, 1.0), bytes);
+    }
+
+    /// Learns from a batch that was compressed a second time.
+    pub fn probed(&mut self, probed: Probed) {
+        let cpu = probed.cpu.as_secs_f64();
+        self.probing += cpu;
+        if probed.raw == 0 {
+            return;
+        }
+        let bytes = probed.raw as f64;
+        self.costs[probed.probe as usize].add(cpu / bytes, bytes);
+        if probed.technique == Technique::Stored {
+            self.shrunk(probed.probe, probed.probe_block as f64 / bytes, bytes);
+            return;
+        }
+        let (cheaper, blocks) = if probed.technique < probed.probe {
+            (probed.technique, (probed.block, probed.probe_block))
+        } else {
+            (probed.probe, (probed.probe_block, probed.block))
+        };
+        let pair = (cheaper as usize).checked_sub(Technique::Lz4 as usize);
+        if let Some(pair) = pair.and_then(|at| self.pairs.get_mut(at)) {
+            pair.add(probed.raw, blocks.0, blocks.1);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

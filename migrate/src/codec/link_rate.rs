@@ -1,0 +1,254 @@
+//! How fast the link is, from what a writer saw of it.
+//!
+//! A writer that is held up nearly all the time shows the link's rate: what it wrote in the time
+//! that writing took. One that mostly waits for its producer shows less. The link is faster than
+//! what was produced, and at most as fast as the writes were; where between, only more data can
+//! tell. So the estimate then grows a little at a time, until more is sent and the writer is held
+//! up again.
+//!
+//! ```text
+//!   held up    >= 70 % of a window: seconds per byte = smoothed(seconds held up / bytes)
+//!   held up less:                   rate = clamp(rate * growth, bytes since then / time since
+//!                                          then, bytes / held up)
+//! ```
+//!
+//! The growth is 1 % a window near the rate that held the writer up last: what was tried in vain is
+//! tried again, but seldom. Elsewhere it is 25 %, or less where a window had less than buffers hold.
+//!
+//! Buffers between the writer and the link (pipes, ssh, TCP) take the first megabytes after a pause
+//! as fast as they come. These are no proof of a fast link, and are left out where they would be.
+
+use std::time::Duration;
+
+/// What a writer did since it began.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Sent {
+    /// Bytes that it wrote.
+    pub bytes: u64,
+    /// How long its writes took, and the pauses that keep it below a rate.
+    pub held_up: Duration,
+}
+
+/// The shortest time to judge by, in seconds.
+const WINDOW: f64 = 0.2;
+
+/// The fewest bytes to judge by.
+const WINDOW_BYTES: f64 = 65_536.0;
+
+/// What buffers may take at once, in bytes.
+const BUFFERS: f64 = 4_194_304.0;
+
+/// The part of a window from which on the writer is the bottleneck.
+const SATURATED: f64 = 0.7;
+
+/// The weight of a new window.
+const WEIGHT: f64 = 0.3;
+
+/// How much an estimate grows in a window that doesn't contradict it.
+const GROWTH: f64 = 1.25;
+
+/// How much it grows near a rate that was the limit before.
+const GROWTH_NEAR_LIMIT: f64 = 1.01;
+
+/// How near that is.
+const NEAR_LIMIT: f64 = 1.5;
+
+/// An estimate of the link's rate.
+#[derive(Debug, Clone, Default)]
+pub struct LinkRate {
+    seconds_per_byte: Option<f64>,
+    last: Option<Sent>,
+    bytes: f64,
+    held_up: f64,
+    elapsed: f64,
+    unsaturated: Unsaturated,
+    /// The rate that held the writer up last.
+    limit: Option<f64>,
+}
+
+/// The windows since the writer was held up last, or paused.
+#[derive(Debug, Clone, Default)]
+struct Unsaturated {
+    bytes: f64,
+    elapsed: f64,
+    /// What buffers may have taken of it.
+    buffered: f64,
+}
+
+impl LinkRate {
+    /// Bytes a second; none until enough was seen.
+    #[must_use]
+    pub fn bytes_per_second(&self) -> Option<f64> {
+        self.seconds_per_byte.map(f64::recip)
+    }
+
+    /// Begins to look, after a pause in which nothing was produced.
+    pub fn resume(&mut self, sent: Sent) {
+        self.last = Some(sent);
+        self.clear_window();
+        self.unsaturated = Unsaturated {
+            buffered: BUFFERS,
+            ..Unsaturated::default()
+        };
+    }
+
+    /// Notes what was sent, with the time since the last call, in which the producer never
+    /// paused.
+    pub fn note(&mut self, sent: Sent, elapsed: Duration) {
+        let Some(last) = self.last.replace(sent) else {
+            return;
+        };
+        self.bytes += sent.bytes.saturating_sub(last.bytes) as f64;
+        self.held_up += sent.held_up.saturating_sub(last.held_up).as_secs_f64();
+        self.elapsed += elapsed.as_secs_f64();
+        if self.elapsed >= WINDOW && self.bytes >= WINDOW_BYTES {
+            self.judge();
+            self.clear_window();
+        }
+    }
+
+    fn clear_window(&mut self) {
+        (self.bytes, self.held_up, self.elapsed) = (0.0, 0.0, 0.0);
+    }
+
+    fn judge(&mut self) {
+        let fastest = self.bytes / self.held_up.max(1e-9);
+        if self.held_up >= SATURATED * self.elapsed {
+            // The buffers are full.
+            self.unsaturated = Unsaturated::default();
+            let new = fastest.recip();
+            let smoothed = match self.seconds_per_byte {
+                Some(old) => old + WEIGHT * (new - old),
+                None => new,
+            };
+            self.seconds_per_byte = Some(smoothed);
+            self.limit = Some(smoothed.recip());
+            return;
+        }
+        let since = &mut self.unsaturated;
+        since.bytes += self.bytes;
+        since.elapsed += self.elapsed;
+        let slowest = (since.bytes - since.buffered).max(0.0) / since.elapsed;
+        let grown = match self.bytes_per_second() {
+            Some(rate) => {
+                let near = self.limit.is_some_and(|limit| rate < NEAR_LIMIT * limit);
+                rate * if near {
+                    GROWTH_NEAR_LIMIT
+                } else {
+                    // Buffers that still fill would have held up nobody.
+                    GROWTH.powf((self.bytes / BUFFERS).min(1.0))
+                }
+            }
+            // More than buffers can hold went through without a halt.
+            None if self.unsaturated.bytes > 2.0 * BUFFERS => self.bytes / self.elapsed,
+            None => return,
+        };
+        let rate = grown.max(slowest).min(fastest).max(1.0);
+        self.seconds_per_byte = Some(rate.recip());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A writer on a link of `rate` bytes a second behind a buffer, that is offered `offered`
+    /// bytes a second for a while.
+    struct Writer {
+        sent: Sent,
+        buffered: f64,
+    }
+
+    impl Writer {
+        fn run(&mut self, link: &mut LinkRate, rate: f64, offered: f64, seconds: f64) {
+            let step = 0.01;
+            for _ in 0..(seconds / step) as u64 {
+                self.buffered = (self.buffered - rate * step).max(0.0);
+                let room = 2_000_000.0 - self.buffered;
+                let taken = (offered * step).min(room);
+                self.buffered += taken;
+                let held_up = if taken < offered * step {
+                    step
+                } else {
+                    taken / 2e9
+                };
+                self.sent.bytes += taken as u64;
+                self.sent.held_up += Duration::from_secs_f64(held_up);
+                link.note(self.sent, Duration::from_secs_f64(step));
+            }
+        }
+    }
+
+    fn start() -> (LinkRate, Writer) {
+        let mut link = LinkRate::default();
+        link.resume(Sent::default());
+        let writer = Writer {
+            sent: Sent::default(),
+            buffered: 0.0,
+        };
+        (link, writer)
+    }
+
+    fn near(link: &LinkRate, rate: f64) -> bool {
+        link.bytes_per_second()
+            .is_some_and(|found| (0.85..1.18).contains(&(found / rate)))
+    }
+
+    #[test]
+    fn a_link_that_holds_the_writer_up_is_measured() {
+        for rate in [125_000.0, 1.25e6, 12.5e6, 125e6] {
+            let (mut link, mut writer) = start();
+            assert_eq!(link.bytes_per_second(), None);
+            writer.run(&mut link, rate, rate * 4.0, 20.0);
+            assert!(near(&link, rate), "{rate} {link:?}");
+        }
+    }
+
+    #[test]
+    fn what_buffers_took_is_no_proof_of_a_fast_link() {
+        let (mut link, mut writer) = start();
+        writer.run(&mut link, 1e6, 1e6, 0.2);
+        writer.run(&mut link, 1e6, 8e6, 0.2);
+        assert_eq!(link.bytes_per_second(), None);
+        writer.run(&mut link, 1e6, 8e6, 10.0);
+        assert!(near(&link, 1e6), "{link:?}");
+        // A pause empties the buffers, and they fill anew.
+        writer.buffered = 0.0;
+        link.resume(writer.sent);
+        writer.run(&mut link, 1e6, 8e6, 0.4);
+        assert!(link.bytes_per_second().unwrap() < 3e6, "{link:?}");
+    }
+
+    #[test]
+    fn a_link_that_is_not_filled_is_tried_with_more() {
+        let (mut link, mut writer) = start();
+        writer.run(&mut link, 10e6, 40e6, 5.0);
+        assert!(near(&link, 10e6), "{link:?}");
+        // It has become faster than anybody fills it.
+        writer.run(&mut link, 500e6, 9e6, 1.0);
+        assert!(link.bytes_per_second().unwrap() < 15e6, "{link:?}");
+        writer.run(&mut link, 500e6, 9e6, 24.0);
+        assert!(link.bytes_per_second().unwrap() > 25e6, "{link:?}");
+        // What it took is proof.
+        writer.run(&mut link, 500e6, 200e6, 1.0);
+        assert!(link.bytes_per_second().unwrap() > 150e6, "{link:?}");
+    }
+
+    #[test]
+    fn a_link_that_slows_down_is_noticed_at_once() {
+        let (mut link, mut writer) = start();
+        writer.run(&mut link, 100e6, 400e6, 5.0);
+        writer.run(&mut link, 1e6, 400e6, 3.0);
+        assert!(link.bytes_per_second().unwrap() < 2e6, "{link:?}");
+    }
+
+    #[test]
+    fn a_link_that_nothing_fills_counts_as_what_it_took() {
+        let (mut link, mut writer) = start();
+        writer.run(&mut link, 1250e6, 80e6, 0.7);
+        assert!(link.bytes_per_second().unwrap() >= 79e6, "{link:?}");
+        writer.run(&mut link, 1250e6, 80e6, 10.0);
+        // No more than the writes showed.
+        assert!(link.bytes_per_second().unwrap() <= 2.1e9, "{link:?}");
+    }
+}
