@@ -139,3 +139,78 @@ impl AdaptiveEncoder {
         statistics
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec::{BatchDecoder, Content};
+    use crate::pages::{PAGE_SIZE, Page, PageType};
+
+    /// Content that shrinks, or doesn't.
+    fn page(seed: u64, shrinks: bool) -> Page {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        std::array::from_fn(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            if shrinks {
+                state as u8 & 3
+            } else {
+                state as u8
+            }
+        })
+    }
+
+    #[test]
+    fn whatever_the_link_does_pages_come_back() {
+        let mut encoder = AdaptiveEncoder::default();
+        let mut decoder = BatchDecoder::new();
+        let mut sent = Sent::default();
+        encoder.resume(sent);
+        let mut bytes = Vec::new();
+        for at in 0..60 {
+            let shrinks = !(20..40).contains(&at);
+            let pages: Vec<Page> = (0..64).map(|pfn| page(at * 64 + pfn, shrinks)).collect();
+            for (pfn, page) in (0..).zip(&pages) {
+                encoder.batch().push(pfn, PageType::Normal, page).unwrap();
+            }
+            bytes.clear();
+            let written = encoder.finish(&mut bytes, sent);
+            assert_eq!((written.raw, written.bytes), (64, bytes.len()));
+            let batch = decoder.decode(&bytes, 64).unwrap();
+            assert!(
+                batch
+                    .iter()
+                    .zip(&pages)
+                    .all(|(it, page)| it.content == Content::Raw(page))
+            );
+            if !shrinks {
+                assert_eq!(written.technique, Technique::Stored);
+            }
+            // A link of 100 Mbit/s that holds the writer up, and then one that takes everything.
+            sent.bytes += bytes.len() as u64;
+            if at < 30 {
+                let held_up = Duration::from_secs_f64(bytes.len() as f64 / 12.5e6);
+                sent.held_up += held_up;
+                encoder.waited(held_up);
+            }
+        }
+    }
+
+    #[test]
+    fn a_batch_without_raw_pages_is_finished_as_well() {
+        let mut encoder = AdaptiveEncoder::default();
+        let mut bytes = Vec::new();
+        let written = encoder.finish(&mut bytes, Sent::default());
+        assert_eq!(written, BatchStatistics::default());
+        encoder.batch().push_zero(3, PageType::Normal).unwrap();
+        let written = encoder.finish(&mut bytes, Sent::default());
+        assert_eq!((written.zero, written.block), (1, 0));
+        assert_eq!(written.technique, Technique::Stored);
+        let batch = page(1, true);
+        encoder.batch().push(3, PageType::Normal, &batch).unwrap();
+        let written = encoder.finish(&mut bytes, Sent::default());
+        assert_eq!(written.technique, Technique::Zstd1);
+        assert!(written.block < PAGE_SIZE);
+    }
+}

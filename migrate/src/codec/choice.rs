@@ -62,10 +62,10 @@ const TECHNIQUES: usize = Technique::ALL.len();
 /// the one of LZ4.
 const TYPICAL: [(f64, f64); TECHNIQUES] = [
     (0.1e-9, 0.0),
-    (1.7e-9, 1.0),
-    (3.0e-9, 1.32),
-    (5.0e-9, 1.39),
-    (13.0e-9, 1.43),
+    (1.4e-9, 1.0),
+    (1.8e-9, 1.4),
+    (2.8e-9, 1.5),
+    (7.7e-9, 1.6),
 ];
 
 /// How to encode the next batch.

@@ -526,6 +526,35 @@ mod tests {
     }
 
     #[test]
+    fn what_is_written_and_what_holds_it_up_are_counted_together() {
+        let written = Arc::<Mutex<Vec<u8>>>::default();
+        let (reader, _open) = io::pipe().unwrap();
+        let link = Link {
+            reader: Box::new(reader),
+            writer: Box::new(Slow(Arc::clone(&written))),
+        };
+        let mut source = Conversation::start("b", link, Role::Source, None, Arc::default());
+        source.send(&ToDestination::Pages(&[7; 400])).unwrap();
+        source.close();
+        let sent = source.sent();
+        assert_eq!(sent.bytes, written.lock().unwrap().len() as u64);
+        // The frame alone is more than 400 bytes, in writes of 16.
+        assert!(sent.held_up >= 25 * (TICK / 100));
+    }
+
+    #[test]
+    fn a_rate_counts_as_what_the_link_takes() {
+        let (mut source, peer, _) = talk(Role::Source, Some(10_000));
+        drop(thread::spawn(move || io::copy(&mut &peer, &mut io::sink())));
+        source.send(&ToDestination::Pages(&[7; 3000])).unwrap();
+        while source.bytes().0 < 3000 {
+            thread::sleep(TICK / 10);
+        }
+        // 0.3 s at this rate, less a burst and the pause after the last piece.
+        assert!(source.sent().held_up >= Duration::from_millis(100));
+    }
+
+    #[test]
     fn a_lifted_deadline_holds_no_more() {
         let (mut source, mut peer, _) = talk(Role::Source, None);
         source.set_deadline(Some(Instant::now()));

@@ -256,6 +256,16 @@ mod tests {
     }
 
     #[test]
+    fn a_peer_without_zstd_is_told_so_at_once() {
+        let ours = Hello::new(Role::Source);
+        let theirs = hello(Role::Destination, 1, 1);
+        assert!(matches!(
+            ours.agree(&theirs),
+            Err(WireError::Incompatible { their_max: 1, .. })
+        ));
+    }
+
+    #[test]
     fn two_sources_do_not_move_anything() {
         let ours = Hello::new(Role::Source);
         assert!(matches!(

@@ -8,7 +8,7 @@
 mod synthesized;
 mod targets;
 
-use migrate::codec::{BatchEncoder, MAX_BATCH_BYTES};
+use migrate::codec::{BatchEncoder, MAX_BATCH_BYTES, Technique};
 use migrate::digest::{DigestKey, MemoryDigest};
 use migrate::guest::xen::stream::state::{GuestState, PvState, PvVcpu, TscInfo};
 use migrate::guest::xen::stream::{Framing, record};
@@ -161,8 +161,9 @@ fn offer() -> Offer {
     }
 }
 
-fn batch() -> Vec<u8> {
+fn batch(technique: Technique) -> Vec<u8> {
     let mut encoder = BatchEncoder::new();
+    encoder.set_technique(technique);
     let mut random = Random(7);
     for pfn in 0..40 {
         let page_type = PageType::ALL[random.below(12)];
@@ -197,7 +198,7 @@ fn state() -> GuestState {
 }
 
 fn to_destination() -> Vec<Vec<u8>> {
-    let batch = batch();
+    let batch = batch(Technique::Zstd3);
     let messages = [
         ToDestination::Offer(Box::new(offer())),
         ToDestination::P2mFrames {
@@ -302,7 +303,7 @@ fn batches_survive() {
     // Two decoders and an encoder with its compressed copy.
     assault(
         "batch",
-        &[batch()],
+        &[Technique::Stored, Technique::Lz4, Technique::Zstd1].map(batch),
         5 * MAX_BATCH_BYTES as u64,
         targets::batch,
     );

@@ -4,8 +4,11 @@ use std::collections::VecDeque;
 /// Content of a guest: its ratios by technique.
 type Ratios = [f64; TECHNIQUES];
 
-/// An idle guest's pages, as measured.
+/// An idle guest's pages, as measured but for the last one.
 const IDLE: Ratios = [1.0, 0.341, 0.242, 0.2245, 0.217];
+
+/// Programs, libraries and their documentation, as measured.
+const FILES: Ratios = [1.0, 0.538, 0.403, 0.364, 0.335];
 
 /// What is encrypted or compressed already.
 const NOISE: Ratios = [1.0; TECHNIQUES];
@@ -38,6 +41,11 @@ struct World {
     waited: f64,
     raw: f64,
     used: [usize; TECHNIQUES],
+    /// What the batches are made of, in turn by chance; nothing else than `ratios` if empty.
+    mixture: Vec<Ratios>,
+    /// Costs are measured up to this much too high or low.
+    jitter: f64,
+    random: u64,
 }
 
 impl World {
@@ -46,7 +54,8 @@ impl World {
     fn new(ratios: Ratios, mbit: f64) -> Self {
         World {
             choice: Choice::new(),
-            costs: [0.1e-9, 1.6e-9, 2.9e-9, 5.3e-9, 14e-9],
+            // As measured, 1 MiB at a time.
+            costs: [0.1e-9, 1.37e-9, 1.73e-9, 2.72e-9, 7.65e-9],
             reading: 0.6e-9,
             slowdown: 1.0,
             ratios,
@@ -62,7 +71,17 @@ impl World {
             waited: 0.0,
             raw: 0.0,
             used: [0; TECHNIQUES],
+            mixture: Vec::new(),
+            jitter: 0.0,
+            random: 1,
         }
+    }
+
+    /// From 0 to 1, the same every time.
+    fn random(&mut self) -> f64 {
+        self.random = self.random.wrapping_mul(0x5851_f42d_4c95_7f2d) | 1;
+        self.random ^= self.random >> 33;
+        (self.random >> 11) as f64 / (1u64 << 53) as f64
     }
 
     fn sent(&mut self) -> Sent {
@@ -82,19 +101,25 @@ impl World {
 
     /// Encodes and queues one batch.
     fn step(&mut self) -> Technique {
+        if !self.mixture.is_empty() {
+            let at = (self.random() * self.mixture.len() as f64) as usize;
+            self.ratios = self.mixture[at.min(self.mixture.len() - 1)];
+        }
+        let jitter = 1.0 + self.jitter * (2.0 * self.random() - 1.0);
         let order = self.choice.next(BATCH);
-        let ratio = |technique: Technique| self.ratios[technique as usize];
+        let ratios = self.ratios;
+        let ratio = |technique: Technique| ratios[technique as usize];
         let mut technique = order.technique;
         if order.sample && ratio(Technique::Lz4) > HARDLY {
             technique = Technique::Stored;
             self.choice.sampled(BATCH, ratio(Technique::Lz4));
         }
         let raw = BATCH as f64;
-        let cpu = raw * self.costs[technique as usize];
+        let cpu = raw * self.costs[technique as usize] * jitter;
         let block = raw * ratio(technique);
         let mut probing = 0.0;
         let probed = order.probe.map(|probe| {
-            let cpu = raw * self.costs[probe as usize];
+            let cpu = raw * self.costs[probe as usize] / jitter;
             probing = cpu * self.slowdown;
             Probed {
                 technique,
@@ -206,22 +231,33 @@ fn it_begins_with_zstd_and_without_experiments() {
 #[test]
 fn each_situation_has_its_techniques() {
     use Technique::{Lz4, Stored, Zstd1, Zstd3, Zstd6};
-    for (mbit, fitting) in [
-        (1.0, [Zstd3, Zstd6].as_slice()),
-        (10.0, &[Zstd3, Zstd6]),
-        (50.0, &[Zstd3, Zstd6]),
-        (100.0, &[Zstd3, Zstd6]),
-        (400.0, &[Zstd1, Zstd3]),
-        (1000.0, &[Lz4, Zstd1]),
-        (10_000.0, &[Lz4, Stored]),
-        (40_000.0, &[Stored]),
+    // On a host that is emulated everything but the link takes 25 times as long.
+    for (ratios, mbit, speed, fitting) in [
+        (IDLE, 1.0, 1.0, [Zstd3, Zstd6].as_slice()),
+        (IDLE, 10.0, 1.0, &[Zstd3, Zstd6]),
+        (FILES, 10.0, 1.0, &[Zstd6]),
+        (FILES, 100.0, 1.0, &[Zstd6]),
+        (FILES, 500.0, 1.0, &[Zstd3]),
+        (IDLE, 400.0, 1.0, &[Zstd3]),
+        (FILES, 1000.0, 1.0, &[Zstd1, Zstd3]),
+        (IDLE, 1000.0, 1.0, &[Zstd1]),
+        (FILES, 2200.0, 1.0, &[Lz4]),
+        (IDLE, 10_000.0, 1.0, &[Lz4, Stored]),
+        (IDLE, 40_000.0, 1.0, &[Stored]),
+        (FILES, 10.0, 25.0, &[Zstd6, Zstd3]),
+        (FILES, 50.0, 25.0, &[Zstd1, Lz4]),
+        (FILES, 1000.0, 25.0, &[Stored]),
+        (NOISE, 10.0, 1.0, &[Stored]),
+        (NOISE, 10_000.0, 1.0, &[Stored]),
     ] {
-        let mut world = World::new(IDLE, mbit);
-        world.run(20.0);
-        world.run(20.0);
+        let mut world = World::new(ratios, mbit);
+        world.costs = world.costs.map(|cost| cost * speed);
+        world.reading *= speed;
+        world.run(20.0 * speed);
+        world.run(20.0 * speed);
         assert!(
             fitting.contains(&world.mostly()),
-            "{mbit} Mbit/s: {:?}",
+            "{ratios:?} {mbit} Mbit/s, {speed}: {:?}",
             world.used
         );
     }
@@ -229,10 +265,10 @@ fn each_situation_has_its_techniques() {
 
 #[test]
 fn it_comes_near_the_best_rate_anywhere() {
-    // Program text, a database's pages, mostly noise; a third with zstd far ahead of LZ4.
+    // What was measured, mostly noise, one where zstd is far ahead of LZ4, next to nothing, noise.
     let contents = [
         IDLE,
-        [1.0, 0.5, 0.38, 0.35, 0.34],
+        FILES,
         [1.0, 0.93, 0.91, 0.9, 0.9],
         [1.0, 0.8, 0.35, 0.3, 0.25],
         [1.0, 0.05, 0.02, 0.018, 0.017],
@@ -321,4 +357,24 @@ fn batches_without_raw_pages_change_nothing() {
         );
     }
     assert_eq!(world.choice.technique(), before);
+}
+
+#[test]
+fn content_that_is_mixed_and_measurements_that_waver_do_not_confuse_it() {
+    let mixture = [IDLE, FILES, FILES, NOISE, [1.0, 0.05, 0.02, 0.018, 0.017]];
+    let mean: Ratios = std::array::from_fn(|at| mixture.iter().map(|it| it[at]).sum::<f64>() / 5.0);
+    for mbit in [10.0, 100.0, 500.0, 1500.0, 10_000.0] {
+        let mut world = World::new(mean, mbit);
+        world.mixture = mixture.to_vec();
+        world.jitter = 0.6;
+        world.run(20.0);
+        let rate = world.run(60.0);
+        world.ratios = mean;
+        assert!(
+            rate > 0.88 * world.best(),
+            "{mbit} Mbit/s: {rate:.3e} of {:.3e}, {:?}",
+            world.best(),
+            world.used
+        );
+    }
 }
