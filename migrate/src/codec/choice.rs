@@ -235,16 +235,21 @@ impl Choice {
 
     /// How to encode a batch that has `raw` bytes of raw pages.
     pub fn next(&mut self, raw: usize) -> Order {
-        let hardly_shrinks = self.ratio.is_measured() && self.ratio.value > HARDLY;
-        if !hardly_shrinks {
-            self.decide();
+        if self.ratio.is_measured() && self.ratio.value > HARDLY {
+            // Storing everything would never show that it shrinks again.
+            self.current = self.current.max(Technique::Lz4);
+            return Order {
+                technique: self.current,
+                sample: true,
+                // Every technique would tell the same.
+                probe: None,
+            };
         }
-        // Where nothing shrinks every technique would tell the same.
-        let probe = (!hardly_shrinks).then(|| self.next_probe(raw)).flatten();
+        self.decide();
         Order {
             technique: self.current,
-            sample: hardly_shrinks && self.current != Technique::Stored,
-            probe,
+            sample: false,
+            probe: self.next_probe(raw),
         }
     }
 

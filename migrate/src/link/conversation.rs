@@ -40,9 +40,6 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(2);
 /// this many of the longest.
 const QUEUE: usize = 4;
 
-/// The most bytes of a frame that are written before the counters move.
-const COUNTED_AT_ONCE: usize = 64 << 10;
-
 /// How long the last words may take to be written. Whoever closes then ends: what is still queued
 /// would be lost, the reason for a refusal among it.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -405,8 +402,7 @@ fn write_frames(
             Err(RecvTimeoutError::Timeout) => sign_of_life.clone(),
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
         };
-        // In pieces, for both counters to tell of the same bytes at any time.
-        for slice in frame.chunks(pace.slice().min(COUNTED_AT_ONCE)) {
+        for slice in frame.chunks(pace.slice()) {
             let _held_up = held_up.begin();
             writer.write_all(slice)?;
             writer.flush()?;

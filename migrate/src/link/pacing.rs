@@ -91,8 +91,9 @@ impl Pace {
     /// The shortest slice: smaller ones would be mostly headers of the layers below.
     const SHORTEST: usize = 512;
 
-    /// The longest slice.
-    const LONGEST: usize = 256 << 10;
+    /// The longest slice, also without a rate: what was written and what it took are counted after
+    /// each, and must tell of the same bytes.
+    const LONGEST: usize = 64 << 10;
 
     /// At most `rate` bytes a second; `None` for no limit.
     pub fn new(rate: Option<u64>) -> Self {
@@ -116,7 +117,7 @@ impl Pace {
 
     /// The most bytes to write before the next wait: what the rate allows in a moment.
     pub fn slice(&self) -> usize {
-        self.rate.map_or(usize::MAX, |rate| {
+        self.rate.map_or(Self::LONGEST, |rate| {
             ((rate * Self::NAP.as_secs_f64()) as usize).clamp(Self::SHORTEST, Self::LONGEST)
         })
     }
@@ -165,7 +166,7 @@ mod tests {
         assert_eq!(Pace::new(Some(1)).slice(), Pace::SHORTEST);
         assert_eq!(Pace::new(Some(100_000)).slice(), 5_000);
         assert_eq!(Pace::new(Some(u64::MAX)).slice(), Pace::LONGEST);
-        assert_eq!(Pace::new(None).slice(), usize::MAX);
+        assert_eq!(Pace::new(None).slice(), Pace::LONGEST);
     }
 
     #[test]

@@ -312,6 +312,21 @@ fn what_does_not_shrink_costs_nothing() {
 }
 
 #[test]
+fn noise_on_a_fast_link_is_no_reason_to_store_for_ever() {
+    let mut world = World::new(IDLE, 40_000.0);
+    world.run(10.0);
+    assert_eq!(world.mostly(), Technique::Stored);
+    world.ratios = NOISE;
+    world.run(10.0);
+    assert_eq!(world.mostly(), Technique::Stored);
+    world.ratios = IDLE;
+    world.link = 10.0 * MBIT;
+    world.run(60.0);
+    let rate = world.run(10.0);
+    assert!(rate > 0.9 * world.best(), "{rate:.3e} {:?}", world.used);
+}
+
+#[test]
 fn a_link_that_changes_is_followed() {
     let mut world = World::new(IDLE, 100.0);
     for mbit in [1000.0, 10.0, 10_000.0, 50.0, 400.0] {
