@@ -372,12 +372,13 @@ impl Proxy {
     }
 
     /// Where sockets with the new addresses are still there, they go first, and for a moment the
-    /// connection has none: nothing may come in then.
+    /// connection has none: nothing may come in then. Twice the time that they are kept: a thread
+    /// that is late to close them does no harm.
     fn block(&self, guest: &Guest, site: &str) -> Result<Option<Block>> {
         let (settings, from) = (guest.settings(), guest.site());
         let back = lock(&self.left)
             .get(&(guest.name.clone(), site.to_owned()))
-            .is_some_and(|left| left.elapsed() < LATE + Duration::from_secs(1));
+            .is_some_and(|left| left.elapsed() < LATE * 2);
         let remotes: Vec<SocketAddr> = settings
             .services
             .iter()

@@ -129,6 +129,9 @@ pub(crate) struct Connection {
     settle_since: Option<Instant>,
     /// It was re-targeted at least once.
     moved_before: bool,
+    /// Sequence numbers that the guest may know beyond all that the socket was ever given: the
+    /// move before this one had not come so far yet.
+    ahead: u32,
     counted: (u64, u64),
     key: usize,
     /// The deadline that is in the worker's queue for it.
@@ -199,6 +202,7 @@ impl Connection {
             last_activity: ctx.now,
             settle_since: None,
             moved_before: false,
+            ahead: 0,
             counted: (0, 0),
             key,
             timer_at: None,
@@ -450,14 +454,21 @@ impl Connection {
         if reset {
             let _ = SockRef::from(&self.client.stream).set_linger(Some(Duration::ZERO));
         }
-        if let Upstream::Open(endpoint) = &self.upstream {
+        let ended = self.ended();
+        if let Upstream::Open(mut endpoint) = self.upstream {
             if reset {
                 let _ = SockRef::from(&endpoint.stream).set_linger(Some(Duration::ZERO));
-            } else if self.moved_before && self.ended() {
+            } else if self.moved_before && ended {
                 // The kernel does not know which ends passed through an earlier socket, and
                 // would send another FIN. What it owes is an acknowledgement.
                 let _ = SockRef::from(&endpoint.stream).set_tcp_quickack(true);
                 let _ = repair::silence(&endpoint.stream);
+                let ends = (endpoint.stream.local_addr(), endpoint.stream.peer_addr());
+                if let (Ok(local), Ok(remote)) = ends
+                    && ctx.registry.deregister(&mut endpoint.stream).is_ok()
+                {
+                    ctx.late.keep(local, remote, endpoint.stream, ctx.now);
+                }
             }
         }
     }

@@ -68,6 +68,12 @@ impl Connection {
             .then(|| Duration::from_micros(u64::from(info.rtt_us) + u64::from(info.rtt_var_us)))
     }
 
+    /// The sequence numbers given to the new socket since the release.
+    fn written_since(&self, proving: &Proving) -> u32 {
+        let fin = u64::from(self.to_guest.end() == End::Told);
+        u32::try_from(self.to_guest.written() - proving.base + fin).unwrap_or(u32::MAX)
+    }
+
     /// From now on nothing is written to the guest.
     pub(crate) fn hold(&mut self) -> Step {
         if let Stage::Proving(proving) = &self.stage
@@ -75,8 +81,11 @@ impl Connection {
             && let Upstream::Open(endpoint) = &self.upstream
         {
             // The guest may still know more than this socket: settle that before it is moved
-            // on.
+            // on. What was not even written to it yet is remembered.
             let _ = repair::mark_as_sent(&endpoint.stream);
+            self.ahead = proving
+                .in_flight
+                .saturating_sub(self.written_since(proving));
         }
         if matches!(self.stage, Stage::Normal | Stage::Proving(_)) {
             self.stage = Stage::Held { frozen: false };
@@ -101,6 +110,8 @@ impl Connection {
                     self.unmovable(error.chain());
                     return Step::Failed;
                 }
+                // Deaf, it would take the guest for dead, and reset it.
+                let _ = SockRef::from(&endpoint.stream).set_keepalive(false);
             }
         }
         self.stage = Stage::Held { frozen: true };
@@ -242,7 +253,10 @@ impl Connection {
             ctx.late.keep(snapshot.local, snapshot.remote, old, ctx.now);
         }
         self.moved_before = true;
-        let in_flight = snapshot.in_flight();
+        // All of the old socket is in flight if there is more ahead of it.
+        let in_flight = snapshot
+            .in_flight()
+            .saturating_add(std::mem::take(&mut self.ahead));
         let send_buffer = snapshot.send_buffer;
         let peer_ended = matches!(
             snapshot.info.state,
@@ -366,6 +380,7 @@ impl Connection {
             Upstream::Open(endpoint) => {
                 if frozen {
                     repair::thaw(&endpoint.stream).map_err(|error| error.chain())?;
+                    let _ = tune(SockRef::from(&endpoint.stream), ctx.limits);
                 }
                 if self.client_lost {
                     return Err("the client has gone".into());
@@ -386,6 +401,10 @@ impl Connection {
     /// Looks after a released connection until the guest has answered and can't know more than
     /// the new socket does.
     pub(crate) fn check(&mut self, ctx: &mut Context<'_>) -> Next {
+        let written = match &self.stage {
+            Stage::Proving(proving) => self.written_since(proving),
+            _ => 0,
+        };
         let (Stage::Proving(proving), Upstream::Open(endpoint)) = (&mut self.stage, &self.upstream)
         else {
             return Next::Wait;
@@ -403,9 +422,6 @@ impl Connection {
                 .observe(age.as_secs_f64());
         }
         if !proving.covered {
-            let fin = u64::from(self.to_guest.end() == End::Told);
-            let written = self.to_guest.written() - proving.base + fin;
-            let written = u32::try_from(written).unwrap_or(u32::MAX);
             let unsent = repair::unsent(&endpoint.stream).unwrap_or(written);
             proving.covered = covers(proving.in_flight, written, unsent);
             if !proving.covered && age > proving.rtt * 2 + Duration::from_millis(20) {

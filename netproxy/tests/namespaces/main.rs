@@ -515,6 +515,42 @@ fn lost_packets_at_the_release() {
         .for_each(|carried| assert!(carried > 0));
 }
 
+/// Segments of the guest that are queued at the old site for many seconds come to the edge when
+/// the connection has long been at the new one. A reset in answer to them would be queued as
+/// long, and find the guest back at the old site, with the very sequence number that it expects:
+/// its client has ended, and sends nothing more.
+#[test]
+fn segments_that_come_very_late_are_not_answered_with_a_reset() {
+    const QUEUE: Duration = Duration::from_secs(8);
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let mut edge = Edge::new(&world, "");
+    let kind = Kind {
+        client: (Sends::Nothing, FAST),
+        guest: (Sends::Messages(600), FAST),
+    };
+    let stream = start(&world, listen(), kind);
+    std::thread::sleep(Duration::from_millis(200));
+    let usual = world.wires[0].delay_us.load(Ordering::Relaxed);
+    let long = u64::try_from(QUEUE.as_micros()).unwrap();
+    world.wires[0].delay_us.store(long, Ordering::Relaxed);
+    std::thread::sleep(Duration::from_millis(200));
+    edge.migrate(&world);
+    // What was under way arrives meanwhile, and its answers are queued.
+    std::thread::sleep(QUEUE + Duration::from_millis(500));
+    world.wires[0].delay_us.store(usual, Ordering::Relaxed);
+    let mut control = edge.client();
+    // The queue delays the probe too.
+    control.prepare("desktop", "a").unwrap();
+    world.place(None);
+    control.hold("desktop").unwrap();
+    control.retarget("desktop").unwrap();
+    world.place(Some("a"));
+    control.release("desktop", Duration::ZERO).unwrap();
+    std::thread::sleep(QUEUE / 2);
+    assert!(stream.finish() > 0);
+}
+
 #[test]
 fn a_canary_finds_out_when_the_guest_can_be_reached() {
     let world = World::new(Duration::from_millis(6));
