@@ -5,14 +5,15 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, GuestConfig, ServiceConfig};
 use crate::connection::ConnectionInfo;
-use crate::control::{ControlServer, Request};
+use crate::control::{Attendant, ControlServer, Request};
 use crate::error::{Error, Result};
 use crate::event_loop::{self, Command, Tally, WorkerHandle};
 use crate::guest::{Guest, Shared};
@@ -20,12 +21,16 @@ use crate::metrics::MetricsServer;
 use crate::repair;
 use crate::retarget::block::Block;
 use crate::retarget::late::LATE;
+use crate::retarget::lease::{Leases, Term};
 use crate::retarget::path::{self, Paths, Warmth};
 use crate::retarget::phase::{Asked, Phase};
 use crate::state_file;
 
 /// How long the threads may take for one step.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long a guest whose move was given up is asked whether it is at the new site already.
+const LAST_QUESTION: Duration = Duration::from_secs(1);
 
 /// One guest in a list.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,6 +82,9 @@ pub struct Proxy {
     moves: Mutex<BTreeMap<String, Arc<Mutex<Phase>>>>,
     /// When each guest last left a site.
     left: Mutex<BTreeMap<(String, String), Instant>>,
+    /// What is lent, and a bell that rings when that changes.
+    leases: Arc<(Mutex<Leases>, Condvar)>,
+    watch: Mutex<Option<JoinHandle<()>>>,
     blocks: AtomicU64,
     paths: Paths,
     mark: u32,
@@ -121,6 +129,8 @@ impl Proxy {
             listeners: Mutex::default(),
             moves: Mutex::default(),
             left: Mutex::default(),
+            leases: Arc::default(),
+            watch: Mutex::default(),
             blocks: AtomicU64::new(0),
             paths: Paths::new(settings.mark, settings.table),
             mark: settings.mark,
@@ -130,11 +140,9 @@ impl Proxy {
             servers: Mutex::default(),
         });
         proxy.apply(config)?;
-        let weak = Arc::downgrade(&proxy);
-        let control = ControlServer::start(
-            &settings.control,
-            Arc::new(move |request| Self::handle(&weak, request)),
-        )?;
+        *lock(&proxy.watch) = Some(watch(&proxy)?);
+        let desk = Desk(Arc::downgrade(&proxy));
+        let control = ControlServer::start(&settings.control, Arc::new(desk))?;
         lock(&proxy.servers).0 = Some(control);
         if let Some(address) = settings.metrics {
             let weak = Arc::downgrade(&proxy);
@@ -291,6 +299,10 @@ impl Proxy {
     /// # Errors
     /// When there is no such guest or site, or its move is past this step.
     pub fn prepare(&self, guest: &str, site: &str) -> Result<Warmth> {
+        self.prepare_for(guest, site, None)
+    }
+
+    fn prepare_for(&self, guest: &str, site: &str, term: Option<Term>) -> Result<Warmth> {
         let known = self.guest(guest)?;
         let settings = known.settings();
         if !settings.sites.contains_key(site) {
@@ -328,20 +340,30 @@ impl Proxy {
             log::warn!("Preparing {guest} for {site}: {warning}");
         }
         *phase = next;
+        match term {
+            Some(term) => self.lend(guest, term),
+            None => lock(&self.leases.0).end(guest),
+        }
         Ok(warmth)
     }
 
     /// Freezes all connections of a guest that has been suspended. Returns when everything that
-    /// it had sent is in.
+    /// it had sent is in. The move is cancelled if it is not released within `lease`, or
+    /// [renewed](Self::renew).
     ///
     /// # Errors
     /// When the guest is unknown, or was not prepared.
-    pub fn hold(&self, guest: &str) -> Result<Tally> {
+    pub fn hold(&self, guest: &str, lease: Duration) -> Result<Tally> {
+        self.hold_for(guest, Term::within(lease, Instant::now()))
+    }
+
+    fn hold_for(&self, guest: &str, term: Term) -> Result<Tally> {
         self.guest(guest)?;
         let phase = self.phase(guest);
         let mut phase = lock(&phase);
         let next = phase.after(guest, &Asked::Hold)?;
         *phase = next;
+        self.lend(guest, term);
         self.tally(|reply| Command::Hold {
             guest: guest.to_owned(),
             grace: self.grace,
@@ -408,6 +430,11 @@ impl Proxy {
         let known = self.guest(guest)?;
         let phase = self.phase(guest);
         let mut phase = lock(&phase);
+        self.release_now(&known, &mut phase, wait)
+    }
+
+    fn release_now(&self, known: &Guest, phase: &mut Phase, wait: Duration) -> Result<Tally> {
+        let guest = known.name.as_str();
         let next = phase.after(guest, &Asked::Release)?;
         let site = phase.destination().unwrap_or_default().to_owned();
         lock(&self.left).insert((guest.to_owned(), known.site()), Instant::now());
@@ -418,7 +445,6 @@ impl Proxy {
             reply,
         })?;
         *phase = next;
-        drop(phase);
         // After what is urgent.
         self.end_move(guest);
         if let Err(error) = self.remember() {
@@ -442,9 +468,14 @@ impl Proxy {
         let known = self.guest(guest)?;
         let phase = self.phase(guest);
         let mut phase = lock(&phase);
+        self.cancel_now(&known, &mut phase)
+    }
+
+    fn cancel_now(&self, known: &Guest, phase: &mut Phase) -> Result<Tally> {
+        let guest = known.name.as_str();
         let next = phase.after(guest, &Asked::Cancel)?;
         if !matches!(*phase, Phase::Prepared { .. })
-            && let Err(error) = self.renew(&known)
+            && let Err(error) = self.make_anew(known)
         {
             // They go on as they are, a little later.
             log::warn!("Cancelling the move of {guest}: {}", error.chain());
@@ -454,13 +485,86 @@ impl Proxy {
             reply,
         })?;
         *phase = next;
-        drop(phase);
         self.end_move(guest);
         Ok(tally)
     }
 
+    /// The move of a held guest may take until `lease` from now.
+    ///
+    /// # Errors
+    /// When the guest is unknown, or nothing is lent: the move has ended, or its lease has.
+    pub fn renew(&self, guest: &str, lease: Duration) -> Result<()> {
+        self.guest(guest)?;
+        let (leases, bell) = &*self.leases;
+        if !lock(leases).renew(guest, lease, Instant::now()) {
+            return Err(Error::LeaseOver(guest.to_owned()));
+        }
+        bell.notify_all();
+        Ok(())
+    }
+
+    fn lend(&self, guest: &str, term: Term) {
+        let (leases, bell) = &*self.leases;
+        lock(leases).grant(guest, term);
+        bell.notify_all();
+    }
+
+    /// Gives a move up, if its lease is over still: `over` is looked at when nobody else can
+    /// take a step of it.
+    ///
+    /// The caller may have died when the guest ran at the new site already. So a re-targeted one
+    /// is asked there for a moment, and goes on there if it answers.
+    fn give_up(&self, guest: &str, why: &str, over: impl Fn(&Leases) -> bool) {
+        let phase = self.phase(guest);
+        let mut phase = lock(&phase);
+        if !over(&lock(&self.leases.0)) {
+            return;
+        }
+        let Ok(known) = self.guest(guest) else {
+            lock(&self.leases.0).end(guest);
+            return;
+        };
+        let ended = self.shared.metrics.leases_ended.get_or_create(&known.label);
+        ended.inc();
+        let answers = matches!(*phase, Phase::Retargeted { .. }) && self.answers(guest);
+        let (result, site) = if answers {
+            let to = phase.destination().unwrap_or_default().to_owned();
+            (self.release_now(&known, &mut phase, Duration::ZERO), to)
+        } else {
+            (self.cancel_now(&known, &mut phase), known.site())
+        };
+        match result {
+            Ok(tally) => log::warn!(
+                "{why}: {} connections of {guest} go on at {site}, {} failed",
+                tally.connections,
+                tally.failed
+            ),
+            Err(error) => log::error!("{why}: giving up {guest}: {}", error.chain()),
+        }
+        // Whatever came of it, it is not tried for ever.
+        lock(&self.leases.0).end(guest);
+    }
+
+    /// Whether a re-targeted guest answers at the new site.
+    fn answers(&self, guest: &str) -> bool {
+        let until = Instant::now() + LAST_QUESTION;
+        loop {
+            let ask = |reply| Command::Ask {
+                guest: guest.to_owned(),
+                reply,
+            };
+            match self.ask_all(ask) {
+                Ok(answers) if answers.contains(&true) => return true,
+                Ok(_) if Instant::now() < until => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                _ => return false,
+            }
+        }
+    }
+
     /// Makes the frozen sockets of a guest anew, towards the site where it is.
-    fn renew(&self, guest: &Guest) -> Result<()> {
+    fn make_anew(&self, guest: &Guest) -> Result<()> {
         let name = || guest.name.clone();
         let site = guest.site();
         self.tally(|reply| Command::Undo {
@@ -487,6 +591,7 @@ impl Proxy {
     }
 
     fn end_move(&self, guest: &str) {
+        lock(&self.leases.0).end(guest);
         self.paths.close(guest);
     }
 
@@ -617,23 +722,34 @@ impl Proxy {
         self.shared.open()
     }
 
-    fn handle(
-        weak: &Weak<Self>,
-        request: Request,
-    ) -> std::result::Result<serde_json::Value, String> {
-        let proxy = weak.upgrade().ok_or("The proxy is ending")?;
-        proxy.carry_out(request).map_err(|error| error.chain())
-    }
-
-    fn carry_out(&self, request: Request) -> Result<serde_json::Value> {
+    fn carry_out(&self, caller: u64, request: Request) -> Result<serde_json::Value> {
         fn value(result: impl Serialize) -> Result<serde_json::Value> {
             serde_json::to_value(result).map_err(|error| Error::Protocol(error.to_string()))
         }
         let nothing = || Ok(serde_json::json!({}));
         match request {
             Request::List => value(self.list()?),
-            Request::Prepare { guest, site } => value(self.prepare(&guest, &site)?),
-            Request::Hold { guest } => value(self.hold(&guest)?),
+            Request::Prepare { guest, site, tied } => {
+                let term = tied.then_some(Term::Caller(caller));
+                value(self.prepare_for(&guest, &site, term)?)
+            }
+            Request::Hold {
+                guest,
+                lease_ms,
+                tied,
+            } => {
+                let limit = Duration::from_millis(lease_ms);
+                let term = if tied {
+                    Term::Caller(caller)
+                } else {
+                    Term::within(limit, Instant::now())
+                };
+                value(self.hold_for(&guest, term)?)
+            }
+            Request::Renew { guest, lease_ms } => {
+                self.renew(&guest, Duration::from_millis(lease_ms))?;
+                nothing()
+            }
             Request::Retarget { guest } => value(self.retarget(&guest)?),
             Request::Release { guest, wait_ms } => {
                 value(self.release(&guest, Duration::from_millis(wait_ms))?)
@@ -650,6 +766,68 @@ impl Proxy {
             Request::Metrics => Ok(serde_json::json!({ "text": self.metrics() })),
         }
     }
+}
+
+/// Where the control socket's requests are answered.
+struct Desk(Weak<Proxy>);
+
+impl Attendant for Desk {
+    fn request(
+        &self,
+        caller: u64,
+        request: Request,
+    ) -> std::result::Result<serde_json::Value, String> {
+        let proxy = self.0.upgrade().ok_or("The proxy is ending")?;
+        proxy
+            .carry_out(caller, request)
+            .map_err(|error| error.chain())
+    }
+
+    fn closed(&self, caller: u64) {
+        let Some(proxy) = self.0.upgrade() else {
+            return;
+        };
+        let guests = lock(&proxy.leases.0).of(caller);
+        for guest in guests {
+            proxy.give_up(&guest, "The caller of a move has gone", |leases| {
+                leases.of(caller).contains(&guest)
+            });
+        }
+    }
+}
+
+/// Starts the thread that waits for leases to end.
+fn watch(proxy: &Arc<Proxy>) -> Result<JoinHandle<()>> {
+    let (weak, shared) = (Arc::downgrade(proxy), Arc::clone(&proxy.leases));
+    let wait = move || {
+        let (leases, bell) = &*shared;
+        let mut lent = lock(leases);
+        while !lent.is_closed() {
+            let now = Instant::now();
+            let due = lent.due(now);
+            if due.is_empty() {
+                let idle = Duration::from_secs(3600);
+                let wait = lent.next().map_or(idle, |at| at - now);
+                lent = bell
+                    .wait_timeout(lent, wait)
+                    .map_or_else(|broken| broken.into_inner().0, |(lent, _)| lent);
+                continue;
+            }
+            drop(lent);
+            let Some(proxy) = weak.upgrade() else { return };
+            for guest in due {
+                proxy.give_up(&guest, "The lease of a move is over", |leases| {
+                    leases.due(Instant::now()).contains(&guest)
+                });
+            }
+            drop(proxy);
+            lent = lock(leases);
+        }
+    };
+    std::thread::Builder::new()
+        .name("leases".into())
+        .spawn(wait)
+        .map_err(crate::error::system("Starting a thread"))
 }
 
 /// A connection takes two descriptors. The limit that a shell gives is for old programs that
@@ -684,6 +862,13 @@ fn keys_of(guest: &GuestConfig) -> Vec<((String, String, SocketAddr), Arc<Servic
 impl Drop for Proxy {
     fn drop(&mut self) {
         *lock(&self.servers) = (None, None);
+        lock(&self.leases.0).close();
+        self.leases.1.notify_all();
+        if let Some(watch) = lock(&self.watch).take()
+            && watch.thread().id() != std::thread::current().id()
+        {
+            let _ = watch.join();
+        }
         for worker in lock(&self.workers).iter_mut() {
             worker.stop();
         }

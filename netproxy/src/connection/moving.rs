@@ -223,7 +223,12 @@ impl Connection {
         let (Stage::Moved(_), Upstream::Open(endpoint)) = (&self.stage, &self.upstream) else {
             return None;
         };
-        if repair::tcp_info(&endpoint.stream).ok()?.segments_in > 0 {
+        let info = repair::tcp_info(&endpoint.stream).ok()?;
+        if !info.state.is_movable() {
+            // Somebody else answered, with a reset.
+            return None;
+        }
+        if info.segments_in > 0 {
             return Some(true);
         }
         repair::kick(&endpoint.stream).ok()?;

@@ -5,10 +5,11 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use super::{Answer, Envelope, Request, VERSION};
+use super::{Answer, Envelope, Request, VERSION, milliseconds};
 use crate::error::{Error, Result};
 use crate::event_loop::Tally;
 use crate::proxy::Overview;
+use crate::retarget::lease;
 use crate::retarget::path::Warmth;
 
 /// A connection to a proxy's control socket.
@@ -94,17 +95,59 @@ impl Client {
         self.typed(&Request::Prepare {
             guest: guest.to_owned(),
             site: site.to_owned(),
+            tied: false,
         })
     }
 
-    /// Freezes all connections of `guest`. After its suspend, not before.
+    /// The same; the move is cancelled if this client is dropped before the hold.
     ///
     /// # Errors
     /// As [`Self::call`].
-    pub fn hold(&mut self, guest: &str) -> Result<Tally> {
+    pub fn prepare_tied(&mut self, guest: &str, site: &str) -> Result<Warmth> {
+        self.typed(&Request::Prepare {
+            guest: guest.to_owned(),
+            site: site.to_owned(),
+            tied: true,
+        })
+    }
+
+    /// Freezes all connections of `guest`. After its suspend, not before. The move is cancelled
+    /// if it is not released within `lease`, or [renewed](Self::renew).
+    ///
+    /// # Errors
+    /// As [`Self::call`].
+    pub fn hold(&mut self, guest: &str, lease: Duration) -> Result<Tally> {
         self.typed(&Request::Hold {
             guest: guest.to_owned(),
+            lease_ms: milliseconds(lease),
+            tied: false,
         })
+    }
+
+    /// The same, without a limit of time; the move is cancelled when this client is dropped, or
+    /// its process dies, before the release.
+    ///
+    /// # Errors
+    /// As [`Self::call`].
+    pub fn hold_tied(&mut self, guest: &str) -> Result<Tally> {
+        self.typed(&Request::Hold {
+            guest: guest.to_owned(),
+            lease_ms: milliseconds(lease::DEFAULT),
+            tied: true,
+        })
+    }
+
+    /// The move of a held `guest` may take until `lease` from now.
+    ///
+    /// # Errors
+    /// As [`Self::call`]; refused when the lease is over: the connections have gone back.
+    pub fn renew(&mut self, guest: &str, lease: Duration) -> Result<()> {
+        let lease_ms = milliseconds(lease);
+        self.call(&Request::Renew {
+            guest: guest.to_owned(),
+            lease_ms,
+        })
+        .map(drop)
     }
 
     /// Makes all connections of `guest` anew, towards the prepared site.
@@ -123,7 +166,7 @@ impl Client {
     /// # Errors
     /// As [`Self::call`].
     pub fn release(&mut self, guest: &str, wait: Duration) -> Result<Tally> {
-        let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
+        let wait_ms = milliseconds(wait);
         self.typed(&Request::Release {
             guest: guest.to_owned(),
             wait_ms,

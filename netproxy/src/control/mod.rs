@@ -12,10 +12,14 @@
 mod client;
 mod server;
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
+use crate::retarget::lease;
+
 pub use client::Client;
-pub(crate) use server::ControlServer;
+pub(crate) use server::{Attendant, ControlServer};
 
 /// The version of the protocol.
 pub const VERSION: u32 = 1;
@@ -34,11 +38,28 @@ pub enum Request {
         guest: String,
         /// Where it will go.
         site: String,
+        /// Cancel the move when this control connection closes before the hold.
+        #[serde(default)]
+        tied: bool,
     },
     /// The guest is suspended: freeze its connections.
     Hold {
         /// The guest.
         guest: String,
+        /// Cancel the move unless it is released within so many milliseconds, or renewed.
+        #[serde(default = "default_lease")]
+        lease_ms: u64,
+        /// Instead of a time: cancel the move when this control connection closes.
+        #[serde(default)]
+        tied: bool,
+    },
+    /// The move needs longer.
+    Renew {
+        /// The guest.
+        guest: String,
+        /// So many milliseconds from now.
+        #[serde(default = "default_lease")]
+        lease_ms: u64,
     },
     /// Make its connections anew, towards the new site.
     Retarget {
@@ -71,6 +92,14 @@ pub enum Request {
     Reload,
     /// The metrics, as Prometheus reads them.
     Metrics,
+}
+
+fn default_lease() -> u64 {
+    milliseconds(lease::DEFAULT)
+}
+
+fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn yes() -> bool {
@@ -148,6 +177,14 @@ mod tests {
             })
         );
         assert_eq!(
+            parse(r#"{"version":1,"command":"hold","guest":"g"}"#),
+            Ok(Request::Hold {
+                guest: "g".into(),
+                lease_ms: 120_000,
+                tied: false
+            })
+        );
+        assert_eq!(
             parse(r#"{"version":1,"command":"drain"}"#),
             Ok(Request::Drain {
                 guest: None,
@@ -168,6 +205,7 @@ mod tests {
         let request = Request::Prepare {
             guest: "g".into(),
             site: "b".into(),
+            tied: true,
         };
         let line = serde_json::to_string(&Envelope {
             version: VERSION,

@@ -17,7 +17,18 @@ const MAX_CLIENTS: usize = 32;
 /// How long a client may take to read an answer.
 const WRITE_LIMIT: Duration = Duration::from_secs(10);
 
-type Handler = dyn Fn(Request) -> std::result::Result<serde_json::Value, String> + Send + Sync;
+/// Who answers. A caller is a number that no other connection has.
+pub(crate) trait Attendant: Send + Sync {
+    /// Carries out a request.
+    fn request(
+        &self,
+        caller: u64,
+        request: Request,
+    ) -> std::result::Result<serde_json::Value, String>;
+
+    /// A caller's connection has closed, or its process died.
+    fn closed(&self, caller: u64);
+}
 
 /// Serves the control socket until dropped.
 #[derive(Debug)]
@@ -28,7 +39,7 @@ pub(crate) struct ControlServer {
 }
 
 impl ControlServer {
-    pub(crate) fn start(path: &Path, handler: Arc<Handler>) -> Result<Self> {
+    pub(crate) fn start(path: &Path, attendant: Arc<dyn Attendant>) -> Result<Self> {
         let failed = |source| Error::File {
             path: path.to_owned(),
             source,
@@ -38,7 +49,7 @@ impl ControlServer {
         let stopped = Arc::clone(&stop);
         let thread = std::thread::Builder::new()
             .name("control".into())
-            .spawn(move || serve(&listener, &handler, &stopped))
+            .spawn(move || serve(&listener, &attendant, &stopped))
             .map_err(failed)?;
         Ok(Self {
             path: path.to_owned(),
@@ -76,8 +87,9 @@ fn listen(path: &Path) -> std::io::Result<UnixListener> {
     result
 }
 
-fn serve(listener: &UnixListener, handler: &Arc<Handler>, stop: &AtomicBool) {
+fn serve(listener: &UnixListener, attendant: &Arc<dyn Attendant>, stop: &AtomicBool) {
     let clients = Arc::new(AtomicUsize::new(0));
+    let mut next_caller = 0;
     for stream in listener.incoming() {
         if stop.load(Ordering::Acquire) {
             return;
@@ -90,13 +102,16 @@ fn serve(listener: &UnixListener, handler: &Arc<Handler>, stop: &AtomicBool) {
             clients.fetch_sub(1, Ordering::AcqRel);
             continue;
         }
-        let (handler, count) = (Arc::clone(handler), Arc::clone(&clients));
+        next_caller += 1;
+        let caller = next_caller;
+        let (attendant, count) = (Arc::clone(attendant), Arc::clone(&clients));
         let started = std::thread::Builder::new()
             .name("control-client".into())
             .spawn(move || {
-                if let Err(error) = attend(&stream, &handler) {
+                if let Err(error) = attend(&stream, caller, &*attendant) {
                     log::debug!("A client of the control socket: {error}");
                 }
+                attendant.closed(caller);
                 count.fetch_sub(1, Ordering::AcqRel);
             });
         if started.is_err() {
@@ -105,7 +120,7 @@ fn serve(listener: &UnixListener, handler: &Arc<Handler>, stop: &AtomicBool) {
     }
 }
 
-fn attend(stream: &UnixStream, handler: &Arc<Handler>) -> std::io::Result<()> {
+fn attend(stream: &UnixStream, caller: u64, attendant: &dyn Attendant) -> std::io::Result<()> {
     stream.set_write_timeout(Some(WRITE_LIMIT))?;
     let mut reader = BufReader::new(stream);
     let mut writer = stream;
@@ -122,7 +137,7 @@ fn attend(stream: &UnixStream, handler: &Arc<Handler>) -> std::io::Result<()> {
         let result = if too_long {
             Err(format!("A request has at most {MAX_LINE} bytes"))
         } else {
-            parse(&line).and_then(|request| handler(request))
+            parse(&line).and_then(|request| attendant.request(caller, request))
         };
         let mut answer = serde_json::to_string(&Answer::of(result))?;
         answer.push('\n');

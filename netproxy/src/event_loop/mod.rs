@@ -100,6 +100,11 @@ pub(crate) enum Command {
         wait: Duration,
         reply: Sender<Tally>,
     },
+    /// Probe once over a re-targeted connection: has the guest answered it?
+    Ask {
+        guest: String,
+        reply: Sender<bool>,
+    },
     /// Back from the new sockets to the old ones, frozen still.
     Undo {
         guest: String,
@@ -423,6 +428,9 @@ impl Worker {
                 self.retarget(&guest, site, mark, reply);
             }
             Command::Release { guest, wait, reply } => self.release(guest, wait, reply),
+            Command::Ask { guest, reply } => {
+                let _ = reply.send(self.ask(&guest));
+            }
             Command::Undo { guest, reply } => self.undo(&guest, reply),
             Command::Cancel { guest, reply } => self.cancel(&guest, reply),
             Command::Stop => {}

@@ -20,6 +20,7 @@ use traffic::{Kind, Noise, Reads, Running, Sends, serve, start};
 use world::{EDGE, GUEST, PROBE_PORT, SITES, World};
 
 const LISTEN: &str = "10.1.0.1:5900";
+const LEASE: Duration = Duration::from_secs(120);
 
 fn configuration(control: &str, extra: &str, routed: bool) -> String {
     let mut text = format!(
@@ -84,7 +85,7 @@ impl Edge {
         let warmth = control.prepare("desktop", to).unwrap();
         assert!(warmth.warnings.is_empty(), "{warmth:?}");
         world.place(None);
-        control.hold("desktop").unwrap();
+        control.hold("desktop", LEASE).unwrap();
         if self.routed {
             world.route_guest(to);
         }
@@ -365,7 +366,7 @@ fn a_cancelled_move_leaves_everything_as_it_was() {
         let steps = round % 3;
         if steps > 0 {
             world.place(None);
-            control.hold("desktop").unwrap();
+            control.hold("desktop", LEASE).unwrap();
         }
         if steps > 1 {
             assert_eq!(control.retarget("desktop").unwrap().failed, 0);
@@ -383,6 +384,123 @@ fn a_cancelled_move_leaves_everything_as_it_was() {
     assert_eq!(edge.metric("netproxy_retargets_total"), 0);
 }
 
+/// Not a test: the caller that [`a_caller_that_is_killed_gives_its_move_up`] kills.
+#[test]
+#[ignore = "a process for another test"]
+fn be_a_caller() {
+    let control = std::env::var("NETPROXY_TEST_CONTROL").unwrap();
+    let steps: u32 = std::env::var("NETPROXY_TEST_STEPS")
+        .unwrap()
+        .parse()
+        .unwrap();
+    let mut client = Client::connect(std::path::Path::new(&control)).unwrap();
+    client.prepare_tied("desktop", "b").unwrap();
+    if steps > 0 {
+        client.hold_tied("desktop").unwrap();
+    }
+    if steps > 1 {
+        client.retarget("desktop").unwrap();
+    }
+    println!("so far");
+    std::thread::sleep(Duration::from_secs(600));
+}
+
+#[test]
+fn a_caller_that_is_killed_gives_its_move_up() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let rules = world.rules("edge");
+    let streams: Vec<Running> = all_kinds()
+        .into_iter()
+        .map(|kind| start(&world, listen(), kind))
+        .collect();
+    wait_until(|| edge.client().list().unwrap().connections.len() == streams.len());
+    for steps in 0..3 {
+        if steps > 0 {
+            world.place(None);
+        }
+        let mut caller = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "be_a_caller", "--ignored", "--nocapture"])
+            .env("NETPROXY_TEST_CONTROL", &edge.control)
+            .env("NETPROXY_TEST_STEPS", steps.to_string())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let said = std::io::BufReader::new(caller.stdout.take().unwrap());
+        let mut lines = std::io::BufRead::lines(said);
+        assert!(lines.any(|line| line.unwrap().contains("so far")));
+        let phase = || edge.client().list().unwrap().guests[0].phase.clone();
+        assert_eq!(phase().destination(), Some("b"));
+        caller.kill().unwrap();
+        caller.wait().unwrap();
+        wait_until(|| phase().destination().is_none());
+        world.place(Some("a"));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(edge.client().list().unwrap().guests[0].site, "a");
+    for stream in streams {
+        assert!(stream.finish() > 0);
+    }
+    assert_eq!(edge.metric("netproxy_leases_ended_total"), 3);
+    assert_eq!(edge.metric("netproxy_retargets_total"), 0);
+    assert_eq!(world.rules("edge"), rules);
+}
+
+#[test]
+fn a_hold_whose_time_is_over_is_given_up() {
+    let short = Duration::from_millis(200);
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let mut stream = echoing(&world);
+    exchange(&mut stream, b"before");
+    let mut control = edge.client();
+    control.prepare("desktop", "b").unwrap();
+    control.hold("desktop", short).unwrap();
+    control.renew("desktop", LEASE).unwrap();
+    std::thread::sleep(short * 2);
+    // Renewed in time, it is held still.
+    assert_eq!(control.retarget("desktop").unwrap().connections, 1);
+    control.renew("desktop", short).unwrap();
+    let settled = |site: &str| {
+        let guest = edge.client().list().unwrap().guests.remove(0);
+        guest.phase.destination().is_none() && guest.site == site
+    };
+    wait_until(|| settled("a"));
+    exchange(&mut stream, b"as ever");
+    for late in [
+        control.renew("desktop", LEASE).unwrap_err(),
+        control.release("desktop", Duration::ZERO).unwrap_err(),
+    ] {
+        assert!(matches!(late, netproxy::Error::Refused(_)), "{late}");
+    }
+    assert_eq!(edge.metric("netproxy_leases_ended_total"), 1);
+}
+
+/// The caller dies after the guest has started at the new site: it is there that it answers.
+#[test]
+fn a_guest_that_answers_at_the_new_site_is_not_sent_back() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let mut stream = echoing(&world);
+    exchange(&mut stream, b"before");
+    let mut caller = edge.client();
+    caller.prepare_tied("desktop", "b").unwrap();
+    world.place(None);
+    caller.hold_tied("desktop").unwrap();
+    stream.write_all(b"under way").unwrap();
+    caller.retarget("desktop").unwrap();
+    world.place(Some("b"));
+    drop(caller);
+    let mut answer = [0; 9];
+    stream.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"under way");
+    wait_until(|| edge.client().list().unwrap().guests[0].site == "b");
+    exchange(&mut echoing(&world), b"new");
+}
+
 #[test]
 fn steps_out_of_order_change_nothing() {
     let world = World::new(Duration::from_millis(1));
@@ -391,7 +509,7 @@ fn steps_out_of_order_change_nothing() {
     let mut stream = echoing(&world);
     let mut control = edge.client();
     for refused in [
-        control.hold("desktop").unwrap_err(),
+        control.hold("desktop", LEASE).unwrap_err(),
         control.retarget("desktop").unwrap_err(),
         control.release("desktop", Duration::ZERO).unwrap_err(),
         control.cancel("desktop").unwrap_err(),
@@ -401,7 +519,7 @@ fn steps_out_of_order_change_nothing() {
         assert!(matches!(refused, netproxy::Error::Refused(_)), "{refused}");
     }
     control.prepare("desktop", "b").unwrap();
-    control.hold("desktop").unwrap();
+    control.hold("desktop", LEASE).unwrap();
     assert!(control.release("desktop", Duration::ZERO).is_err());
     assert!(control.prepare("desktop", "b").is_err());
     control.cancel("desktop").unwrap();
@@ -423,7 +541,7 @@ fn clients_who_come_or_go_during_a_move() {
     let mut control = edge.client();
     control.prepare("desktop", "b").unwrap();
     world.place(None);
-    control.hold("desktop").unwrap();
+    control.hold("desktop", LEASE).unwrap();
     let mut early = echoing(&world);
     early.write_all(b"early").unwrap();
     stays.write_all(b"while held").unwrap();
@@ -497,7 +615,7 @@ fn lost_packets_at_the_release() {
         let mut control = edge.client();
         control.prepare("desktop", SITES[to].0).unwrap();
         world.place(None);
-        control.hold("desktop").unwrap();
+        control.hold("desktop", LEASE).unwrap();
         control.retarget("desktop").unwrap();
         // Nothing of what is sent at first arrives, the probe least of all.
         world.wires[to].cut.store(true, Ordering::Relaxed);
@@ -543,7 +661,7 @@ fn segments_that_come_very_late_are_not_answered_with_a_reset() {
     // The queue delays the probe too.
     control.prepare("desktop", "a").unwrap();
     world.place(None);
-    control.hold("desktop").unwrap();
+    control.hold("desktop", LEASE).unwrap();
     control.retarget("desktop").unwrap();
     world.place(Some("a"));
     control.release("desktop", Duration::ZERO).unwrap();
@@ -561,7 +679,7 @@ fn a_canary_finds_out_when_the_guest_can_be_reached() {
     let mut control = edge.client();
     control.prepare("desktop", "b").unwrap();
     world.place(None);
-    control.hold("desktop").unwrap();
+    control.hold("desktop", LEASE).unwrap();
     streams
         .iter_mut()
         .for_each(|stream| stream.write_all(b"held").unwrap());
@@ -652,7 +770,7 @@ fn an_ordinary_user_with_one_capability_is_enough() {
         assert!(warmth.warnings.is_empty(), "{warmth:?}");
         world.place(None);
         stream.write_all(b"under way").unwrap();
-        client.hold("desktop").unwrap();
+        client.hold("desktop", LEASE).unwrap();
         assert_eq!(client.retarget("desktop").unwrap().connections, 1);
         world.place(Some(to));
         assert_eq!(
@@ -690,7 +808,7 @@ fn an_end_that_is_lost_on_the_way_is_told_again() {
     std::thread::sleep(Duration::from_millis(20));
     for to in ["b", "a"] {
         control.prepare("desktop", to).unwrap();
-        control.hold("desktop").unwrap();
+        control.hold("desktop", LEASE).unwrap();
         assert_eq!(control.retarget("desktop").unwrap().failed, 0);
         // Only the last time the guest is there again.
         if to == "a" {
@@ -734,7 +852,7 @@ fn killed_in_the_middle_nothing_is_left_behind() {
         assert_ne!(world.rules("edge"), rules, "A move has a routing rule");
         if steps > 0 {
             world.place(None);
-            client.hold("desktop").unwrap();
+            client.hold("desktop", LEASE).unwrap();
         }
         if steps > 1 {
             client.retarget("desktop").unwrap();
@@ -785,7 +903,7 @@ fn one_that_can_not_be_moved_is_closed_alone() {
     let mut control = edge.client();
     control.prepare("desktop", "b").unwrap();
     world.place(None);
-    control.hold("desktop").unwrap();
+    control.hold("desktop", LEASE).unwrap();
     heavy.write_all(&[1; 200_000]).unwrap();
     wait_until(|| {
         control
@@ -816,7 +934,7 @@ fn a_guest_that_gives_up_during_a_move_is_seen_to() {
     let mut control = edge.client();
     control.prepare("desktop", "b").unwrap();
     world.place(None);
-    control.hold("desktop").unwrap();
+    control.hold("desktop", LEASE).unwrap();
     // The guest's end is gone, and nobody hears of it.
     world.in_namespace("guest", || world::run("ss", &["-K", "sport", "=", ":5900"]));
     control.retarget("desktop").unwrap();
@@ -931,7 +1049,7 @@ fn measure_stalls() {
                     stream.write_all(b"on its way").unwrap();
                 }
                 std::thread::sleep(Duration::from_millis(20));
-                control.hold("desktop").unwrap();
+                control.hold("desktop", LEASE).unwrap();
                 control.retarget("desktop").unwrap();
                 world.place(Some(to));
                 let reachable = Instant::now();
