@@ -588,6 +588,14 @@ fn established(world: &World) -> usize {
     text.lines().count()
 }
 
+/// As [`wait_until`], without a pause: for what is only there for a moment.
+fn wait_until_soon(mut what: impl FnMut() -> bool) {
+    let limit = Instant::now() + Duration::from_secs(30);
+    while !what() {
+        assert!(Instant::now() < limit, "It did not happen");
+    }
+}
+
 fn wait_until(what: impl FnMut() -> bool) {
     let mut what = what;
     let limit = Instant::now() + Duration::from_secs(30);
@@ -869,6 +877,68 @@ fn killed_in_the_middle_nothing_is_left_behind() {
         });
         assert!(!table.contains("initcwnd"), "{table}");
     }
+    std::fs::remove_dir_all(&directory).unwrap();
+}
+
+/// On the way back soon after, sockets with the same addresses have to go first, and a rule stands
+/// in for them. The program is killed while that rule is there.
+#[test]
+fn killed_while_sockets_are_replaced_nothing_is_left_behind() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let directory = std::env::temp_dir().join(format!("netproxy-kill-{}", world.ns("x")));
+    std::fs::create_dir_all(&directory).unwrap();
+    let write = |name: &str, text: &dyn Fn(&str) -> String| {
+        let control = directory.join(format!("{name}.control"));
+        let file = directory.join(format!("{name}.toml"));
+        std::fs::write(&file, text(&control.display().to_string())).unwrap();
+        (file, control)
+    };
+    // Another proxy on the same edge, with another guest, who lives with the client.
+    let (other, _) = write("other", &|control| {
+        format!(
+            "version = 1\n[proxy]\ncontrol = {control:?}\nmark = 7\ntable = 7\n[[guest]]\n\
+             name = \"other\"\naddress = \"10.1.0.2\"\nsite = \"a\"\n[guest.sites.a]\n\
+             routed = true\n[[guest.service]]\nname = \"echo\"\n\
+             listen = [\"10.1.0.1:5901\"]\nport = 7000\n"
+        )
+    });
+    let listener = world.in_namespace("client", || {
+        std::net::TcpListener::bind("10.1.0.2:7000").unwrap()
+    });
+    let mut bystander = start_program(&world, &other);
+    let mut outer = world.in_namespace("client", || TcpStream::connect("10.1.0.1:5901").unwrap());
+    let (mut inner, _) = listener.accept().unwrap();
+    exchange_with(&mut outer, &mut inner, b"before");
+
+    let (file, control) = write("proxy", &|control| configuration(control, "", false));
+    let rules = world.rules("edge");
+    for _ in 0..3 {
+        world.place(Some("a"));
+        let mut child = start_program(&world, &file);
+        let mut streams = many_echoing(&world, 300);
+        exchange_all(&mut streams, b"before");
+        let mut client = Client::connect(&control).unwrap();
+        client.prepare("desktop", "b").unwrap();
+        world.place(None);
+        client.hold("desktop", LEASE).unwrap();
+        client.retarget("desktop").unwrap();
+        world.place(Some("b"));
+        client.release("desktop", Duration::ZERO).unwrap();
+        exchange_all(&mut streams, b"there");
+        client.prepare("desktop", "a").unwrap();
+        world.place(None);
+        client.hold("desktop", LEASE).unwrap();
+        let replacing = std::thread::spawn(move || client.retarget("desktop"));
+        wait_until_soon(|| world.rules("edge").contains("table inet netproxy_"));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let _ = replacing.join().unwrap();
+        wait_until(|| world.rules("edge") == rules);
+        exchange_with(&mut outer, &mut inner, b"still there");
+    }
+    bystander.kill().unwrap();
+    bystander.wait().unwrap();
     std::fs::remove_dir_all(&directory).unwrap();
 }
 
