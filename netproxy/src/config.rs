@@ -41,7 +41,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::IpNet;
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize};
 use toml::Spanned;
 
 use crate::error::{Error, Result};
@@ -158,7 +158,7 @@ impl Default for Limits {
 }
 
 /// One guest.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct GuestConfig {
     /// Its name.
@@ -175,7 +175,7 @@ pub struct GuestConfig {
     /// The sites where it can be.
     pub sites: BTreeMap<String, Spanned<SiteConfig>>,
     /// Connections to it, in all.
-    #[serde(default = "all")]
+    #[serde(default = "all", skip_serializing_if = "is_all")]
     pub connections: usize,
     /// Its services.
     #[serde(default, rename = "service")]
@@ -186,8 +186,13 @@ fn all() -> usize {
     usize::MAX
 }
 
+#[allow(clippy::trivially_copy_pass_by_ref)]
+fn is_all(connections: &usize) -> bool {
+    *connections == all()
+}
+
 /// How a guest is reached at a site: `address` or `routed`.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct SiteConfig {
     /// The site's address, from which it translates to the guest's.
@@ -203,7 +208,7 @@ pub struct SiteConfig {
 }
 
 /// One service of a guest.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct ServiceConfig {
     /// Its name, for lists and metrics.

@@ -13,7 +13,8 @@
 //! the other site ([`repair`]).
 //!
 //! Start one with [`Proxy::start`]; the steps of a move are its methods, or requests on its
-//! control socket ([`control`]). [`site`] is the sites' side: the translation.
+//! control socket ([`control`]). A program starts it with [`Proxy::start_program`], and can then
+//! be [upgraded](Proxy::upgrade) while it runs. [`site`] is the sites' side: the translation.
 #![warn(unreachable_pub)]
 
 pub mod config;
@@ -32,6 +33,7 @@ pub mod site;
 mod splice;
 mod state_file;
 mod sys;
+mod upgrade;
 
 pub use connection::ConnectionInfo;
 pub use error::{Error, Result};

@@ -1,11 +1,13 @@
-//! Runs the proxy of a configuration file until SIGTERM or SIGINT; SIGHUP reads the file again.
+//! Runs the proxy of a configuration file until SIGTERM or SIGINT. SIGHUP reads the file again;
+//! SIGUSR2 lets a new program take over, connections and all.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use netproxy::config::Config;
 use netproxy::{Proxy, Result};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
 use signal_hook::iterator::Signals;
 
 fn main() -> ExitCode {
@@ -16,7 +18,7 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     };
     let file = PathBuf::from(file);
-    let signals = match Signals::new([SIGTERM, SIGINT, SIGHUP]) {
+    let signals = match Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR2]) {
         Ok(signals) => signals,
         Err(error) => {
             eprintln!("netproxy: Cannot take signals: {error}");
@@ -33,20 +35,33 @@ fn main() -> ExitCode {
 }
 
 fn run(file: &Path, mut signals: Signals) -> Result<()> {
-    let proxy = Proxy::start(Config::load(file)?, Some(file.to_owned()))?;
+    let Some(proxy) = Proxy::start_program(file)? else {
+        // It was only asked whether it can take over.
+        return Ok(());
+    };
+    announce(&proxy)?;
+    for signal in signals.forever() {
+        match signal {
+            SIGHUP => {
+                if let Err(error) = Config::load(file).and_then(|config| proxy.reload(config)) {
+                    log::error!("The configuration stays as it was: {}", error.chain());
+                }
+            }
+            SIGUSR2 => log::error!("No upgrade: {}", proxy.upgrade().chain()),
+            _ => break,
+        }
+    }
+    Ok(())
+}
+
+/// Says where clients may connect. Whether anybody reads that does not matter.
+fn announce(proxy: &Proxy) -> Result<()> {
+    let mut out = std::io::stdout();
     for guest in proxy.list()?.guests {
         for address in guest.listeners {
-            println!("{}: {address}", guest.name);
+            let _ = writeln!(out, "{}: {address}", guest.name);
         }
     }
-    println!("ready");
-    for signal in signals.forever() {
-        if signal != SIGHUP {
-            break;
-        }
-        if let Err(error) = Config::load(file).and_then(|config| proxy.reload(config)) {
-            log::error!("The configuration stays as it was: {}", error.chain());
-        }
-    }
+    let _ = writeln!(out, "ready");
     Ok(())
 }

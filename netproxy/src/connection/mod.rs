@@ -15,6 +15,7 @@
 //! guest had sent goes on to the client. Nothing is written to the guest. Frozen sockets hear
 //! nothing any more. In `Moved`, the new socket exists and has sent nothing.
 
+mod handing;
 mod moving;
 
 use std::io;
@@ -83,6 +84,7 @@ enum Stage {
     Proving(Box<Proving>),
 }
 
+pub(crate) use handing::Packed;
 pub(crate) use moving::Step;
 
 /// One line of a list.

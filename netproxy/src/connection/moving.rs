@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::repair::state::{Snapshot, TcpState, covers};
 use crate::repair::{self, RestoreOptions};
 use crate::splice::{End, Endpoint, Workspace};
+use crate::upgrade::state::{Micros, ProvingState};
 
 /// How often a released connection is looked at until the guest has answered.
 const CHECK: Duration = Duration::from_millis(5);
@@ -40,6 +41,35 @@ pub(super) struct Proving {
     next_probe: Instant,
     probe_wait: Duration,
     pub(super) next_check: Instant,
+}
+
+impl Proving {
+    pub(super) fn pack(&self, now: Instant) -> ProvingState {
+        ProvingState {
+            released: Micros::since(self.released, now),
+            in_flight: self.in_flight,
+            base: self.base,
+            rtt: Micros::of(self.rtt),
+            covered: self.covered,
+            answered: self.answered,
+            next_probe: Micros::until(self.next_probe, now),
+            probe_wait: Micros::of(self.probe_wait),
+        }
+    }
+
+    pub(super) fn unpack(state: &ProvingState, now: Instant) -> Self {
+        Self {
+            released: state.released.ago(now),
+            in_flight: state.in_flight,
+            base: state.base,
+            rtt: state.rtt.time(),
+            covered: state.covered,
+            answered: state.answered,
+            next_probe: state.next_probe.ahead(now),
+            probe_wait: state.probe_wait.time(),
+            next_check: now,
+        }
+    }
 }
 
 /// What a step of a move did to a connection.

@@ -173,6 +173,16 @@ impl Client {
         })
     }
 
+    /// Lets the program that is now where the proxy was started from take its place. All
+    /// connections go on.
+    ///
+    /// # Errors
+    /// As [`Self::call`]; refused while a guest is moved, or if the new program can't take over.
+    /// The old one goes on then.
+    pub fn upgrade(&mut self) -> Result<()> {
+        self.call(&Request::Upgrade).map(drop)
+    }
+
     /// Lets the connections of `guest` go on at the old site.
     ///
     /// # Errors

@@ -90,6 +90,8 @@ pub enum Request {
     },
     /// Read the configuration file again.
     Reload,
+    /// Make way for the program that is now where this one was started from. That one answers.
+    Upgrade,
     /// The metrics, as Prometheus reads them.
     Metrics,
 }

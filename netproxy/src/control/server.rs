@@ -1,6 +1,7 @@
 //! The proxy's end of the control socket.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -23,6 +24,7 @@ pub(crate) trait Attendant: Send + Sync {
     fn request(
         &self,
         caller: u64,
+        stream: &UnixStream,
         request: Request,
     ) -> std::result::Result<serde_json::Value, String>;
 
@@ -34,25 +36,64 @@ pub(crate) trait Attendant: Send + Sync {
 #[derive(Debug)]
 pub(crate) struct ControlServer {
     path: PathBuf,
+    listener: Arc<UnixListener>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl ControlServer {
-    pub(crate) fn start(path: &Path, attendant: Arc<dyn Attendant>) -> Result<Self> {
+    /// Opens one. `caller` of another one waits for word that this one is open.
+    pub(crate) fn start(
+        path: &Path,
+        caller: Option<OwnedFd>,
+        attendant: Arc<dyn Attendant>,
+    ) -> Result<Self> {
         let failed = |source| Error::File {
             path: path.to_owned(),
             source,
         };
         let listener = listen(path).map_err(failed)?;
+        Self::serve(path, listener, caller.map(UnixStream::from), attendant)
+    }
+
+    /// Goes on serving one that another program has opened. `caller` waits for word that it was
+    /// taken over.
+    pub(crate) fn adopt(
+        path: &Path,
+        listener: OwnedFd,
+        caller: Option<OwnedFd>,
+        attendant: Arc<dyn Attendant>,
+    ) -> Result<Self> {
+        let caller = caller.map(UnixStream::from);
+        Self::serve(path, UnixListener::from(listener), caller, attendant)
+    }
+
+    /// A descriptor of the listener, for another program.
+    pub(crate) fn listener(&self) -> std::io::Result<OwnedFd> {
+        self.listener.try_clone().map(OwnedFd::from)
+    }
+
+    fn serve(
+        path: &Path,
+        listener: UnixListener,
+        caller: Option<UnixStream>,
+        attendant: Arc<dyn Attendant>,
+    ) -> Result<Self> {
+        let failed = |source| Error::File {
+            path: path.to_owned(),
+            source,
+        };
+        let listener = Arc::new(listener);
+        let shared = Arc::clone(&listener);
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread = std::thread::Builder::new()
             .name("control".into())
-            .spawn(move || serve(&listener, &attendant, &stopped))
+            .spawn(move || serve(&shared, caller, &attendant, &stopped))
             .map_err(failed)?;
         Ok(Self {
             path: path.to_owned(),
+            listener,
             stop,
             thread: Some(thread),
         })
@@ -87,23 +128,20 @@ fn listen(path: &Path) -> std::io::Result<UnixListener> {
     result
 }
 
-fn serve(listener: &UnixListener, attendant: &Arc<dyn Attendant>, stop: &AtomicBool) {
+fn serve(
+    listener: &UnixListener,
+    first: Option<UnixStream>,
+    attendant: &Arc<dyn Attendant>,
+    stop: &AtomicBool,
+) {
     let clients = Arc::new(AtomicUsize::new(0));
-    let mut next_caller = 0;
-    for stream in listener.incoming() {
-        if stop.load(Ordering::Acquire) {
-            return;
-        }
-        let Ok(stream) = stream else {
-            std::thread::sleep(Duration::from_millis(100));
-            continue;
-        };
+    let mut callers = 0..;
+    let mut welcome = |stream: UnixStream| {
+        let caller = callers.next().unwrap_or_default();
         if clients.fetch_add(1, Ordering::AcqRel) >= MAX_CLIENTS {
             clients.fetch_sub(1, Ordering::AcqRel);
-            continue;
+            return;
         }
-        next_caller += 1;
-        let caller = next_caller;
         let (attendant, count) = (Arc::clone(attendant), Arc::clone(&clients));
         let started = std::thread::Builder::new()
             .name("control-client".into())
@@ -117,13 +155,35 @@ fn serve(listener: &UnixListener, attendant: &Arc<dyn Attendant>, stop: &AtomicB
         if started.is_err() {
             clients.fetch_sub(1, Ordering::AcqRel);
         }
+    };
+    if let Some(stream) = first
+        && answer(&stream, Ok(serde_json::json!({}))).is_ok()
+    {
+        welcome(stream);
     }
+    for stream in listener.incoming() {
+        if stop.load(Ordering::Acquire) {
+            return;
+        }
+        match stream {
+            Ok(stream) => welcome(stream),
+            Err(_) => std::thread::sleep(Duration::from_millis(100)),
+        }
+    }
+}
+
+fn answer(
+    mut stream: &UnixStream,
+    result: std::result::Result<serde_json::Value, String>,
+) -> std::io::Result<()> {
+    let mut answer = serde_json::to_string(&Answer::of(result))?;
+    answer.push('\n');
+    stream.write_all(answer.as_bytes())
 }
 
 fn attend(stream: &UnixStream, caller: u64, attendant: &dyn Attendant) -> std::io::Result<()> {
     stream.set_write_timeout(Some(WRITE_LIMIT))?;
     let mut reader = BufReader::new(stream);
-    let mut writer = stream;
     loop {
         let mut line = String::new();
         let read = reader
@@ -137,11 +197,9 @@ fn attend(stream: &UnixStream, caller: u64, attendant: &dyn Attendant) -> std::i
         let result = if too_long {
             Err(format!("A request has at most {MAX_LINE} bytes"))
         } else {
-            parse(&line).and_then(|request| attendant.request(caller, request))
+            parse(&line).and_then(|request| attendant.request(caller, stream, request))
         };
-        let mut answer = serde_json::to_string(&Answer::of(result))?;
-        answer.push('\n');
-        writer.write_all(answer.as_bytes())?;
+        answer(stream, result)?;
         if too_long {
             return Ok(());
         }

@@ -43,7 +43,17 @@ impl Late {
         socket: TcpStream,
         now: Instant,
     ) {
-        let until = now + LATE;
+        self.keep_until(local, remote, socket, now + LATE);
+    }
+
+    /// The same, until a moment.
+    pub(crate) fn keep_until(
+        &mut self,
+        local: SocketAddr,
+        remote: SocketAddr,
+        socket: TcpStream,
+        until: Instant,
+    ) {
         self.sockets.insert((local, remote), (until, socket));
         self.order.push_back((until, (local, remote)));
     }
@@ -51,6 +61,13 @@ impl Late {
     /// Closes the socket with these addresses: another one needs them.
     pub(crate) fn forget(&mut self, local: SocketAddr, remote: SocketAddr) {
         self.sockets.remove(&(local, remote));
+    }
+
+    /// Gives them all away.
+    pub(crate) fn take(&mut self) -> impl Iterator<Item = (Ends, Instant, TcpStream)> {
+        self.order.clear();
+        let all = std::mem::take(&mut self.sockets).into_iter();
+        all.map(|(ends, (until, socket))| (ends, until, socket))
     }
 
     /// When the next one has been kept long enough.

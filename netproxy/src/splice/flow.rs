@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use mio::net::TcpStream;
 
 use super::pipe::{Pipe, PipePool};
+use crate::upgrade::state::{FlowState, Handed, SegmentState};
 
 /// Reads of at least this are bulk.
 const LARGE: usize = 32 * 1024;
@@ -42,7 +43,7 @@ impl Endpoint {
 }
 
 /// How far a direction's end has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) enum End {
     /// The source may send more.
     Open,
@@ -214,6 +215,69 @@ impl Flow {
             }
         }
         self.queued = 0;
+    }
+
+    /// Puts it down for the next program.
+    pub(crate) fn pack(self, budget: &Budget) -> FlowState {
+        let segment = |segment| match segment {
+            Segment::Bytes { mut bytes, start } => {
+                bytes.drain(..start);
+                budget.release(bytes.len());
+                SegmentState::Bytes {
+                    length: bytes.len() as u64,
+                    bytes,
+                }
+            }
+            Segment::Pipe(pipe) => {
+                let (reader, writer, capacity, filled) = pipe.into_parts();
+                SegmentState::Pipe {
+                    reader: Handed(reader),
+                    writer: Handed(writer),
+                    capacity,
+                    filled,
+                }
+            }
+        };
+        FlowState {
+            end: self.end,
+            bulk: self.bulk,
+            may_splice: self.may_splice,
+            written: self.written,
+            segments: self.queue.into_iter().map(segment).collect(),
+        }
+    }
+
+    /// Takes up what was put down.
+    pub(crate) fn unpack(state: FlowState, pool: &mut PipePool, budget: &Budget) -> Self {
+        let mut flow = Self {
+            queue: VecDeque::new(),
+            queued: 0,
+            end: state.end,
+            bulk: state.bulk,
+            may_splice: state.may_splice,
+            written: state.written,
+        };
+        for segment in state.segments {
+            match segment {
+                SegmentState::Bytes { bytes, .. } => {
+                    budget.take(bytes.len());
+                    flow.queued += bytes.len();
+                    flow.queue.push_back(Segment::Bytes { bytes, start: 0 });
+                }
+                SegmentState::Pipe {
+                    reader,
+                    writer,
+                    capacity,
+                    filled,
+                } => {
+                    pool.adopt();
+                    flow.queued += filled;
+                    let pipe = Pipe::adopted(reader.0, writer.0, capacity, filled);
+                    flow.queue.push_back(Segment::Pipe(pipe));
+                }
+            }
+        }
+        flow
     }
 
     /// Moves what can be moved. A side that is `None` is not to be touched now: without a sink,

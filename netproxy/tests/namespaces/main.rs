@@ -880,6 +880,51 @@ fn killed_in_the_middle_nothing_is_left_behind() {
     std::fs::remove_dir_all(&directory).unwrap();
 }
 
+/// Another program takes over between the moves, when some connections are not proved yet and old
+/// sockets are kept still; during a move it may not.
+#[test]
+fn upgrades_between_moves() {
+    let world = World::new(Duration::from_millis(8));
+    serve(&world, 5900);
+    let directory = std::env::temp_dir().join(format!("netproxy-upgrade-{}", world.ns("x")));
+    std::fs::create_dir_all(&directory).unwrap();
+    let control = directory.join("control");
+    let file = directory.join("proxy.toml");
+    let text = configuration(&control.display().to_string(), "", false);
+    std::fs::write(&file, text).unwrap();
+    let rules = world.rules("edge");
+    let mut child = start_program(&world, &file);
+    let streams: Vec<Running> = all_kinds()
+        .into_iter()
+        .map(|kind| start(&world, listen(), kind))
+        .collect();
+    let connect = || Client::connect(&control).unwrap();
+    wait_until(|| connect().list().unwrap().connections.len() == streams.len());
+    for round in 0..12 {
+        let to = if round % 2 == 0 { "b" } else { "a" };
+        let mut client = connect();
+        client.prepare("desktop", to).unwrap();
+        world.place(None);
+        client.hold("desktop", LEASE).unwrap();
+        let refused = client.upgrade().unwrap_err().to_string();
+        assert!(refused.contains("desktop"), "{refused}");
+        assert_eq!(client.retarget("desktop").unwrap().failed, 0);
+        world.place(Some(to));
+        let released = client.release("desktop", Duration::ZERO).unwrap();
+        assert_eq!(released.failed, 0);
+        client.upgrade().unwrap();
+        assert_eq!(connect().list().unwrap().guests[0].site, to);
+        std::thread::sleep(Duration::from_millis(40));
+    }
+    for stream in streams {
+        assert!(stream.finish() > 0);
+    }
+    assert_eq!(world.rules("edge"), rules);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    std::fs::remove_dir_all(&directory).unwrap();
+}
+
 /// On the way back soon after, sockets with the same addresses have to go first, and a rule stands
 /// in for them. The program is killed while that rule is there.
 #[test]
