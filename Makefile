@@ -16,21 +16,24 @@ DEB := $(CURDIR)/dist/vmshadow_$(VERSION)_amd64.deb
 # Runs inside the testbed's guests, which bring it along themselves.
 WORKSPACE := --workspace --exclude testbed-guest
 
-# The end-to-end tests of `make test`; `make test-full` runs all.
-E2E ?= with_log_dirty
+# What the end-to-end tests run with.
+E2E := VMSHADOW_DEB='$(DEB)' VMSHADOW_ORACLE='$(abspath $(TARGET))/release/examples/oracle' \
+	$(CARGO) test --release --locked --test e2e -- --test-threads=1
+# Some of them only: make test ONLY='refused oracle'
+ONLY ?=
 
 SCRIPTS := .ci/run packaging/build-deb packaging/deb/postinst packaging/deb/prerm \
 	packaging/deb/postrm $(wildcard tests/testbed/install-packages)
 
-.PHONY: help demo test test-full unit bench-xl deb lint clean packages root toolchain
+.PHONY: help demo test test-full oracle unit bench-xl deb lint clean packages root toolchain
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'VMShadow $(VERSION): live migration of Xen guests'
 	@echo
 	@echo '  make demo       two Xen sites here, a guest, and its move, to look at'
-	@echo '  make test       all tests, with a selection of the end-to-end ones'
-	@echo '  make test-full  all tests'
+	@echo '  make test       all tests, with a pairwise selection of the matrix'
+	@echo '  make test-full  all tests, with the whole matrix: hours'
 	@echo '  make bench-xl   measure against xl migrate'
 	@echo '  make deb        the Debian package, into dist/'
 	@echo '  make lint       formatting, warnings, shell scripts, the package'
@@ -43,13 +46,16 @@ demo: deb
 	$(CARGO) build --release --locked -p testbed
 	VMSHADOW_DEB='$(DEB)' $(TESTBED) demo
 
-test: unit deb
-	VMSHADOW_DEB='$(DEB)' $(CARGO) test --release --locked --test e2e -- --test-threads=1 $(E2E)
+test: unit deb oracle
+	$(E2E) $(ONLY)
 
-test-full: unit deb
+test-full: unit deb oracle
 	$(CARGO) test --release --locked -p netproxy --test namespaces
-	VMSHADOW_FULL=1 VMSHADOW_DEB='$(DEB)' \
-		$(CARGO) test --release --locked --test e2e -- --test-threads=1
+	$(E2E) --include-ignored
+
+# What compares our image of a guest with the stock saver's.
+oracle: packages
+	$(CARGO) build --release --locked -p migrate --example oracle
 
 # Unit, property and documentation tests.
 unit: packages

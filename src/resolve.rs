@@ -6,7 +6,7 @@ use anyhow::{anyhow, bail};
 use migrate::directories::Directories;
 use migrate::error::Error;
 use migrate::handover::journal;
-use migrate::handover::recovery::{Action, Owner, Settled, action, settle, settle_by_decree};
+use migrate::handover::recovery::{Action, Settled, action, settle, settle_by_decree};
 
 use crate::cli::{self, Decree};
 
@@ -41,8 +41,8 @@ pub fn run(options: &cli::Resolve, directories: &Directories) -> anyhow::Result<
     for entry in open {
         let name = entry.begin.name.clone();
         let settled = match options.decree {
-            Some(Decree::Here) => settle_by_decree(directories, &entry, Owner::Source),
-            Some(Decree::There) => settle_by_decree(directories, &entry, Owner::Destination),
+            Some(Decree::Here) => settle_by_decree(directories, &entry, true),
+            Some(Decree::There) => settle_by_decree(directories, &entry, false),
             None => settle(directories, &entry, PATIENCE),
         };
         match settled {

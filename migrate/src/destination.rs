@@ -119,7 +119,10 @@ struct Receiving<'a> {
     offer: Offer,
     acceptance: Acceptance,
     decoder: BatchDecoder,
+    /// A page became a hole in this round.
     vanished: bool,
+    /// The journal may say that the guest is ours.
+    owning: bool,
 }
 
 /// What the source says of the suspended guest.
@@ -157,13 +160,16 @@ impl<'a> Receiving<'a> {
             },
             decoder: BatchDecoder::new(),
             vanished: false,
+            owning: false,
         }
     }
 
     fn run(mut self) -> Result<()> {
         let result = self.receive_guest();
         let result = match result {
-            Err(error) if self.journal.entry().phase < Phase::Owner => {
+            // Once the journal may say that the guest is ours it stays, paused or not: the guardian
+            // reads what the journal says.
+            Err(error) if !self.owning => {
                 self.discard(&error);
                 Err(error)
             }
@@ -198,11 +204,20 @@ impl<'a> Receiving<'a> {
             match (ToDestination::decode(received.frame())?, &state) {
                 (ToDestination::Ping(token), _) => self.peer.send(&ToSource::Pong(token))?,
                 (ToDestination::Pong(_), _) => {}
-                (ToDestination::P2mFrames { max_pfn, frames }, None) => {
+                (
+                    ToDestination::P2mFrames {
+                        max_pfn,
+                        populated,
+                        frames,
+                    },
+                    None,
+                ) => {
                     if max_pfn + 1 != self.offer.pages {
                         return Err(self.protocol("a p2m of another size than was offered"));
                     }
-                    self.guest.p2m_frames(&frames)?;
+                    if self.guest.begin_round(&frames, populated)? {
+                        log::info!("The guest has grown: starting over from what is here");
+                    }
                 }
                 (ToDestination::Pages(batch), None) => {
                     if pages_here == 0 {
@@ -210,20 +225,10 @@ impl<'a> Receiving<'a> {
                     }
                     pages_here += self.store(batch)?;
                 }
-                (
-                    ToDestination::RoundEnd {
-                        round,
-                        populated,
-                        last,
-                        ..
-                    },
-                    None,
-                ) => {
+                (ToDestination::RoundEnd { round, last, .. }, None) => {
                     let vanished = std::mem::take(&mut self.vanished);
-                    if self.guest.adapt(populated, vanished)? {
-                        log::info!(
-                            "The guest's memory changed its size: starting over from what is here"
-                        );
+                    if self.guest.end_round(vanished)? {
+                        log::info!("Pages of the guest went: starting over from what is here");
                     }
                     if !last {
                         self.peer.send(&ToSource::RoundAck {
@@ -253,7 +258,7 @@ impl<'a> Receiving<'a> {
                 what: error.to_string(),
             })?;
         let digester = &self.digester;
-        let mut changed = Vec::with_capacity(batch.len());
+        let (mut stored, mut changed) = (0, Vec::with_capacity(batch.len()));
         let mut image = lock(&self.image)?;
         for page in batch.iter() {
             let (digest, content): (_, Option<&Page>) = match page.content {
@@ -266,7 +271,10 @@ impl<'a> Receiving<'a> {
                 .get(page.pfn)
                 .is_some_and(|before| before.page_type.has_data());
             self.vanished |= had && !page.page_type.has_data();
-            changed.push(page.pfn);
+            stored += 1;
+            if page.page_type.has_data() {
+                changed.push(page.pfn);
+            }
             image.store(
                 page.pfn,
                 PageState {
@@ -278,7 +286,7 @@ impl<'a> Receiving<'a> {
         }
         drop(image);
         self.guest.changed(&changed)?;
-        Ok(changed.len() as u64)
+        Ok(stored)
     }
 
     fn protocol(&self, what: &str) -> Error {
@@ -339,14 +347,19 @@ impl<'a> Receiving<'a> {
     fn take_over(&mut self) -> Result<()> {
         hold("commit-received");
         self.peer.ignore_cancel();
+        self.guest.confirm()?;
         // From here on the guest is ours, whatever happens to us or to the link.
+        self.owning = true;
         self.journal.reach(Phase::Owner)?;
         hold("owner");
         self.guest.take_over()?;
+        hold("unpaused");
         // A source that can't be told asks.
         if let Err(error) = self.peer.send(&ToSource::Running) {
             log::warn!("{}", chain(&error));
         }
+        self.journal.reach(Phase::Running)?;
+        hold("running");
         let begin = &self.journal.entry().begin;
         keeper::start(self.directories, &begin.name, &begin.uuid)?;
         lock(&self.image)?.remove()?;

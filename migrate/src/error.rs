@@ -91,6 +91,9 @@ pub enum Error {
     /// Another process works on the same guest.
     #[error("{0}")]
     Busy(String),
+    /// The time that the operator gave is over.
+    #[error("The guest changes too fast, or the link is too slow: {0}")]
+    TimedOut(String),
     /// The operator cancelled.
     #[error("Cancelled")]
     Cancelled,

@@ -6,6 +6,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use xen_sys::ctl::{CpuPolicy, GuestKind as CpuKind};
 
@@ -23,6 +24,9 @@ use crate::handover::recovery::{self, incoming_name};
 use crate::image::Image;
 use crate::link::{Conversation, Link};
 use crate::wire::{GuestKind, Offer, Role as WireRole, Text, XenVersion};
+
+/// How long whoever settles an earlier move of the guest may hold its lock.
+const LOCKED: Duration = Duration::from_secs(5);
 
 /// Receives one guest over standard input and output.
 ///
@@ -60,7 +64,8 @@ fn prepare(
     }
     let host = Host::open()?;
     let accepted = accept(offer, policy).map_err(|error| Error::Refused(chain(&error)))?;
-    let lock = GuestLock::take(directories, &offer.uuid, &offer.name)?;
+    let lock = GuestLock::wait(directories, &offer.uuid, &offer.name, LOCKED)?;
+    recovery::refuse_open_moves(directories, &offer.uuid, &offer.name)?;
     refuse_conflicts(&host, offer)?;
     check_cpu(&host, offer)?;
     let xen = xen_version(&host)?;

@@ -25,12 +25,16 @@ use crate::directories::Directories;
 use crate::error::{Error, IoContext, Result, chain};
 use crate::guest::xen::host::Host;
 use crate::handover::guardian::{log_file, name_process};
+use crate::handover::lock::XlLock;
 
 /// The name that `ps` shows.
 pub const PROCESS_NAME: &str = "vmshadow-keeper";
 
 /// How often a suspended guest is looked at: it goes on, or goes away, when its move ends.
 const SUSPENDED_TICK: Duration = Duration::from_millis(200);
+
+/// How long xl may hold its lock: it waits for memory.
+const XL_PATIENCE: Duration = Duration::from_secs(120);
 
 /// Starts the keeper of a guest; one that is there already stays the only one.
 ///
@@ -163,6 +167,8 @@ fn obey(host: &Host, domid: DomId, reason: ShutdownReason) -> Result<Option<DomI
 
 fn start_again(toolstack: &Toolstack, configuration: &mut DomainConfig) -> Result<DomId> {
     let doing = || "Can't start the guest again";
+    // As xl does: two creations must not count on the same free memory.
+    let _lock = XlLock::wait(XL_PATIENCE)?;
     let domid = toolstack.create(configuration).context(doing)?;
     toolstack.unpause(domid).context(doing)?;
     log::info!("Started again as domain {domid}");

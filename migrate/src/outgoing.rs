@@ -7,6 +7,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use serde_json::Value;
 use xen_sys::DomId;
@@ -19,9 +20,9 @@ use crate::guest::xen::checks::{Allowed, Layout, hindrances};
 use crate::guest::xen::host::Host;
 use crate::guest::xen::pv::PvSource;
 use crate::handover::guardian::Guardian;
-use crate::handover::journal::{self, Begin, JOURNAL_VERSION, Journal, Role};
+use crate::handover::journal::{self, Begin, JOURNAL_VERSION, Journal, Outcome, Role};
 use crate::handover::lock::GuestLock;
-use crate::handover::recovery::{self, Action, action};
+use crate::handover::recovery;
 use crate::link::Conversation;
 use crate::link::ssh::Remote;
 use crate::report::{Observer, Report, TrackerKind};
@@ -29,6 +30,9 @@ use crate::source::{Move, Plan, run};
 use crate::wire::{
     CpuPolicy, GuestKind, MoveId, Offer, Role as WireRole, Text, TscOffer, XenVersion,
 };
+
+/// How long whoever settles an earlier move of the guest may hold its lock.
+const LOCKED: Duration = Duration::from_secs(5);
 
 /// What the operator asked for.
 #[derive(Debug, Clone)]
@@ -110,8 +114,8 @@ fn prepare_and_move(
     let domid = find_domain(&host, &request.domain)?;
     let name = host.name(domid)?;
     let uuid = host.uuid_text(&host.info(domid)?);
-    let lock = GuestLock::take(directories, &uuid, &name)?;
-    refuse_open_moves(directories, &uuid, &name)?;
+    let lock = GuestLock::wait(directories, &uuid, &name, LOCKED)?;
+    recovery::refuse_open_moves(directories, &uuid, &name)?;
     let hindrances = hindrances(&host, domid, request.allowed)?;
     if !hindrances.is_empty() {
         return Err(Error::Refused(format!(
@@ -140,8 +144,16 @@ fn prepare_and_move(
             boot_id: journal::boot_id(),
         },
     )?;
-    let guardian = Guardian::start(directories, &journal.entry().path, &name)?;
-    let (link, mut session) = request.remote.connect()?;
+    let begun = Guardian::start(directories, &journal.entry().path, &name)
+        .and_then(|guardian| Ok((guardian, request.remote.connect()?)));
+    let (guardian, (link, mut session)) = match begun {
+        Ok(begun) => begun,
+        Err(error) => {
+            // Nothing was touched.
+            journal.end_and_remove(Outcome::Aborted)?;
+            return Err(error);
+        }
+    };
     let peer = Conversation::start(
         &request.remote.host,
         link,
@@ -180,32 +192,8 @@ fn prepare_and_move(
         Err(Error::InDoubt { .. }) => guardian.leave(),
         _ => guardian.finish(),
     }
-    session.finish(std::time::Duration::from_secs(10));
+    session.finish(Duration::from_secs(10));
     Ok((report, result))
-}
-
-/// An earlier move that is still open must be settled first.
-fn refuse_open_moves(directories: &Directories, uuid: &str, name: &str) -> Result<()> {
-    for entry in journal::list(directories)?
-        .iter()
-        .filter(|entry| entry.begin.uuid == uuid)
-    {
-        match action(entry) {
-            Action::Nothing => {}
-            Action::AskDestination => {
-                return Err(Error::Refused(format!(
-                    "An earlier move of {name} to {} is in doubt; run: vmshadow resolve {name}",
-                    entry.begin.peer
-                )));
-            }
-            _ => {
-                return Err(Error::Refused(format!(
-                    "An earlier move of {name} is not settled; run: vmshadow resolve {name}"
-                )));
-            }
-        }
-    }
-    Ok(())
 }
 
 fn offer(

@@ -87,7 +87,8 @@ pub fn predict(history: &[RoundFacts], pages: u64) -> Option<Duration> {
     if sent == 0 {
         None
     } else {
-        Some(took.mul_f64(pages as f64 / sent as f64))
+        // Out of range where nothing is known of what is left.
+        Duration::try_from_secs_f64(took.as_secs_f64() * (pages as f64 / sent as f64)).ok()
     }
 }
 

@@ -43,7 +43,7 @@ const FRAME_PAGES: usize = 256;
 const GREETING: Duration = Duration::from_secs(60);
 
 /// How long the other site may take to accept: it waits for memory, and for xl's lock.
-const ACCEPTING: Duration = Duration::from_secs(120);
+const ACCEPTING: Duration = Duration::from_secs(240);
 
 /// How long it may take to handle a round that has crossed.
 const HANDLING: Duration = Duration::from_secs(300);
@@ -263,17 +263,6 @@ impl<'a> Session<'a> {
                 self.report.stop = Some(stop);
                 break;
             }
-            if self
-                .go
-                .plan
-                .timeout
-                .is_some_and(|timeout| self.watch.total() > timeout)
-            {
-                return Err(Error::Refused(format!(
-                    "The guest changes too fast: {left} pages are left after {number} rounds and {:.0} s",
-                    self.watch.total().as_secs_f64()
-                )));
-            }
         }
         self.dirty = dirty;
         self.watch.lap("pre-copy");
@@ -301,6 +290,7 @@ impl<'a> Session<'a> {
         let bytes_before = self.go.peer.bytes().0;
         self.go.peer.send(&ToDestination::P2mFrames {
             max_pfn: self.known.pages().saturating_sub(1),
+            populated: self.go.guest.populated(),
             frames: self.go.guest.p2m_frames().to_vec(),
         })?;
         let mut encoder = BatchEncoder::new();
@@ -310,6 +300,9 @@ impl<'a> Session<'a> {
         let mut batch = Batch::default();
         let mut done = 0;
         while dirty.take_batch(&mut cursor, READ_BATCH, &mut pfns) > 0 {
+            if moment == Moment::Live {
+                self.check_time(number, round.pages - done)?;
+            }
             batch.clear();
             self.go
                 .guest
@@ -359,7 +352,6 @@ impl<'a> Session<'a> {
         self.go.peer.send(&ToDestination::RoundEnd {
             round: number,
             pages: round.raw + round.zero + round.no_data,
-            populated: self.go.guest.populated(),
             last,
         })?;
         // The last one is answered by "ready": nothing waits for a round trip in the silence.
@@ -372,6 +364,18 @@ impl<'a> Session<'a> {
         round.took = started.elapsed();
         round.wire_bytes = self.go.peer.bytes().0 - bytes_before;
         Ok(round)
+    }
+
+    /// Fails once the time that the operator gave is over.
+    fn check_time(&self, round: u32, left: u64) -> Result<()> {
+        let took = self.watch.total();
+        match self.go.plan.timeout {
+            Some(timeout) if took > timeout => Err(Error::TimedOut(format!(
+                "{left} pages are left in round {round} after {:.0} s",
+                took.as_secs_f64()
+            ))),
+            _ => Ok(()),
+        }
     }
 
     fn suspend(&mut self, _copied: &Copied) -> Result<Suspended> {
@@ -518,25 +522,18 @@ impl<'a> Session<'a> {
     /// Before the commit: the guest goes on here.
     fn give_up(&mut self, error: Error) -> Result<()> {
         self.phase("giving up");
-        let suspending = self.go.journal.entry().phase >= Phase::Suspending;
         let mut safe = true;
-        if suspending {
-            // First what the guest waits for.
-            if let Err(error) = self.go.guest.resume() {
+        let mut note = |step: Result<()>| {
+            if let Err(error) = step {
                 safe = false;
                 log::error!("{}", chain(&error));
             }
+        };
+        if self.go.journal.entry().phase >= Phase::Suspending {
+            // First what the guest waits for.
+            note(self.go_on());
         }
-        if let Err(error) = self.go.guest.end_tracking() {
-            safe = false;
-            log::error!("{}", chain(&error));
-        }
-        if suspending {
-            let facts = self.go.guest.facts();
-            if let Err(error) = keeper::start(self.go.directories, &facts.name, &facts.uuid) {
-                log::error!("{}", chain(&error));
-            }
-        }
+        note(self.go.guest.end_tracking());
         self.go.peer.ignore_cancel();
         // A peer that is gone finds out by itself.
         let _ = self
@@ -549,6 +546,18 @@ impl<'a> Session<'a> {
         }
         self.end_journal(Outcome::Aborted);
         Err(error)
+    }
+
+    /// Lets the guest run here again, under a keeper where it was suspended: `xl`'s monitor ends
+    /// then.
+    fn go_on(&mut self) -> Result<()> {
+        if self.go.guest.end_suspend()? {
+            let facts = self.go.guest.facts();
+            let kept = keeper::start(self.go.directories, &facts.name, &facts.uuid);
+            self.go.guest.resume()?;
+            kept?;
+        }
+        Ok(())
     }
 
     /// Commit was recorded and no answer came: only the destination knows.

@@ -5,17 +5,18 @@
 //! succeeds.
 
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use testbed::{Guest, Hypervisor, SiteName, Testbed};
 
-use crate::scene::{migrate, move_guest, said, settled, sites, small_guest, with};
+use crate::scene::{go_on, hold_at, move_guest, said, settled, sites, small_guest, with};
 
 /// Where the source can be stopped, in the order of a move.
-const SOURCE: [&str; 10] = [
+const SOURCE: [&str; 11] = [
     "connecting",
     "offering",
     "copying",
+    "recopying",
     "suspending",
     "suspended",
     "last-round",
@@ -26,7 +27,7 @@ const SOURCE: [&str; 10] = [
 ];
 
 /// Where the destination can be stopped, in the order of a move.
-const DESTINATION: [&str; 7] = [
+const DESTINATION: [&str; 9] = [
     "accepting",
     "receiving",
     "restoring",
@@ -34,64 +35,18 @@ const DESTINATION: [&str; 7] = [
     "ready",
     "commit-received",
     "owner",
+    "unpaused",
+    "running",
 ];
-
-const HELD: &str = "/tmp/vmshadow-held";
-
-/// Starts a move of g1 from `from` whose worker at `side` stops at `point`; runs `then` there.
-fn break_at(
-    testbed: &Testbed,
-    from: SiteName,
-    side: SiteName,
-    point: &str,
-    then: impl FnOnce(&str),
-) {
-    let hold = format!("VMSHADOW_HOLD={point}:{HELD}");
-    let command = if side == from {
-        format!("env {hold} {}", migrate(from, ""))
-    } else {
-        migrate(from, &format!("--remote-command 'env {hold} vmshadow'"))
-    };
-    let site = testbed.site(from);
-    let mut child = site
-        .command(&format!("{command} > /tmp/vmshadow-out 2>&1"))
-        .spawn()
-        .unwrap();
-    let deadline = Instant::now() + Duration::from_secs(120);
-    let worker = loop {
-        let worker = testbed
-            .site(side)
-            .run(&format!("cat {HELD} 2>/dev/null || true"))
-            .unwrap();
-        if !worker.trim().is_empty() {
-            break worker.trim().to_owned();
-        }
-        let said = || site.run("cat /tmp/vmshadow-out").unwrap_or_default();
-        assert!(
-            Instant::now() < deadline,
-            "Never came to {point}: {}",
-            said()
-        );
-        assert!(
-            child.try_wait().unwrap().is_none(),
-            "Ended before {point}: {}",
-            said()
-        );
-        thread::sleep(Duration::from_millis(200));
-    };
-    then(&worker);
-    // Its own word counts for nothing: what counts is what is found afterwards.
-    child.wait().unwrap();
-}
 
 fn kill_everywhere(testbed: &Testbed, guest: &Guest, destination: bool, points: &[&str]) {
     let mut at = SiteName::A;
     for point in points {
         let side = if destination { at.other() } else { at };
-        break_at(testbed, at, side, point, |worker| {
+        hold_at(testbed, at, side, point, |worker| {
             testbed
                 .site(side)
-                .run(&format!("kill -9 {worker}; rm -f {HELD}"))
+                .run(&format!("kill -9 {worker}"))
                 .unwrap();
         });
         at = settled(testbed, guest, &format!("killed at {point}"));
@@ -132,9 +87,9 @@ fn the_link_cut() {
     testbed.start_guest(SiteName::A, &guest).unwrap();
     let mut at = SiteName::A;
     for point in ["copying", "suspended", "committed"] {
-        break_at(&testbed, at, at, point, |_| {
+        hold_at(&testbed, at, at, point, |_| {
             testbed.cut_link().unwrap();
-            testbed.site(at).run(&format!("rm -f {HELD}")).unwrap();
+            go_on(&testbed, at);
             // Longer than either side waits for a sign of life.
             thread::sleep(Duration::from_secs(30));
             testbed.mend_link().unwrap();
@@ -154,10 +109,10 @@ fn worker_and_guardian_killed_together() {
     let guest = small_guest();
     testbed.start_guest(SiteName::A, &guest).unwrap();
     for point in ["suspended", "committed"] {
-        break_at(&testbed, SiteName::A, SiteName::A, point, |worker| {
+        hold_at(&testbed, SiteName::A, SiteName::A, point, |worker| {
             let script = format!(
                 "for p in /proc/[0-9]*; do [ \"$(cat $p/comm 2>/dev/null)\" != vmshadow-guard ] || \
-                 kill -9 ${{p#/proc/}}; done; kill -9 {worker}; rm -f {HELD}"
+                 kill -9 ${{p#/proc/}}; done; kill -9 {worker}"
             );
             testbed.site(SiteName::A).run(&script).unwrap();
         });
@@ -170,5 +125,50 @@ fn worker_and_guardian_killed_together() {
             settled(&testbed, &guest, &format!("both killed at {point}")),
             SiteName::A
         );
+    }
+}
+
+/// After the commit with a lost link neither side guesses: no guest runs, and the command and
+/// `resolve` say so. Once the link is back `resolve` settles it.
+#[test]
+fn a_lost_link_after_the_commit() {
+    let testbed = sites(with(Hypervisor::Release));
+    let guest = small_guest();
+    testbed.start_guest(SiteName::A, &guest).unwrap();
+    let here = testbed.site(SiteName::A);
+    let resolve = |more: &str| here.output(&format!("vmshadow resolve g1 {more}")).unwrap();
+    // Before the destination has it, and after.
+    for (side, point) in [(SiteName::A, "committed"), (SiteName::B, "owner")] {
+        let (moved, told) = hold_at(&testbed, SiteName::A, side, point, |_| {
+            testbed.cut_link().unwrap();
+            go_on(&testbed, side);
+            // Longer than the source goes on asking.
+            thread::sleep(Duration::from_secs(100));
+        });
+        assert!(
+            !moved && told.contains("only 10.77.0.12 knows"),
+            "{point}: {told}"
+        );
+        // The guardian goes on asking; without it only an operator settles it.
+        here.run(
+            "for p in /proc/[0-9]*; do [ \"$(cat $p/comm 2>/dev/null)\" != vmshadow-guard ] || \
+             kill -9 ${p#/proc/}; done",
+        )
+        .unwrap();
+        let state = here.run("xl list g1 | awk 'NR == 2 { print $5 }'").unwrap();
+        assert!(state.contains('s'), "{point}: g1 is {state} at the source");
+        let refused = resolve("");
+        assert!(!refused.status.success(), "{point}: {}", said(&refused));
+        testbed.mend_link().unwrap();
+        let resolved = resolve("");
+        assert!(resolved.status.success(), "{point}: {}", said(&resolved));
+        let place = settled(&testbed, &guest, &format!("resolved after {point}"));
+        if place == SiteName::B {
+            testbed
+                .site(SiteName::B)
+                .run("vmshadow migrate g1 10.77.0.11 --verify")
+                .unwrap();
+            assert_eq!(settled(&testbed, &guest, "the way back"), SiteName::A);
+        }
     }
 }

@@ -5,6 +5,9 @@
 //! own. Every move runs in verify mode: all memory is compared at both sites.
 
 mod broken;
+mod changes;
+mod hostile;
 mod moves;
+mod oracle;
 mod refused;
 mod scene;

@@ -1,8 +1,8 @@
 //! Moves that can't be: a clear error, before the guest is suspended.
 
-use testbed::{Guest, Hypervisor, SiteName, Testbed};
+use testbed::{Guest, Hypervisor, Options, SiteName, Testbed};
 
-use crate::scene::{said, settled, sites, small_guest, with};
+use crate::scene::{hold_at, move_guest, said, settled, sites, small_guest, with};
 
 /// Runs a command that must fail with status 1 and say `word`.
 fn refuses(testbed: &Testbed, command: &str, word: &str) {
@@ -49,10 +49,14 @@ fn clear_errors_before_anything_is_suspended() {
     there.run("xl create -p /tmp/other.cfg").unwrap();
     refuses(&testbed, "vmshadow migrate g1 10.77.0.12", "g1 already");
     there.run("xl destroy g1").unwrap();
+    // What remains is less than the guest needs, and more than xl needs for itself.
     there
-        .run("sed -i 's/^memory=.*/memory=900/; s/^name=.*/name=\"big\"/' /tmp/other.cfg")
+        .run(
+            "free=$(xl info free_memory); \
+             sed -i \"s/^memory=.*/memory=$((free - 60))/; s/^name=.*/name=\\\"big\\\"/\" /tmp/other.cfg; \
+             xl create -p /tmp/other.cfg",
+        )
         .unwrap();
-    there.run("xl create -p /tmp/other.cfg").unwrap();
     refuses(&testbed, "vmshadow migrate g1 10.77.0.12", "memory");
     there.run("xl destroy big").unwrap();
 
@@ -65,4 +69,98 @@ fn clear_errors_before_anything_is_suspended() {
     refuses(&testbed, "vmshadow migrate g2 10.77.0.12", "--no-disks");
     testbed.stop_guest("g2").unwrap();
     assert_eq!(settled(&testbed, &guest, "all refusals"), SiteName::A);
+}
+
+/// What only this host, its CPU or its disk refuses.
+#[test]
+fn what_the_hosts_cannot_do() {
+    let options = Options {
+        cpu_features: "+aes".into(),
+        iommu: true,
+        ..with(Hypervisor::Release)
+    };
+    let testbed = sites(options);
+    let guest = small_guest();
+    let (here, there) = (testbed.site(SiteName::A), testbed.site(SiteName::B));
+
+    // A CPU without what the guest was promised.
+    testbed.start_guest(SiteName::A, &guest).unwrap();
+    refuses(&testbed, "vmshadow migrate g1 10.77.0.12", "CPU");
+    assert_eq!(settled(&testbed, &guest, "the other CPU"), SiteName::A);
+    testbed.stop_guest("g1").unwrap();
+
+    // A PCI device.
+    here.run("modprobe xen-pciback && xl pci-assignable-add 00:1f.3")
+        .unwrap();
+    let with_device = Guest {
+        extra: vec!["pci = [\"00:1f.3\"]".into()],
+        ..small_guest()
+    };
+    testbed.start_guest(SiteName::A, &with_device).unwrap();
+    refuses(&testbed, "vmshadow migrate g1 10.77.0.12", "PCI");
+    testbed.stop_guest("g1").unwrap();
+
+    // From here on a guest that b can take.
+    let guest = Guest {
+        extra: vec!["cpuid = \"host,aes=0\"".into()],
+        ..small_guest()
+    };
+    testbed.start_guest(SiteName::A, &guest).unwrap();
+
+    // A disk without room for its memory.
+    there
+        .run("mount -t tmpfs -o size=40m none /var/lib/vmshadow/incoming")
+        .unwrap();
+    refuses(&testbed, "vmshadow migrate g1 10.77.0.12", "no room");
+    there.run("umount /var/lib/vmshadow/incoming").unwrap();
+
+    // A vmshadow that speaks another protocol: its hello, and nothing else.
+    let hello = "#!/bin/sh\nprintf 'VMSHADOW\\007\\000\\007\\000\\002\\000\\014\\000\\000\\000\\000\\000\\000\\000\\000\\000\\0039.0'\n\
+                 cat > /dev/null\n";
+    there.write("/tmp/stranger", hello.as_bytes()).unwrap();
+    there.run("chmod +x /tmp/stranger").unwrap();
+    refuses(
+        &testbed,
+        "vmshadow migrate g1 10.77.0.12 --remote-command /tmp/stranger",
+        "9.0",
+    );
+    assert_eq!(settled(&testbed, &guest, "all refusals"), SiteName::A);
+    move_guest(&testbed, SiteName::A, "");
+    assert_eq!(settled(&testbed, &guest, "the move"), SiteName::B);
+}
+
+/// Two at once at one guest: the first goes on, the second says who is at work.
+#[test]
+fn another_tool_at_work() {
+    let testbed = sites(with(Hypervisor::Release));
+    let guest = small_guest();
+    testbed.start_guest(SiteName::A, &guest).unwrap();
+    let here = testbed.site(SiteName::A);
+
+    let (moved, first) = hold_at(&testbed, SiteName::A, SiteName::A, "copying", |_| {
+        refuses(&testbed, "vmshadow migrate g1 10.77.0.12", "g1");
+        // Stock tools find out too: log-dirty mode is taken.
+        let stock = here.output("xl migrate g1 10.77.0.12").unwrap();
+        assert!(!stock.status.success());
+    });
+    assert!(moved, "{first}");
+    assert_eq!(settled(&testbed, &guest, "two at once"), SiteName::B);
+    move_guest(&testbed, SiteName::B, "");
+    assert_eq!(settled(&testbed, &guest, "the way back"), SiteName::A);
+
+    // `xl save`, which waits for its reader.
+    here.run(
+        "mkfifo /tmp/fifo; sleep 1000 < /tmp/fifo > /dev/null 2>&1 & \
+         xl save -c g1 /tmp/fifo > /tmp/save 2>&1 & \
+         until pgrep -f '^.*libxl-save-helper --save-domain' > /dev/null; do sleep 0.2; done; \
+         sleep 1",
+    )
+    .unwrap();
+    refuses(&testbed, "vmshadow migrate g1 10.77.0.12", "saving");
+    here.run(
+        "cat /tmp/fifo > /dev/null & kill $(pgrep -f '^sleep 1000'); \
+         while pgrep -f '^.*libxl-save-helper' > /dev/null; do sleep 0.2; done; cat /tmp/save",
+    )
+    .unwrap();
+    assert_eq!(settled(&testbed, &guest, "xl save"), SiteName::A);
 }

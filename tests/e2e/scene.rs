@@ -14,11 +14,6 @@ const POLICY: &str = "[site]\nkernel_directories = [\"/\"]\ndisk_directories = [
 /// How long what a broken move left behind may take to be cleared away.
 const CLEARED: Duration = Duration::from_secs(120);
 
-/// Whether everything is to be tested, not a selection.
-pub fn full() -> bool {
-    std::env::var_os("VMSHADOW_FULL").is_some()
-}
-
 /// Brings two sites up with the package installed.
 pub fn sites(options: Options) -> Testbed {
     let package = PathBuf::from(
@@ -89,19 +84,28 @@ fn left_behind(testbed: &Testbed, site: SiteName) -> String {
 
 /// Waits until exactly one guest runs, intact, and nothing else is left at either site. Where it is.
 pub fn settled(testbed: &Testbed, guest: &Guest, after: &str) -> SiteName {
+    let places = cleared(testbed, after, |places| places.len() == 1);
+    alive(testbed, guest, after);
+    places[0]
+}
+
+/// Waits until the guest is at neither site, and nothing else is left there.
+pub fn nothing_left(testbed: &Testbed, after: &str) {
+    cleared(testbed, after, <[_]>::is_empty);
+}
+
+/// Waits until nothing of a move is left, and the guest where it should be.
+fn cleared(testbed: &Testbed, after: &str, right: impl Fn(&[SiteName]) -> bool) -> Vec<SiteName> {
     let deadline = Instant::now() + CLEARED;
     loop {
-        let left: Vec<String> = [SiteName::A, SiteName::B]
+        let left: Vec<String> = SiteName::BOTH
             .into_iter()
             .map(|site| left_behind(testbed, site))
             .filter(|left| !left.trim().is_empty())
             .collect();
         let places = testbed.where_is("g1").unwrap();
-        if left.is_empty()
-            && let [place] = places[..]
-        {
-            alive(testbed, guest, after);
-            return place;
+        if left.is_empty() && right(&places) {
+            return places;
         }
         assert!(
             Instant::now() < deadline,
@@ -124,4 +128,66 @@ pub fn alive(testbed: &Testbed, guest: &Guest, after: &str) {
         "{after}: the counter stands"
     );
     assert!(second.errors.none(), "{after}: {second:?}");
+}
+
+/// The file that shows that a worker is held.
+const HELD: &str = "/tmp/vmshadow-held";
+
+/// Starts a move of g1 from `from` whose worker at `side` stops at `point`; runs `then` there with
+/// its process id, and lets it go on. What the command said, and how it ended.
+pub fn hold_at(
+    testbed: &Testbed,
+    from: SiteName,
+    side: SiteName,
+    point: &str,
+    then: impl FnOnce(&str),
+) -> (bool, String) {
+    let hold = format!("VMSHADOW_HOLD={point}:{HELD}");
+    // Without a downtime to reach, a guest that does something is copied in several rounds.
+    let more = if point == "recopying" {
+        "--downtime 0"
+    } else {
+        ""
+    };
+    let command = if side == from {
+        format!("env {hold} {}", migrate(from, more))
+    } else {
+        migrate(from, &format!("--remote-command 'env {hold} vmshadow'"))
+    };
+    let site = testbed.site(from);
+    let mut child = site
+        .command(&format!("{command} > /tmp/vmshadow-out 2>&1"))
+        .spawn()
+        .unwrap();
+    let said = || site.run("cat /tmp/vmshadow-out").unwrap_or_default();
+    let deadline = Instant::now() + Duration::from_secs(120);
+    let worker = loop {
+        let worker = testbed
+            .site(side)
+            .run(&format!("cat {HELD} 2>/dev/null || true"))
+            .unwrap();
+        if !worker.trim().is_empty() {
+            break worker.trim().to_owned();
+        }
+        assert!(
+            Instant::now() < deadline,
+            "Never came to {point}: {}",
+            said()
+        );
+        assert!(
+            child.try_wait().unwrap().is_none(),
+            "Ended before {point}: {}",
+            said()
+        );
+        thread::sleep(Duration::from_millis(200));
+    };
+    then(&worker);
+    go_on(testbed, side);
+    let status = child.wait().unwrap();
+    (status.success(), said())
+}
+
+/// Lets a held worker go on.
+pub fn go_on(testbed: &Testbed, side: SiteName) {
+    testbed.site(side).run(&format!("rm -f {HELD}")).unwrap();
 }

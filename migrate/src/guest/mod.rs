@@ -247,7 +247,13 @@ pub trait Source {
     /// What Xen refuses.
     fn end_tracking(&mut self) -> Result<()>;
 
-    /// Lets a suspended guest go on here; a suspend that is still pending is taken back.
+    /// Takes a suspend that is still pending back. True: it is too late, the guest is suspended.
+    ///
+    /// # Errors
+    /// What Xen refuses.
+    fn end_suspend(&mut self) -> Result<bool>;
+
+    /// Lets a suspended guest go on here.
     ///
     /// # Errors
     /// What Xen refuses.
@@ -271,11 +277,13 @@ pub trait Destination {
     /// Where there is not enough memory, or libxl refuses.
     fn start(&mut self, image: Arc<Mutex<Image>>, static_data: StaticData) -> Result<()>;
 
-    /// The frames that hold the guest's own physical-to-machine table, as pfns.
+    /// A round begins: the frames that hold the guest's own physical-to-machine table, as pfns,
+    /// and how many pages it has. Starts over from the image where they no longer fit. True if it
+    /// did.
     ///
     /// # Errors
-    /// [`crate::Error::Protocol`] for frames beyond the guest.
-    fn p2m_frames(&mut self, frames: &[u64]) -> Result<()>;
+    /// [`crate::Error::Guest`] for frames beyond the guest; as [`Destination::start`].
+    fn begin_round(&mut self, frames: &[u64], populated: u64) -> Result<bool>;
 
     /// Pages of the image that are new, or changed.
     ///
@@ -283,12 +291,12 @@ pub trait Destination {
     /// Where the restore has ended.
     fn changed(&mut self, pfns: &[u64]) -> Result<()>;
 
-    /// The guest now has `populated` pages, `vanished` says that some became holes: starts over
-    /// from the image where what was fed no longer fits. True if it did.
+    /// A round has arrived; `vanished` says that some pages became holes: starts over from the
+    /// image, since what was fed can't be taken back. True if it did.
     ///
     /// # Errors
     /// As [`Destination::start`].
-    fn adapt(&mut self, populated: u64, vanished: bool) -> Result<bool>;
+    fn end_round(&mut self, vanished: bool) -> Result<bool>;
 
     /// All pages are in the image: gives the restore what comes last. Doesn't wait.
     ///
@@ -308,6 +316,12 @@ pub trait Destination {
     /// # Errors
     /// [`crate::Error::Verify`].
     fn verify(&mut self) -> Result<()>;
+
+    /// Looks once more: the restored domain is there, and has not run.
+    ///
+    /// # Errors
+    /// Where it is gone, or runs.
+    fn confirm(&mut self) -> Result<()>;
 
     /// Lets the guest run under its name.
     ///

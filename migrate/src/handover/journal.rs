@@ -10,6 +10,7 @@
 //! tracking    before log-dirty
 //! suspending  before the suspend         ready     before ready is sent
 //! committed   before commit is sent      owner     before the guest is unpaused
+//!                                        running   after it was
 //! end         guest gone, or goes on     end       guest runs, or all is gone
 //! ```
 //!
@@ -62,6 +63,9 @@ pub enum Phase {
     Committed,
     /// Destination: the guest is ours.
     Owner,
+    /// Destination: it was let run. Whoever settles the move must not do it again: its operator may
+    /// have paused it since.
+    Running,
 }
 
 /// How a move ended at this side.
@@ -150,9 +154,17 @@ impl Journal {
         };
         let mut journal = Journal { file, entry };
         let begin = journal.entry.begin.clone();
-        journal.append(&Record::Begin(begin))?;
-        sync_directory(&directories.moves())?;
-        Ok(journal)
+        let begun = journal
+            .append(&Record::Begin(begin))
+            .and_then(|()| sync_directory(&directories.moves()));
+        match begun {
+            Ok(()) => Ok(journal),
+            Err(error) => {
+                // A journal that nobody goes on with must not stay.
+                let _ = fs::remove_file(&path);
+                Err(error)
+            }
+        }
     }
 
     /// Opens the journal of a move to go on writing it.
@@ -202,7 +214,10 @@ impl Journal {
     /// # Errors
     /// [`Error::Io`].
     pub fn end_and_remove(mut self, outcome: Outcome) -> Result<()> {
-        self.end(outcome)?;
+        // On a full disk the end can't be written. Removed, the journal is ended just as well.
+        if let Err(error) = self.end(outcome) {
+            log::warn!("{}", crate::error::chain(&error));
+        }
         let path = &self.entry.path;
         fs::remove_file(path).context(|| format!("Can't remove the journal {}", path.display()))
     }
@@ -215,8 +230,18 @@ impl Journal {
             what: error.to_string(),
         })?;
         line.push(b'\n');
-        self.file.write_all(&line).context(doing)?;
-        self.file.sync_data().context(doing)
+        let before = self.file.metadata().context(doing)?.len();
+        let written = self
+            .file
+            .write_all(&line)
+            .and_then(|()| self.file.sync_data());
+        if written.is_err() {
+            // Part of it may be there. What never took effect must not be read later.
+            if let Err(error) = self.file.set_len(before) {
+                log::error!("Can't mend the journal {}: {error}", path.display());
+            }
+        }
+        written.context(doing)
     }
 }
 

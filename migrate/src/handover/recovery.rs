@@ -8,7 +8,8 @@
 //!              suspending       -> take the request back, or resume
 //!              committed        -> ask the destination, and do what it says
 //! destination  begun, ready     -> destroy what is incoming
-//!              owner            -> the guest is ours: name it, let it run
+//!              owner            -> the guest is ours: let it run, name it
+//!              running          -> it runs already: name it
 //! ```
 
 use std::fs;
@@ -20,7 +21,7 @@ use super::journal::{self, Entry, Journal, Outcome, Phase, Role};
 use super::lock::GuestLock;
 use crate::directories::Directories;
 use crate::error::{Error, Result, chain};
-use crate::guest::xen::host::Host;
+use crate::guest::xen::host::{Host, SUSPENDING};
 use crate::keeper;
 use crate::link::ssh::Remote;
 
@@ -39,6 +40,8 @@ pub enum Action {
     Discard,
     /// The guest is this site's: let it run.
     Finish,
+    /// The guest is this site's and was let run: clear up.
+    ClearUp,
 }
 
 /// What to do about a move that left `entry` behind.
@@ -51,9 +54,10 @@ pub fn action(entry: &Entry) -> Action {
         (Role::Source, Phase::Suspending) => Action::Resume,
         (Role::Source, Phase::Committed) => Action::AskDestination,
         (Role::Destination, Phase::Owner) => Action::Finish,
+        (Role::Destination, Phase::Running) => Action::ClearUp,
         (Role::Destination, Phase::Begun | Phase::Ready) => Action::Discard,
         // Phases of the other side: a journal that we didn't write. Ask; never guess.
-        (Role::Source, Phase::Ready | Phase::Owner) => Action::AskDestination,
+        (Role::Source, Phase::Ready | Phase::Owner | Phase::Running) => Action::AskDestination,
         (Role::Destination, _) => Action::Discard,
     }
 }
@@ -168,11 +172,18 @@ pub fn settle(directories: &Directories, entry: &Entry, patience: Duration) -> R
             Ok(settled(&entry, "What had arrived was discarded", "there"))
         }
         Action::Finish => {
-            finish(directories, &entry)?;
-            journal.end(Outcome::Moved)?;
+            finish(directories, &mut journal)?;
             Ok(settled(
                 &entry,
                 "The guest was committed to this site and runs",
+                "here",
+            ))
+        }
+        Action::ClearUp => {
+            clear_up(directories, &mut journal)?;
+            Ok(settled(
+                &entry,
+                "The guest was committed to this site",
                 "here",
             ))
         }
@@ -205,7 +216,7 @@ fn settle_after_reboot(mut journal: Journal, entry: &Entry) -> Result<Settled> {
             journal.end(Outcome::Aborted)?;
             Ok(settled(entry, "What had arrived was discarded", "there"))
         }
-        Action::Finish => {
+        Action::Finish | Action::ClearUp => {
             remove_memory(entry)?;
             journal.end(Outcome::Moved)?;
             Ok(settled(
@@ -225,40 +236,48 @@ fn settle_after_reboot(mut journal: Journal, entry: &Entry) -> Result<Settled> {
     }
 }
 
-/// The operator's word that the destination is lost for good, or that it runs the guest: settles
-/// a move that is in doubt without asking.
+/// The operator's word about a move that can't be settled otherwise: the guest is `here`, on this
+/// host, or at the other. Nobody is asked.
+///
+/// At the source it counts once the commit may have been sent. At the destination, where the
+/// source is lost for good: once the guest is complete there.
 ///
 /// # Errors
-/// [`Error::Refused`] where the move isn't in doubt.
-pub fn settle_by_decree(directories: &Directories, entry: &Entry, owner: Owner) -> Result<Settled> {
+/// [`Error::Refused`] where the journal itself says what to do.
+pub fn settle_by_decree(directories: &Directories, entry: &Entry, here: bool) -> Result<Settled> {
     let begin = &entry.begin;
     let _lock = GuestLock::wait(directories, &begin.uuid, &begin.name, PATIENCE)?;
-    let journal = Journal::open(&entry.path)?;
+    let mut journal = Journal::open(&entry.path)?;
     let entry = journal.entry().clone();
-    if action(&entry) != Action::AskDestination {
-        return Err(Error::Refused(format!("{} is not in doubt", begin.name)));
-    }
-    match owner {
-        Owner::Destination => {
+    let open = entry.outcome.is_none() && entry.begin.boot_id == journal::boot_id();
+    let (what, place) = match (entry.begin.role, entry.phase, here) {
+        (Role::Source, Phase::Committed, false) => {
             destroy_left(&entry)?;
             journal.end_and_remove(Outcome::Moved)?;
-            Ok(settled(
-                &entry,
-                "By decree the guest is the destination's",
-                "there",
-            ))
+            ("By decree the guest is the destination's", "there")
         }
-        Owner::Source => {
+        (Role::Source, Phase::Committed, true) if open => {
             resume(directories, &entry)?;
             journal.end_and_remove(Outcome::Aborted)?;
-            Ok(settled(
-                &entry,
-                "By decree the guest is this site's, and goes on",
-                "here",
-            ))
+            ("By decree the guest is this site's, and goes on", "here")
         }
-        Owner::Unknown => Err(Error::Refused("That decides nothing".into())),
-    }
+        (Role::Destination, Phase::Ready | Phase::Owner, true) if open => {
+            finish(directories, &mut journal)?;
+            ("By decree the guest is this site's, and runs", "here")
+        }
+        (Role::Destination, Phase::Ready | Phase::Owner, false) if open => {
+            discard(&entry)?;
+            journal.end(Outcome::Aborted)?;
+            ("By decree the guest is the source's", "there")
+        }
+        _ => {
+            return Err(Error::Refused(format!(
+                "The move of {} is not in doubt: resolve it without a decree",
+                entry.begin.name
+            )));
+        }
+    };
+    Ok(settled(&entry, what, place))
 }
 
 /// The destination's answer about a move: settles it first, so that the answer holds for good.
@@ -307,6 +326,33 @@ pub fn settle_all(directories: &Directories) {
     }
 }
 
+/// An earlier move of the guest that is still open must be settled first.
+///
+/// # Errors
+/// [`Error::Refused`] says how.
+pub fn refuse_open_moves(directories: &Directories, uuid: &str, name: &str) -> Result<()> {
+    for entry in journal::list(directories)?
+        .iter()
+        .filter(|entry| entry.begin.uuid == uuid)
+    {
+        match action(entry) {
+            Action::Nothing => {}
+            Action::AskDestination => {
+                return Err(Error::Refused(format!(
+                    "An earlier move of {name} to {} is in doubt; run: vmshadow resolve {name}",
+                    entry.begin.peer
+                )));
+            }
+            _ => {
+                return Err(Error::Refused(format!(
+                    "An earlier move of {name} is not settled; run: vmshadow resolve {name}"
+                )));
+            }
+        }
+    }
+    Ok(())
+}
+
 fn settled(entry: &Entry, what: &str, place: &'static str) -> Settled {
     Settled {
         name: entry.begin.name.clone(),
@@ -333,16 +379,20 @@ pub(crate) fn ask(entry: &Entry) -> Result<Owner> {
     Ok(answer.owner)
 }
 
-/// Makes sure that the guest runs here, under a keeper: `xl`'s monitor is gone since the suspend.
+/// Makes sure that the guest runs here; under a keeper where it was suspended, since `xl`'s
+/// monitor ends then.
 fn resume(directories: &Directories, entry: &Entry) -> Result<()> {
     let host = Host::open()?;
     let Some(domid) = host.find(&entry.begin.uuid)? else {
         log::warn!("{} is gone from this host", entry.begin.name);
         return Ok(());
     };
-    host.go_on(domid)?;
-    host.end_log_dirty(domid, true)?;
-    keeper::start(directories, &entry.begin.name, &entry.begin.uuid)
+    if host.end_suspend(domid, SUSPENDING)? {
+        // First the keeper: one that can't be started must not leave a guest without.
+        keeper::start(directories, &entry.begin.name, &entry.begin.uuid)?;
+        host.resume(domid)?;
+    }
+    host.end_log_dirty(domid, true)
 }
 
 /// Destroys the domain that the guest left behind here.
@@ -374,18 +424,33 @@ fn discard(entry: &Entry) -> Result<()> {
     remove_memory(entry)
 }
 
-/// Lets the guest run that was committed to this site.
-fn finish(directories: &Directories, entry: &Entry) -> Result<()> {
+/// Lets the guest run that was committed to this site, and ends the journal.
+fn finish(directories: &Directories, journal: &mut Journal) -> Result<()> {
+    // Whoever wrote this first may have failed to get it onto the disk.
+    journal.reach(Phase::Owner)?;
     let host = Host::open()?;
-    let begin = &entry.begin;
+    let begin = journal.entry().begin.clone();
     match host.find(&begin.uuid)? {
         Some(domid) => {
             host.take_over(domid, &incoming_name(&begin.name), &begin.name)?;
-            keeper::start(directories, &begin.name, &begin.uuid)?;
+            journal.reach(Phase::Running)?;
         }
         None => log::error!("{} was committed to this host and is gone", begin.name),
     }
-    remove_memory(entry)
+    clear_up(directories, journal)
+}
+
+/// The guest runs here: gives it its name and a keeper, and ends the journal.
+fn clear_up(directories: &Directories, journal: &mut Journal) -> Result<()> {
+    let host = Host::open()?;
+    let entry = journal.entry();
+    let begin = &entry.begin;
+    if let Some(domid) = host.find(&begin.uuid)? {
+        host.name_arrived(domid, &incoming_name(&begin.name), &begin.name);
+        keeper::start(directories, &begin.name, &begin.uuid)?;
+    }
+    remove_memory(entry)?;
+    journal.end(Outcome::Moved)
 }
 
 fn remove_memory(entry: &Entry) -> Result<()> {
@@ -431,13 +496,14 @@ mod tests {
         }
     }
 
-    const PHASES: [Phase; 6] = [
+    const PHASES: [Phase; 7] = [
         Phase::Begun,
         Phase::Tracking,
         Phase::Suspending,
         Phase::Ready,
         Phase::Committed,
         Phase::Owner,
+        Phase::Running,
     ];
 
     /// Law 1 as a table: whatever pair of journals a double crash leaves behind, one guest runs.
@@ -447,7 +513,7 @@ mod tests {
         let reachable = |source: Phase, destination: Phase| match destination {
             Phase::Begun => source < Phase::Committed,
             Phase::Ready => true,
-            Phase::Owner => source == Phase::Committed,
+            Phase::Owner | Phase::Running => source == Phase::Committed,
             _ => false,
         };
         let mut pairs = 0;
@@ -457,12 +523,15 @@ mod tests {
             Phase::Suspending,
             Phase::Committed,
         ] {
-            for destination in [Phase::Begun, Phase::Ready, Phase::Owner] {
+            for destination in [Phase::Begun, Phase::Ready, Phase::Owner, Phase::Running] {
                 if !reachable(source, destination) {
                     continue;
                 }
                 pairs += 1;
-                let there = action(&entry(Role::Destination, destination, None)) == Action::Finish;
+                let there = matches!(
+                    action(&entry(Role::Destination, destination, None)),
+                    Action::Finish | Action::ClearUp
+                );
                 let here = match action(&entry(Role::Source, source, None)) {
                     Action::GoOn | Action::Resume => true,
                     // The source does what the destination's own settlement decided.
@@ -472,7 +541,7 @@ mod tests {
                 assert!(here ^ there, "{source:?} {destination:?}");
             }
         }
-        assert_eq!(pairs, 8);
+        assert_eq!(pairs, 9);
     }
 
     #[test]

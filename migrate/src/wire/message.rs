@@ -42,10 +42,12 @@ pub trait Message {
 pub enum ToDestination<'a> {
     /// The guest that is to move. The first message.
     Offer(Box<Offer>),
-    /// Where a PV guest's p2m is. It comes before the first pages, and again whenever it changed.
+    /// Where a PV guest's p2m is, and how large the guest is now. It comes before each round.
     P2mFrames {
         /// The highest pfn.
         max_pfn: Pfn,
+        /// Pages that the guest has now, holes left out.
+        populated: u64,
         /// The pfns of the p2m's frames, in order.
         frames: Vec<Pfn>,
     },
@@ -57,8 +59,6 @@ pub enum ToDestination<'a> {
         round: u32,
         /// Pages that were sent in it.
         pages: u64,
-        /// Pages that the guest has now, holes left out.
-        populated: u64,
         /// Whether the guest is suspended and no other round follows.
         last: bool,
     },
@@ -131,21 +131,20 @@ impl Message for ToDestination<'_> {
                 offer.check()?;
                 encode_document(self.tag(), offer, to)?;
             }
-            Self::P2mFrames { max_pfn, frames } => {
-                to.reserve(8 + frames.len() * 8);
+            Self::P2mFrames {
+                max_pfn,
+                populated,
+                frames,
+            } => {
+                to.reserve(16 + frames.len() * 8);
                 to.extend(max_pfn.to_le_bytes());
+                to.extend(populated.to_le_bytes());
                 frames.iter().for_each(|pfn| to.extend(pfn.to_le_bytes()));
             }
             Self::Pages(_) | Self::Commit => {}
-            Self::RoundEnd {
-                round,
-                pages,
-                populated,
-                last,
-            } => {
+            Self::RoundEnd { round, pages, last } => {
                 to.extend(round.to_le_bytes());
                 to.extend(pages.to_le_bytes());
-                to.extend(populated.to_le_bytes());
                 to.push(u8::from(*last));
             }
             Self::State(state) => encode_state(state, to)?,
@@ -185,7 +184,6 @@ impl<'a> ToDestination<'a> {
             Tag::RoundEnd => Self::RoundEnd {
                 round: from.u32().map_err(&malformed)?,
                 pages: from.u64().map_err(&malformed)?,
-                populated: from.u64().map_err(&malformed)?,
                 last: match from.u8().map_err(&malformed)? {
                     0 => false,
                     1 => true,
@@ -213,20 +211,20 @@ impl fmt::Debug for ToDestination<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Offer(offer) => f.debug_tuple("Offer").field(offer).finish(),
-            Self::P2mFrames { max_pfn, frames } => {
-                write!(f, "P2mFrames({} up to {max_pfn:#x})", frames.len())
-            }
-            Self::Pages(batch) => write!(f, "Pages({} bytes)", batch.len()),
-            Self::RoundEnd {
-                round,
-                pages,
+            Self::P2mFrames {
+                max_pfn,
                 populated,
-                last,
-            } => f
+                frames,
+            } => write!(
+                f,
+                "P2mFrames({} up to {max_pfn:#x}, {populated} pages)",
+                frames.len()
+            ),
+            Self::Pages(batch) => write!(f, "Pages({} bytes)", batch.len()),
+            Self::RoundEnd { round, pages, last } => f
                 .debug_struct("RoundEnd")
                 .field("round", round)
                 .field("pages", pages)
-                .field("populated", populated)
                 .field("last", last)
                 .finish(),
             Self::State(state) => f.debug_tuple("State").field(state).finish(),
@@ -326,8 +324,9 @@ fn decode_document<T: DeserializeOwned>(from: &mut Bytes<'_>, tag: Tag) -> Resul
 
 fn decode_p2m_frames<'a>(from: &mut Bytes<'_>) -> Result<ToDestination<'a>, Malformed> {
     let max_pfn = from.u64()?;
+    let populated = from.u64()?;
     let (frames, left) = decode_rest(from).as_chunks::<8>();
-    if max_pfn >= MAX_PAGES || !left.is_empty() {
+    if max_pfn >= MAX_PAGES || populated > max_pfn + 1 || !left.is_empty() {
         return Err(Malformed);
     }
     // Only 64-bit guests move: a frame of their p2m holds 512 entries.
@@ -338,7 +337,11 @@ fn decode_p2m_frames<'a>(from: &mut Bytes<'_>) -> Result<ToDestination<'a>, Malf
     if frames.iter().any(|pfn| *pfn > max_pfn) {
         return Err(Malformed);
     }
-    Ok(ToDestination::P2mFrames { max_pfn, frames })
+    Ok(ToDestination::P2mFrames {
+        max_pfn,
+        populated,
+        frames,
+    })
 }
 
 // A state is its kind (1 PV, 2 HVM) and its records, each a u32 type, a u32 length, and a body.

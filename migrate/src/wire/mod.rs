@@ -6,7 +6,7 @@
 //!     | -------------------- Hello -------------------- |      both at once; versions are picked
 //!     | Offer ----------------------------------------> |      what guest it is
 //!     | <-------------------------------- Accept/Refuse |
-//!     | P2mFrames ------------------------------------> |      PV guests; again when the p2m moved
+//!     | P2mFrames ------------------------------------> |      the p2m, and how large the guest is
 //!     | Pages, Pages, ..., RoundEnd ------------------> |      a round, the guest running
 //!     | <-------------------------- Progress, RoundAck  |
 //!     |   ...                                           |

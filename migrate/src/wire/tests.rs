@@ -115,17 +115,15 @@ fn to_destination() -> impl Strategy<Value = ToDestination<'static>> {
             }),
         (0u64..100_000, any::<u64>()).prop_map(|(max_pfn, seed)| ToDestination::P2mFrames {
             max_pfn,
+            populated: seed % (max_pfn + 2),
             frames: (0..=max_pfn / 512)
                 .map(|at| (seed ^ at) % (max_pfn + 1))
                 .collect(),
         }),
-        any::<(u32, u64, u64, bool)>().prop_map(|(round, pages, populated, last)| {
-            ToDestination::RoundEnd {
-                round,
-                pages,
-                populated,
-                last,
-            }
+        any::<(u32, u64, bool)>().prop_map(|(round, pages, last)| ToDestination::RoundEnd {
+            round,
+            pages,
+            last
         }),
         samples::states().prop_map(|state| ToDestination::State(Box::new(state))),
         any::<[u8; 16]>().prop_map(|digest| ToDestination::Final(MemoryDigest(digest))),
@@ -395,8 +393,8 @@ fn a_message_above_its_limit_is_not_sent() {
 
 #[test]
 fn p2m_frames_fit_their_guest() {
-    let decode = |max_pfn: u64, frames: &[u64]| {
-        let payload = [&[max_pfn], frames].concat();
+    let sized = |max_pfn: u64, populated: u64, frames: &[u64]| {
+        let payload = [&[max_pfn, populated], frames].concat();
         let payload: Vec<u8> = payload.iter().flat_map(|word| word.to_le_bytes()).collect();
         ToDestination::decode(Frame {
             tag: Tag::P2mFrames,
@@ -404,6 +402,9 @@ fn p2m_frames_fit_their_guest() {
         })
         .map(drop)
     };
+    assert!(sized(511, 512, &[0]).is_ok());
+    assert!(sized(511, 513, &[0]).is_err());
+    let decode = |max_pfn: u64, frames: &[u64]| sized(max_pfn, 0, frames);
     assert!(decode(511, &[0]).is_ok());
     assert!(decode(512, &[512, 1]).is_ok());
     assert!(decode(511, &[]).is_err());

@@ -202,11 +202,11 @@ fn to_destination() -> Vec<Vec<u8>> {
         ToDestination::Offer(Box::new(offer())),
         ToDestination::P2mFrames {
             max_pfn: 1023,
+            populated: 7,
             frames: vec![5, 6],
         },
         ToDestination::Pages(&batch),
         ToDestination::RoundEnd {
-            populated: 7,
             round: 1,
             pages: 40,
             last: true,

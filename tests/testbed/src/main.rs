@@ -130,6 +130,12 @@ struct Up {
     /// More for the hypervisor's command line
     #[arg(long, default_value = "", allow_hyphen_values = true)]
     xen_arguments: String,
+    /// CPU features that site a has and site b has not, in QEMU's words
+    #[arg(long, default_value = "", allow_hyphen_values = true)]
+    cpu_features: String,
+    /// With an IOMMU, for passing PCI devices through
+    #[arg(long)]
+    iommu: bool,
 }
 
 #[derive(Debug, Args)]
@@ -234,6 +240,8 @@ fn carry_out(arguments: Arguments) -> Result<ExitCode> {
                 dom0_memory_mib: up.dom0_memory,
                 dom0_vcpus: up.dom0_cpus,
                 xen_arguments: up.xen_arguments,
+                cpu_features: up.cpu_features,
+                iommu: up.iommu,
                 ..Options::default()
             })?;
             let seconds = started.elapsed().as_secs_f64();

@@ -44,6 +44,10 @@ pub fn command_line(
         path(&images.dom0_initrd())
     );
     let number = site.number();
+    let mut cpu = "qemu64,+svm,+npt".to_owned();
+    if site == SiteName::A && !options.cpu_features.is_empty() {
+        cpu = format!("{cpu},{}", options.cpu_features);
+    }
     let words = [
         "qemu-system-x86_64",
         "-name",
@@ -53,7 +57,7 @@ pub fn command_line(
         "-machine",
         "q35",
         "-cpu",
-        "qemu64,+svm,+npt",
+        &cpu,
         "-smp",
         &cpus.to_string(),
         "-m",
@@ -86,7 +90,11 @@ pub fn command_line(
         "-device",
         &format!("virtio-net-pci,netdev=wan,mac=52:54:00:4d:01:{number:02x},romfile="),
     ];
-    words.map(str::to_owned).to_vec()
+    let mut words = words.map(str::to_owned).to_vec();
+    if options.iommu {
+        words.extend(["-device", "amd-iommu"].map(str::to_owned));
+    }
+    words
 }
 
 fn path(path: &Path) -> String {

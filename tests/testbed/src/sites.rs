@@ -48,6 +48,7 @@ const ATTEMPTS: u32 = 5;
 
 /// How to start a testbed.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(default)]
 pub struct Options {
     /// Its name. Empty: one that is not taken.
     pub name: String,
@@ -63,6 +64,10 @@ pub struct Options {
     pub dom0_vcpus: u32,
     /// More for the hypervisor's command line.
     pub xen_arguments: String,
+    /// CPU features that site a has and site b has not, in QEMU's words ("+aes").
+    pub cpu_features: String,
+    /// Whether the machines have an IOMMU: what passing a PCI device through takes.
+    pub iommu: bool,
     /// The WAN.
     pub link: Link,
 }
@@ -77,6 +82,8 @@ impl Default for Options {
             dom0_memory_mib: 1024,
             dom0_vcpus: 1,
             xen_arguments: String::new(),
+            cpu_features: String::new(),
+            iommu: false,
             link: Link::default(),
         }
     }

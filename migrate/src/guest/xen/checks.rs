@@ -6,7 +6,7 @@
 use serde_json::Value;
 use xen_sys::DomId;
 
-use super::host::Host;
+use super::host::{Host, saver_at_work};
 use crate::error::{Error, IoContext, Result};
 
 /// What the operator allows.
@@ -161,21 +161,6 @@ fn is_true(value: &Value) -> bool {
     value == &Value::Bool(true)
         || value.as_i64().is_some_and(|number| number != 0)
         || value == "True"
-}
-
-/// A `libxl-save-helper` that saves `domid`: another tool is at it.
-fn saver_at_work(domid: DomId) -> Option<u32> {
-    let processes = std::fs::read_dir("/proc").ok()?;
-    processes.flatten().find_map(|process| {
-        let id: u32 = process.file_name().to_str()?.parse().ok()?;
-        let line = std::fs::read(process.path().join("cmdline")).ok()?;
-        let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
-        let helper = words.first()?.ends_with(b"libxl-save-helper");
-        // libxl-save-helper --save-domain FD FD DOMID ...
-        let saves = words.get(1) == Some(&b"--save-domain".as_slice());
-        let this_one = words.get(4) == Some(&domid.to_string().as_bytes());
-        (helper && saves && this_one).then_some(id)
-    })
 }
 
 #[cfg(test)]

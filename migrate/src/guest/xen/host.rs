@@ -4,14 +4,18 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use xen_sys::DomId;
-use xen_sys::ctl::{Ctl, DomainInfo};
+use xen_sys::ctl::{Ctl, DomainInfo, ShutdownReason};
 use xen_sys::store::Store;
 use xen_sys::toolstack::Toolstack;
 
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, IoContext, Result, chain};
 
 /// How long a destroyed domain may take to be gone: its memory is freed page by page.
 const DYING: Duration = Duration::from_secs(60);
+
+/// How long a guest that has taken a request to suspend may take to do it, or to give up: Linux
+/// tries for 20 s to freeze its tasks.
+pub const SUSPENDING: Duration = Duration::from_secs(60);
 
 /// A connection to this host's hypervisor, toolstack and store.
 pub struct Host {
@@ -86,19 +90,22 @@ impl Host {
             .map(|info| info.domain))
     }
 
-    /// The living domain of that UUID, if it has that name (or none yet).
+    /// The living domain of that UUID that has that name (or none yet).
     ///
     /// # Errors
     /// What Xen refuses.
     pub fn find_named(&self, uuid: &str, name: &str) -> Result<Option<DomId>> {
-        let Some(domid) = self.find(uuid)? else {
-            return Ok(None);
-        };
-        // A domain that is just being made has no name yet.
-        let named = self.toolstack.name(domid);
-        Ok(named
-            .is_none_or(|found| found.is_empty() || found == name)
-            .then_some(domid))
+        let domains = self.ctl.domains().context(|| "Can't list domains")?;
+        Ok(domains
+            .iter()
+            .filter(|info| !info.dying && uuid_text(&info.uuid) == uuid)
+            .map(|info| info.domain)
+            // A domain that is just being made has no name yet.
+            .find(|domid| {
+                self.toolstack
+                    .name(*domid)
+                    .is_none_or(|found| found.is_empty() || found == name)
+            }))
     }
 
     /// Whether the domain is suspended.
@@ -127,20 +134,46 @@ impl Host {
         }
     }
 
+    /// Refuses while a stock tool saves or moves the domain. It suspends the guest by itself, and
+    /// takes log-dirty mode for its own: what was dirty is lost to whoever had it before.
+    ///
+    /// # Errors
+    /// [`Error::Busy`].
+    pub fn refuse_saver(&self, domid: DomId) -> Result<()> {
+        match saver_at_work(domid) {
+            None => Ok(()),
+            Some(process) => Err(Error::Busy(format!(
+                "xl is saving or moving the guest (process {process})"
+            ))),
+        }
+    }
+
     /// Suspends the domain, and returns once it is.
     ///
     /// # Errors
-    /// Where it doesn't in libxl's time (60 s).
+    /// Where it doesn't in libxl's time (60 s), where it ends meanwhile, and where somebody else
+    /// has suspended it.
     pub fn suspend(&self, domid: DomId) -> Result<()> {
+        self.refuse_saver(domid)?;
+        let stopped = |info: &DomainInfo| match info.shutdown {
+            Some(ShutdownReason::Suspend) => "is suspended already".to_owned(),
+            Some(reason) => format!("has stopped by itself ({reason})"),
+            None => "has not answered the request to suspend".to_owned(),
+        };
+        let info = self.info(domid)?;
+        if info.shutdown.is_some() {
+            return Err(Error::Busy(format!("The guest {}", stopped(&info))));
+        }
         self.toolstack
             .suspend(domid)
             .context(|| "The guest won't suspend")?;
-        if !self.is_suspended(domid)? {
-            return Err(Error::Guest {
-                what: "shutdown was not a suspend".into(),
-            });
+        // libxl takes its request back after 60 s without an answer, and calls that a success.
+        let info = self.info(domid)?;
+        if info.is_suspended() {
+            Ok(())
+        } else {
+            Err(Error::Busy(format!("The guest {}", stopped(&info))))
         }
-        Ok(())
     }
 
     /// Takes a request to suspend back that the guest has not seen yet. True: it will not suspend
@@ -168,29 +201,46 @@ impl Host {
     /// Lets a suspended domain go on as if nothing had happened.
     ///
     /// # Errors
-    /// What libxl refuses.
+    /// What libxl refuses; [`Error::Busy`] where another tool has suspended it.
     pub fn resume(&self, domid: DomId) -> Result<()> {
+        self.refuse_saver(domid)?;
         self.toolstack
             .resume(domid, true)
             .context(|| "Can't resume the guest")
     }
 
-    /// Makes sure that the domain runs, whatever became of a request to suspend it: taken back
-    /// where the guest has not seen it, waited for and undone where it has.
+    /// Ends a request to suspend, whatever became of it: takes it back where the guest has not
+    /// seen it, and where it has waits for the suspend, up to `patience`. True: the guest is
+    /// suspended now.
     ///
     /// # Errors
-    /// What Xen refuses.
-    pub fn go_on(&self, domid: DomId) -> Result<()> {
-        /// Linux gives up freezing its tasks after 20 s.
-        const PATIENCE: Duration = Duration::from_secs(30);
+    /// What Xen refuses. [`Error::Busy`] where the guest is paused and may suspend as soon as it
+    /// goes on.
+    pub fn end_suspend(&self, domid: DomId, patience: Duration) -> Result<bool> {
+        let look = || {
+            self.ctl
+                .domain_info(domid)
+                .context(|| "Can't read about the domain")
+        };
+        if look()?.is_none() {
+            return Ok(false);
+        }
         let withdrawn = self.withdraw_suspend(domid)?;
         let start = Instant::now();
         loop {
-            if self.is_suspended(domid)? {
-                return self.resume(domid);
+            let Some(info) = look()? else {
+                return Ok(false);
+            };
+            if info.shutdown.is_some() {
+                return Ok(info.is_suspended());
             }
-            if withdrawn || start.elapsed() > PATIENCE {
-                return Ok(());
+            if withdrawn || (start.elapsed() >= patience && !info.paused) {
+                return Ok(false);
+            }
+            if start.elapsed() >= patience {
+                return Err(Error::Busy(
+                    "The guest is paused, and may suspend as soon as it is unpaused".into(),
+                ));
             }
             thread::sleep(Duration::from_millis(50));
         }
@@ -199,18 +249,33 @@ impl Host {
     /// Names an arrived domain and lets it run. Runs again without harm.
     ///
     /// # Errors
-    /// What libxl refuses.
+    /// What libxl refuses. That it can't have its name is logged only: it runs.
     pub fn take_over(&self, domid: DomId, incoming: &str, name: &str) -> Result<()> {
-        // First what the guest waits for.
-        self.toolstack
-            .unpause(domid)
-            .context(|| "Can't unpause the guest")?;
-        if self.name(domid)? == incoming {
+        // First what the guest waits for. Xen refuses to unpause what runs already.
+        if self.info(domid)?.paused {
             self.toolstack
-                .rename(domid, incoming, name)
-                .context(|| "Can't give the guest its name")?;
+                .unpause(domid)
+                .context(|| "Can't unpause the guest")?;
         }
+        self.name_arrived(domid, incoming, name);
         Ok(())
+    }
+
+    /// Gives an arrived domain its own name, if it still has that of an incoming one.
+    pub fn name_arrived(&self, domid: DomId, incoming: &str, name: &str) {
+        if self
+            .toolstack
+            .name(domid)
+            .is_some_and(|found| found != incoming)
+        {
+            return;
+        }
+        if let Err(error) = self.toolstack.rename(domid, incoming, name) {
+            log::error!(
+                "Domain {domid} keeps the name {incoming}: {}",
+                chain(&error)
+            );
+        }
     }
 
     /// Destroys the domain, and returns once nothing is left of it.
@@ -218,16 +283,19 @@ impl Host {
     /// # Errors
     /// What libxl refuses.
     pub fn destroy(&self, domid: DomId) -> Result<()> {
-        self.toolstack
-            .destroy(domid)
-            .context(|| format!("Can't destroy domain {domid}"))?;
+        let there = || {
+            self.ctl
+                .domain_info(domid)
+                .map(|info| info.is_some())
+                .context(|| "Can't read about the domain")
+        };
+        match self.toolstack.destroy(domid) {
+            // Somebody else was faster.
+            Err(_) if !there()? => return Ok(()),
+            other => other.context(|| format!("Can't destroy domain {domid}"))?,
+        }
         let start = Instant::now();
-        while self
-            .ctl
-            .domain_info(domid)
-            .context(|| "Can't read about the domain")?
-            .is_some()
-        {
+        while there()? {
             if start.elapsed() > DYING {
                 return Err(Error::Refused(format!(
                     "Domain {domid} is destroyed but won't go away"
@@ -242,6 +310,21 @@ impl Host {
 /// Whether Xen says that this makes no sense now (EINVAL).
 pub(super) fn is_invalid(error: &xen_sys::Error) -> bool {
     error.errno() == Some(nix::libc::EINVAL)
+}
+
+/// A `libxl-save-helper` that saves `domid`: another tool is at it.
+pub(super) fn saver_at_work(domid: DomId) -> Option<u32> {
+    let processes = std::fs::read_dir("/proc").ok()?;
+    processes.flatten().find_map(|process| {
+        let id: u32 = process.file_name().to_str()?.parse().ok()?;
+        let line = std::fs::read(process.path().join("cmdline")).ok()?;
+        let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
+        let helper = words.first()?.ends_with(b"libxl-save-helper");
+        // libxl-save-helper --save-domain FD FD DOMID ...
+        let saves = words.get(1) == Some(&b"--save-domain".as_slice());
+        let this_one = words.get(4) == Some(&domid.to_string().as_bytes());
+        (helper && saves && this_one).then_some(id)
+    })
 }
 
 /// A UUID as text.

@@ -14,11 +14,14 @@
 //! Nothing stays mapped between calls: a mapped page keeps a destroyed domain, or a page that was
 //! ballooned out, from going away.
 
+use std::thread;
+use std::time::Duration;
+
 use xen_sys::DomId;
 use xen_sys::ctl::DirtyBitmap;
 use xen_sys::memory::{Access, ForeignMemory, M2p, Mapping};
 
-use super::host::Host;
+use super::host::{Host, SUSPENDING};
 use super::vcpu;
 use crate::digest::{DigestKey, Digester, PageDigest};
 use crate::error::{Error, IoContext, Result, chain};
@@ -60,6 +63,8 @@ pub struct PvSource {
     log_dirty: Option<DirtyBitmap>,
     scanning: bool,
     started: bool,
+    /// Whether the guest was asked to suspend and has not done it.
+    suspending: bool,
     p2m: Vec<u64>,
     p2m_frames: Vec<u64>,
 }
@@ -96,10 +101,11 @@ impl PvSource {
             log_dirty: None,
             scanning: false,
             started: false,
+            suspending: false,
             p2m: Vec::new(),
             p2m_frames: Vec::new(),
         };
-        let (p2m, frames) = source.walk_p2m()?;
+        let (p2m, frames) = source.settled_p2m()?;
         source.facts.pages = p2m.len() as u64;
         source.p2m = p2m;
         source.p2m_frames = frames;
@@ -172,9 +178,23 @@ impl PvSource {
         Ok((table, frames))
     }
 
+    /// The p2m of a guest that may be changing it right now: a walk that meets a change is tried
+    /// again.
+    fn settled_p2m(&self) -> Result<(Vec<u64>, Vec<u64>)> {
+        const ATTEMPTS: u32 = 10;
+        for _ in 1..ATTEMPTS {
+            match self.walk_p2m() {
+                Err(Error::Guest { what }) => log::debug!("The guest's {what}"),
+                other => return other,
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        self.walk_p2m()
+    }
+
     /// Looks again where pages are. What moved, came or went is dirty.
     fn follow_p2m(&mut self, dirty: &mut PageSet) -> Result<()> {
-        let (p2m, frames) = self.walk_p2m()?;
+        let (p2m, frames) = self.settled_p2m()?;
         if p2m.len() != self.p2m.len() {
             return Err(Error::Guest {
                 what: "memory map grew on the way; try again".into(),
@@ -220,10 +240,13 @@ impl PvSource {
             }
             Err(error) => return Err(error).context(|| "Can't track dirty pages"),
         }
-        host.ctl()
-            .dirty_bitmap(self.facts.pages)
-            .context(|| "Can't track dirty pages")
-            .map(Some)
+        match host.ctl().dirty_bitmap(self.facts.pages) {
+            Ok(bitmap) => Ok(Some(bitmap)),
+            Err(error) => {
+                host.end_log_dirty(self.domid, true)?;
+                Err(error).context(|| "Can't track dirty pages")
+            }
+        }
     }
 
     /// Takes one page that has content into `batch`, if it is not as it was.
@@ -339,6 +362,9 @@ impl Source for PvSource {
             dirty.union_with(&PageSet::from_words(bitmap.words(), self.facts.pages));
         }
         self.follow_p2m(dirty)?;
+        // A stock saver that started meanwhile takes log-dirty mode over, and what was dirty with
+        // it; it suspends the guest, and lets it go on or destroys it, when it likes.
+        self.host.refuse_saver(self.domid)?;
         if self.scanning || !self.started {
             dirty.fill();
         }
@@ -444,7 +470,10 @@ impl Source for PvSource {
     }
 
     fn suspend(&mut self) -> Result<()> {
-        self.host.suspend(self.domid)
+        self.suspending = true;
+        self.host.suspend(self.domid)?;
+        self.suspending = false;
+        Ok(())
     }
 
     fn final_state(&mut self) -> Result<GuestState> {
@@ -474,8 +503,17 @@ impl Source for PvSource {
         }
     }
 
+    fn end_suspend(&mut self) -> Result<bool> {
+        let patience = if self.suspending {
+            SUSPENDING
+        } else {
+            Duration::ZERO
+        };
+        self.host.end_suspend(self.domid, patience)
+    }
+
     fn resume(&mut self) -> Result<()> {
-        self.host.go_on(self.domid)
+        self.host.resume(self.domid)
     }
 
     fn destroy(&mut self) -> Result<()> {

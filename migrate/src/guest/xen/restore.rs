@@ -9,9 +9,10 @@
 //!
 //! The restore begins with the move: pages are in the domain before the guest is suspended, and
 //! what comes in the silence is the last delta alone. A pfn may be fed again and again. What it
-//! can't do is take a page back: when a page that was fed becomes a hole, or the guest has grown
-//! beyond its limit, this restore is ended (libxl destroys the domain) and a new one fed from the
-//! image.
+//! can't do is take a page back, and the domain can't have more pages than its limit. When a page
+//! that was fed becomes a hole, or more pages come than fit (a balloon that moved), nothing more is
+//! fed; at the round's end this restore is ended (libxl destroys the domain) and a new one fed from
+//! the image.
 
 use std::io::{PipeWriter, Write};
 use std::os::fd::AsFd;
@@ -19,10 +20,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, TryRecvError, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError, bounded};
 use xen_sys::DomId;
 use xen_sys::ctl::VcpuContext;
-use xen_sys::toolstack::{DomainConfig, Toolstack};
+use xen_sys::toolstack::{Aborter, DomainConfig, Toolstack};
 
 use super::host::Host;
 use super::pv::start_info_rings;
@@ -51,6 +52,9 @@ const LIBXL_CONFIGURATION: &str = "libxl-json";
 /// How long libxl may take until the new domain is there.
 const MAKING: Duration = Duration::from_secs(60);
 
+/// How long libxl may take to end a restore whose stream was cut short.
+const ENDING: Duration = Duration::from_secs(30);
+
 /// How long xl may hold its lock.
 const XL_PATIENCE: Duration = Duration::from_secs(60);
 
@@ -77,6 +81,8 @@ pub struct XenDestination {
     image: Option<Arc<Mutex<Image>>>,
     static_data: Option<StaticData>,
     frames: Vec<u64>,
+    /// Pages that the guest has in this round.
+    populated: u64,
     /// Pages that the restore writes itself: known once the guest's state is.
     rewritten: Vec<u64>,
     restore: Option<Restore>,
@@ -94,8 +100,13 @@ struct Restore {
     feeder: thread::JoinHandle<()>,
     restorer: thread::JoinHandle<()>,
     ended: Receiver<std::result::Result<DomId, String>>,
+    aborter: Aborter,
     /// Pages that the domain may have.
     limit: u64,
+    /// Pages that the feeder was given.
+    given: PageSet,
+    /// What was given no longer fits: nothing more is, and a new restore has to follow.
+    stale: bool,
 }
 
 #[derive(Default)]
@@ -129,6 +140,7 @@ impl XenDestination {
             image: None,
             static_data: None,
             frames: Vec::new(),
+            populated: 0,
             rewritten: Vec::new(),
             restore: None,
             domid: None,
@@ -274,18 +286,21 @@ impl XenDestination {
     ) -> Result<Restore> {
         let (reader, writer) = std::io::pipe().context(|| "Can't make a pipe")?;
         let shared = Arc::new(Shared::default());
+        let given = known_pages(&*locked(&image)?);
         {
             let mut work = locked(&shared.work)?;
-            work.pending = known_pages(&*locked(&image)?);
+            work.pending = given.clone();
             work.frames = (!self.frames.is_empty()).then(|| self.frames.clone());
         }
         let (report, ended) = bounded(1);
+        // A restore owns its context and its thread.
+        let toolstack = Toolstack::open().context(|| "Can't open libxl")?;
+        let aborter = toolstack.aborter();
         let restorer = thread::Builder::new()
             .name("restore".into())
             .spawn(move || {
-                // A restore owns its context and its thread.
-                let result = Toolstack::open()
-                    .and_then(|toolstack| toolstack.restore(&mut configuration, reader.as_fd()))
+                let result = toolstack
+                    .restore(&mut configuration, reader.as_fd())
                     .map_err(|error| chain(&error));
                 drop(reader);
                 // Nobody listens any more where the move was given up.
@@ -318,7 +333,10 @@ impl XenDestination {
             feeder,
             restorer,
             ended,
+            aborter,
             limit,
+            given,
+            stale: false,
         })
     }
 
@@ -348,8 +366,11 @@ impl XenDestination {
         loop {
             match self.host.ctl().claim_pages(domid, populated) {
                 Ok(()) => return Ok(()),
-                // libxl has not set the domain's limit yet.
                 Err(error) if super::host::is_invalid(&error) && start.elapsed() < MAKING => {
+                    // It has them all already, or libxl has not set its limit yet.
+                    if self.host.info(domid)?.tot_pages >= populated {
+                        return Ok(());
+                    }
                     thread::sleep(Duration::from_millis(20));
                 }
                 Err(error) if error.is_out_of_memory() => {
@@ -403,6 +424,10 @@ impl XenDestination {
 
     /// Ends the restore that is under way; libxl destroys its domain.
     fn end_restore(&mut self) -> Result<()> {
+        // First the devices: their scripts must not meet a domain that goes away under them.
+        if let Err(error) = self.devices_attached() {
+            log::info!("{}", chain(&error));
+        }
         let Some(restore) = self.restore.take() else {
             return Ok(());
         };
@@ -410,15 +435,19 @@ impl XenDestination {
             work.stop = true;
         }
         restore.shared.wake.notify_all();
+        // A stream that ends too early ends the restore by itself, if libxl is at the stream.
+        if restore.ended.recv_timeout(ENDING) == Err(RecvTimeoutError::Timeout) {
+            log::warn!("libxl goes on restoring; aborting it");
+            if let Err(error) = restore.aborter.abort() {
+                log::error!("{}", chain(&error));
+            }
+        }
         for thread in [restore.feeder, restore.restorer] {
             if thread.join().is_err() {
                 log::error!("A thread of the restore failed");
             }
         }
         self.completing = None;
-        if let Err(error) = self.devices_attached() {
-            log::info!("{}", chain(&error));
-        }
         if let Some(domid) = self.domid.take()
             && self.host.find(&self.incoming.uuid)? == Some(domid)
         {
@@ -456,9 +485,11 @@ impl Destination for XenDestination {
         self.begin(self.incoming.populated)
     }
 
-    fn p2m_frames(&mut self, frames: &[u64]) -> Result<()> {
-        if frames == self.frames {
-            return Ok(());
+    fn begin_round(&mut self, frames: &[u64], populated: u64) -> Result<bool> {
+        if populated > self.incoming.pages {
+            return Err(Error::Guest {
+                what: "memory is larger than was offered".into(),
+            });
         }
         let wanted = self.incoming.pages.div_ceil(PAGE_SIZE as u64 / 8);
         if frames.len() as u64 != wanted || frames.iter().any(|pfn| *pfn >= self.incoming.pages) {
@@ -466,13 +497,33 @@ impl Destination for XenDestination {
                 what: "p2m frames don't fit its memory".into(),
             });
         }
+        self.populated = populated;
+        let moved = frames != self.frames;
         self.frames = frames.to_vec();
-        self.work()?.frames = Some(frames.to_vec());
-        self.restore()?.shared.wake.notify_all();
-        Ok(())
+        if populated > self.restore()?.limit {
+            self.end_restore()?;
+            self.begin(populated)?;
+            return Ok(true);
+        }
+        if moved {
+            self.work()?.frames = Some(frames.to_vec());
+            self.restore()?.shared.wake.notify_all();
+        }
+        Ok(false)
     }
 
     fn changed(&mut self, pfns: &[u64]) -> Result<()> {
+        let restore = self
+            .restore
+            .as_mut()
+            .ok_or_else(|| Error::Refused("There is no restore".into()))?;
+        for pfn in pfns {
+            restore.given.insert(*pfn);
+        }
+        restore.stale |= restore.given.len() > restore.limit;
+        if restore.stale {
+            return Ok(());
+        }
         let mut work = self.work()?;
         for pfn in pfns {
             work.pending.insert(*pfn);
@@ -482,19 +533,14 @@ impl Destination for XenDestination {
         Ok(())
     }
 
-    fn adapt(&mut self, populated: u64, vanished: bool) -> Result<bool> {
-        if populated > self.incoming.pages {
-            return Err(Error::Guest {
-                what: "memory is larger than was offered".into(),
-            });
-        }
+    fn end_round(&mut self, vanished: bool) -> Result<bool> {
         // The guest isn't suspended before this: hotplug is no part of its silence.
         self.devices_attached()?;
-        if !vanished && populated <= self.restore()?.limit {
+        if !vanished && !self.restore()?.stale {
             return Ok(false);
         }
         self.end_restore()?;
-        self.begin(populated)?;
+        self.begin(self.populated)?;
         Ok(true)
     }
 
@@ -543,6 +589,19 @@ impl Destination for XenDestination {
             &self.digester,
             &self.rewritten,
         )
+    }
+
+    fn confirm(&mut self) -> Result<()> {
+        let domid = self
+            .domid
+            .ok_or_else(|| Error::Refused("There is no guest".into()))?;
+        let info = self.host.info(domid)?;
+        if info.dying || info.shutdown.is_some() || !info.paused {
+            return Err(Error::Refused(format!(
+                "The restored guest (domain {domid}) was not left alone"
+            )));
+        }
+        Ok(())
     }
 
     fn take_over(&mut self) -> Result<()> {
