@@ -45,6 +45,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use toml::Spanned;
 
 use crate::error::{Error, Result};
+use crate::site::{Forward, Translation};
 
 /// The version of the file's format.
 pub const VERSION: u32 = 1;
@@ -422,6 +423,46 @@ impl GuestConfig {
         })
     }
 
+    /// What `site` has to translate so that the guest is reached there. None where the guest's own
+    /// address is routed.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSite`]; [`Error::Config`] if the configuration does not say by which
+    /// address (`source`) this host is known there.
+    pub fn translation(&self, site: &str) -> Result<Option<Translation>> {
+        let guest = self.name.get_ref().clone();
+        let Some(settings) = self.sites.get(site) else {
+            let site = site.to_owned();
+            return Err(Error::UnknownSite { guest, site });
+        };
+        let Some(site_address) = settings.get_ref().address else {
+            return Ok(None);
+        };
+        let Some(edge) = self.source else {
+            return Err(Error::Config(format!(
+                "Guest {guest} has no `source`: its sites can't tell this host from others"
+            )));
+        };
+        let mut forwards: Vec<Forward> = Vec::new();
+        for service in &self.services {
+            let guest_port = *service.port.get_ref();
+            let forward = Forward {
+                site_port: service.site_port.unwrap_or(guest_port),
+                guest_port,
+            };
+            if !forwards.contains(&forward) {
+                forwards.push(forward);
+            }
+        }
+        Ok(Some(Translation {
+            guest,
+            site_address,
+            guest_address: self.address,
+            edges: vec![edge],
+            forwards,
+        }))
+    }
+
     /// Where to connect to learn the round trip time to a site, if the configuration says.
     #[must_use]
     pub fn probe(&self, site: &str) -> Option<SocketAddr> {
@@ -487,6 +528,28 @@ allow = ["203.0.113.0/24"]
         assert_eq!(guest.upstream("c", service), None);
         assert_eq!(guest.probe("a"), "198.51.100.7:22".parse().ok());
         assert_eq!(guest.probe("b"), None);
+    }
+
+    #[test]
+    fn a_site_is_told_what_to_translate() {
+        let config = Config::parse(GOOD, "proxy.toml").unwrap();
+        let mut guest = config.guests[0].clone();
+        let translation = guest.translation("a").unwrap().unwrap();
+        assert_eq!(translation.edges, ["192.0.2.1".parse::<IpAddr>().unwrap()]);
+        assert_eq!(
+            translation.forwards,
+            [Forward {
+                site_port: 15900,
+                guest_port: 5900
+            }]
+        );
+        assert_eq!(guest.translation("b").unwrap(), None);
+        assert!(matches!(
+            guest.translation("c"),
+            Err(Error::UnknownSite { .. })
+        ));
+        guest.source = None;
+        assert!(matches!(guest.translation("a"), Err(Error::Config(_))));
     }
 
     #[test]

@@ -97,6 +97,9 @@ pub enum Error {
     /// The other end of the control socket broke the protocol.
     #[error("The control socket: {0}")]
     Protocol(String),
+    /// The proxy, asked through the control socket, did not answer in the time it was given.
+    #[error("The proxy does not answer in time")]
+    Timeout,
     /// The proxy, asked through the control socket, said no.
     #[error("The proxy refused: {0}")]
     Refused(String),

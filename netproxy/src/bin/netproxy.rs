@@ -1,5 +1,6 @@
 //! Runs the proxy of a configuration file until SIGTERM or SIGINT. SIGHUP reads the file again;
-//! SIGUSR2 lets a new program take over, connections and all.
+//! SIGUSR2 lets a new program take over, connections and all. Or leads standard input and output
+//! to the control socket of one that runs, for callers on other hosts.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -12,12 +13,17 @@ use signal_hook::iterator::Signals;
 
 fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
-    let mut arguments = std::env::args_os().skip(1);
-    let (Some(file), None) = (arguments.next(), arguments.next()) else {
-        eprintln!("Usage: netproxy CONFIGURATION.toml");
-        return ExitCode::from(2);
+    let arguments: Vec<PathBuf> = std::env::args_os().skip(1).map(PathBuf::from).collect();
+    let file = match arguments.as_slice() {
+        [file] if !file.to_string_lossy().starts_with('-') => file,
+        [word, socket] if word.as_os_str() == "attach" => {
+            return outcome(netproxy::control::attach(socket));
+        }
+        _ => {
+            eprintln!("Usage: netproxy CONFIGURATION.toml\n       netproxy attach CONTROL-SOCKET");
+            return ExitCode::from(2);
+        }
     };
-    let file = PathBuf::from(file);
     let signals = match Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR2]) {
         Ok(signals) => signals,
         Err(error) => {
@@ -25,7 +31,11 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match run(&file, signals) {
+    outcome(run(file, signals))
+}
+
+fn outcome(result: Result<()>) -> ExitCode {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("netproxy: {}", error.chain());

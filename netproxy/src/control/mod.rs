@@ -10,6 +10,7 @@
 //! Every request has one answer, in order. A line is at most [`MAX_LINE`] bytes.
 
 mod client;
+mod guest_move;
 mod server;
 
 use std::time::Duration;
@@ -18,7 +19,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::retarget::lease;
 
-pub use client::Client;
+pub use client::{Client, attach};
+pub use guest_move::Move;
 pub(crate) use server::{Attendant, ControlServer};
 
 /// The version of the protocol.
@@ -79,6 +81,20 @@ pub enum Request {
     Cancel {
         /// The guest.
         guest: String,
+    },
+    /// The guest runs at this site, however it came there: settle whatever is open.
+    Arrived {
+        /// The guest.
+        guest: String,
+        /// Where it is.
+        site: String,
+    },
+    /// What a site has to translate so that the guest is reached there.
+    Translation {
+        /// The guest.
+        guest: String,
+        /// The site.
+        site: String,
     },
     /// Refuse new connections, or take them again.
     Drain {

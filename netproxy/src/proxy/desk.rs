@@ -79,6 +79,11 @@ impl Proxy {
                 value(self.release(&guest, Duration::from_millis(wait_ms))?)
             }
             Request::Cancel { guest } => value(self.cancel(&guest)?),
+            Request::Arrived { guest, site } => value(self.arrived(&guest, &site)?),
+            Request::Translation { guest, site } => {
+                let translation = self.guest(&guest)?.settings().translation(&site)?;
+                Ok(serde_json::json!({ "translation": translation }))
+            }
             Request::Drain { guest, on } => {
                 self.drain(guest.as_deref(), on)?;
                 nothing()

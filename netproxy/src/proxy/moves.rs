@@ -13,7 +13,7 @@ use crate::guest::Guest;
 use crate::repair;
 use crate::retarget::block::Block;
 use crate::retarget::late::LATE;
-use crate::retarget::lease::{Leases, Term};
+use crate::retarget::lease::{self, Leases, Term};
 use crate::retarget::path::{self, Warmth};
 use crate::retarget::phase::{Asked, Phase};
 
@@ -223,6 +223,37 @@ impl Proxy {
         *phase = next;
         self.end_move(guest);
         Ok(tally)
+    }
+
+    /// The guest runs at `site` now, however it came there: settles whatever is open. New
+    /// connections go there, and those that are open are re-targeted, late as it may be. Does
+    /// nothing if all is so already.
+    ///
+    /// # Errors
+    /// When there is no such guest or site, or another caller moves the guest meanwhile.
+    pub fn arrived(&self, guest: &str, site: &str) -> Result<Tally> {
+        let known = self.guest(guest)?;
+        let phase = self.phase(guest);
+        {
+            let mut phase = lock(&phase);
+            match &*phase {
+                Phase::Settled if known.site() == site => return Ok(Tally::default()),
+                Phase::Settled => {}
+                Phase::Retargeted { to } if to == site => {
+                    return self.release_now(&known, &mut phase, Duration::ZERO);
+                }
+                _ => {
+                    let tally = self.cancel_now(&known, &mut phase)?;
+                    if known.site() == site {
+                        return Ok(tally);
+                    }
+                }
+            }
+        }
+        self.prepare(guest, site)?;
+        self.hold(guest, lease::DEFAULT)?;
+        self.retarget(guest)?;
+        self.release(guest, Duration::ZERO)
     }
 
     /// The move of a held guest may take until `lease` from now.

@@ -8,11 +8,13 @@
 
 use std::net::IpAddr;
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Error, Result};
 use crate::program::run;
 
 /// One port of the site that stands for a port of the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Forward {
     /// The site's port.
     pub site_port: u16,
@@ -21,7 +23,7 @@ pub struct Forward {
 }
 
 /// The translation for one guest at one site.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Translation {
     /// The guest's name; the table is named after it.
     pub guest: String,

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use netproxy::Proxy;
 use netproxy::config::Config;
-use netproxy::control::Client;
+use netproxy::control::{Client, Move};
 use traffic::{Kind, Noise, Reads, Running, Sends, serve, start};
 use world::{EDGE, GUEST, PROBE_PORT, SITES, World};
 
@@ -499,6 +499,134 @@ fn a_guest_that_answers_at_the_new_site_is_not_sent_back() {
     assert_eq!(&answer, b"under way");
     wait_until(|| edge.client().list().unwrap().guests[0].site == "b");
     exchange(&mut echoing(&world), b"new");
+}
+
+/// As `vmshadow` does it, and from another host: through a program that leads to the socket.
+#[test]
+fn a_move_is_driven_from_another_host() {
+    let within = Duration::from_secs(20);
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let mut stream = echoing(&world);
+    exchange(&mut stream, b"before");
+    let connect = || {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_netproxy"));
+        Client::through(command.arg("attach").arg(&edge.control)).unwrap()
+    };
+    // The edge knows what its sites have to translate.
+    let translation = connect().translation("desktop", "b").unwrap();
+    assert_eq!(translation, Some(world::translation(SITES[1].1)));
+    let at = || {
+        let guest = edge.client().list().unwrap().guests.remove(0);
+        (guest.site, guest.phase.destination().is_some())
+    };
+    let (mut there, warmth) = Move::prepare(connect(), "desktop", "b", within).unwrap();
+    assert!(warmth.warnings.is_empty(), "{warmth:?}");
+    assert_eq!((there.guest(), there.site()), ("desktop", "b"));
+    world.place(None);
+    stream.write_all(b"under way").unwrap();
+    there.hold(within).unwrap();
+    assert_eq!(there.retarget(within).unwrap().connections, 1);
+    world.place(Some("b"));
+    assert_eq!(there.release(Duration::ZERO, within).unwrap().failed, 0);
+    let mut answer = [0; 9];
+    stream.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"under way");
+    assert_eq!(at(), ("b".into(), false));
+    // Back on purpose, and by being dropped.
+    for purpose in [true, false] {
+        let (mut given_up, _) = Move::prepare(connect(), "desktop", "a", within).unwrap();
+        given_up.hold(within).unwrap();
+        if purpose {
+            given_up.back(within).unwrap();
+        } else {
+            drop(given_up);
+            wait_until(|| at() == ("b".into(), false));
+        }
+        exchange(&mut stream, b"as ever");
+    }
+    // Nobody is there.
+    let mut nothing = std::process::Command::new("true");
+    let error = Move::prepare(
+        Client::through(&mut nothing).unwrap(),
+        "desktop",
+        "a",
+        within,
+    );
+    assert!(
+        matches!(error, Err(netproxy::Error::Protocol(_))),
+        "{error:?}"
+    );
+}
+
+#[test]
+fn an_answer_that_comes_too_late_is_nobodys() {
+    let world = World::new(Duration::from_millis(200));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let mut stream = echoing(&world);
+    exchange(&mut stream, b"before");
+    let within = Duration::from_secs(20);
+    let (mut moving, _) = Move::prepare(edge.client(), "desktop", "b", within).unwrap();
+    world.place(None);
+    // The freeze waits until all that the guest had sent is in.
+    let error = moving.hold(Duration::from_millis(10)).unwrap_err();
+    assert!(matches!(error, netproxy::Error::Timeout), "{error}");
+    let error = moving.retarget(within).unwrap_err();
+    assert!(matches!(error, netproxy::Error::Protocol(_)), "{error}");
+    drop(moving);
+    wait_until(|| {
+        edge.client().list().unwrap().guests[0]
+            .phase
+            .destination()
+            .is_none()
+    });
+    world.place(Some("a"));
+    exchange(&mut stream, b"as ever");
+}
+
+/// Whoever moved the guest died, or the proxy was told nothing: it is put right later, from any
+/// phase, and more than once does no harm.
+#[test]
+fn a_guest_that_arrived_is_followed() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let mut stream = echoing(&world);
+    exchange(&mut stream, b"before");
+    let mut control = edge.client();
+    for (round, (to, other)) in [("b", "a"), ("a", "b"), ("b", "a"), ("a", "b")]
+        .into_iter()
+        .enumerate()
+    {
+        if round > 0 {
+            // A move to where it goes, or to where it does not.
+            control
+                .prepare("desktop", if round == 2 { other } else { to })
+                .unwrap();
+        }
+        world.place(None);
+        stream.write_all(b"under way").unwrap();
+        if round > 1 {
+            control.hold("desktop", LEASE).unwrap();
+        }
+        if round > 2 {
+            control.retarget("desktop").unwrap();
+        }
+        world.place(Some(to));
+        control.arrived("desktop", to).unwrap();
+        control.arrived("desktop", to).unwrap();
+        let mut answer = [0; 9];
+        stream.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"under way");
+        let guest = control.list().unwrap().guests.remove(0);
+        assert_eq!((guest.site.as_str(), guest.phase.destination()), (to, None));
+    }
+    for (guest, site) in [("nobody", "a"), ("desktop", "nowhere")] {
+        let error = control.arrived(guest, site).unwrap_err();
+        assert!(matches!(error, netproxy::Error::Refused(_)), "{error}");
+    }
 }
 
 #[test]
