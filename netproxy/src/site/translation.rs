@@ -41,15 +41,11 @@ impl Translation {
     /// The family and name of its table.
     #[must_use]
     pub fn table(&self) -> String {
-        let mut name = String::from("vmshadow_");
-        for byte in self.guest.bytes() {
-            if byte.is_ascii_alphanumeric() {
-                name.push(char::from(byte));
-            } else {
-                name.push_str(&format!("_{byte:02x}"));
-            }
-        }
-        format!("{} {name}", self.family())
+        format!(
+            "{} {}",
+            self.family(),
+            super::table_name("inwards", &self.guest)
+        )
     }
 
     fn family(&self) -> &'static str {
@@ -186,7 +182,7 @@ mod tests {
     #[test]
     fn rules_of_both_directions() {
         let rules = translation().rules();
-        assert!(rules.contains("table ip vmshadow_my_20desktop {"));
+        assert!(rules.contains("table ip vmshadow_inwards_my_20desktop {"));
         assert!(rules.contains("elements = { 192.0.2.1 }"));
         assert!(rules.contains(
             "ip saddr @edges ip daddr 198.51.100.7 tcp dport 15900 notrack \

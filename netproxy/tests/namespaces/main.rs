@@ -3,6 +3,7 @@
 //! These tests need root, and fail without it.
 #![allow(missing_docs, clippy::unwrap_used)]
 
+mod detours;
 mod traffic;
 mod world;
 
