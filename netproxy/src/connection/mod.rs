@@ -78,7 +78,11 @@ enum Upstream {
 #[derive(Debug)]
 enum Stage {
     Normal,
-    Held { frozen: bool },
+    Held {
+        frozen: bool,
+        /// It was released before, and the guest may still know more than its socket.
+        before: Option<Box<Proving>>,
+    },
     Moved(Box<Moved>),
     Unmovable(String),
     Proving(Box<Proving>),
@@ -131,9 +135,6 @@ pub(crate) struct Connection {
     settle_since: Option<Instant>,
     /// It was re-targeted at least once.
     moved_before: bool,
-    /// Sequence numbers that the guest may know beyond all that the socket was ever given: the
-    /// move before this one had not come so far yet.
-    ahead: u32,
     counted: (u64, u64),
     key: usize,
     /// The deadline that is in the worker's queue for it.
@@ -204,7 +205,6 @@ impl Connection {
             last_activity: ctx.now,
             settle_since: None,
             moved_before: false,
-            ahead: 0,
             counted: (0, 0),
             key,
             timer_at: None,
@@ -323,11 +323,8 @@ impl Connection {
     }
 
     fn pump(&mut self, ctx: &mut Context<'_>) -> Next {
-        let (may_read, may_write) = match self.stage {
-            Stage::Normal | Stage::Proving(_) => (true, true),
-            Stage::Held { .. } => (true, false),
-            Stage::Moved(_) | Stage::Unmovable(_) => (false, false),
-        };
+        let may_read = !matches!(self.stage, Stage::Moved(_) | Stage::Unmovable(_));
+        let may_write = self.may_write();
         let mut work = Workspace {
             scratch: ctx.scratch,
             pool: ctx.pool,
@@ -422,7 +419,11 @@ impl Connection {
     /// Its deadline may have come.
     pub(crate) fn on_timer(&mut self, ctx: &mut Context<'_>) -> Next {
         if matches!(self.stage, Stage::Proving(_)) {
-            return self.check(ctx);
+            let could_write = self.may_write();
+            return match self.check(ctx) {
+                Next::Wait if !could_write && self.may_write() => self.advance(ctx),
+                next => next,
+            };
         }
         if let Upstream::Connecting(_, since) = &self.upstream {
             if ctx.now >= *since + ctx.limits.connect.0 {

@@ -113,6 +113,7 @@ pub(crate) struct ProvingState {
     pub answered: bool,
     pub next_probe: Micros,
     pub probe_wait: Micros,
+    pub next_mark: Micros,
 }
 
 /// The side of the guest.
@@ -141,7 +142,6 @@ pub(crate) struct ConnectionState {
     pub opened: Micros,
     pub last_activity: Micros,
     pub moved_before: bool,
-    pub ahead: u32,
 }
 
 /// An old socket that is kept for what comes late.
@@ -334,7 +334,6 @@ mod tests {
                     opened: Micros::since(now, now),
                     last_activity: Micros::since(now, now),
                     moved_before: true,
-                    ahead: 0,
                 }],
                 ..WorkerState::default()
             }],
