@@ -1194,6 +1194,23 @@ fn a_guest_that_gives_up_during_a_move_is_seen_to() {
     exchange(&mut next, b"moved");
 }
 
+/// Neither an end nor a reset comes from a client whose line is cut.
+#[test]
+fn a_client_that_vanishes_does_not_hold_the_guest_for_ever() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let edge = Edge::new(
+        &world,
+        "[limits]\nkeepalive = \"1s\"\nkeepalive_interval = \"1s\"\nkeepalive_probes = 2",
+    );
+    let mut stream = echoing(&world);
+    exchange(&mut stream, b"before");
+    assert_eq!(established(&world), 1);
+    world.ip("client", "link set c0 down");
+    wait_until(|| edge.client().list().unwrap().connections.is_empty());
+    wait_until(|| established(&world) == 0);
+}
+
 #[test]
 fn a_smaller_path_mtu_at_the_new_site() {
     let world = World::new(Duration::from_millis(4));
