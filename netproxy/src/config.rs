@@ -587,6 +587,10 @@ allow = ["203.0.113.0/24"]
             .collect();
         assert!(example.contains("[[guest.service]]"));
         Config::parse(&example, "example").unwrap();
+        let guide = include_str!("../../docs/guide/proxy.md");
+        let mut parts = guide.split("```toml\n").skip(1);
+        let example = parts.next().unwrap().split("```").next().unwrap();
+        Config::parse(example, "guide").unwrap();
     }
 
     proptest! {
