@@ -143,13 +143,14 @@ impl Row {
 
 fn main() {
     let mut words = std::env::args().skip(1);
-    let moves: usize = words.find_map(|word| word.parse().ok()).unwrap_or(6);
+    let moves: usize = words.find_map(|word| word.parse().ok()).unwrap_or(5);
     println!(
         "{moves} moves each, in ms: median of the streams' first bytes | the slowest stream's | \
-         all pending bytes; the worst move in brackets. Beside: the same without a move.\n"
+         all pending bytes; the worst move in brackets. Then the release itself, which is the \
+         proxy's own part, and the same exchange without a move.\n"
     );
-    println!("| RTT | connections | pending | at a move | | | without | | |");
-    println!("|---|---|---|---|---|---|---|---|---|");
+    println!("| RTT | connections | pending | at a move | | | release | without | | |");
+    println!("|---|---|---|---|---|---|---|---|---|---|");
     for rtt in [10, 40, 200] {
         for count in [1, 100, 1000] {
             let world = World::new(Duration::from_millis(rtt));
@@ -171,6 +172,7 @@ fn main() {
                 // An idle stream is asked something when the guest can be reached.
                 let length = if size == 0 { 10 } else { size };
                 let (mut with, mut without) = (Row::default(), Row::default());
+                let mut releases = Vec::new();
                 for _ in 0..moves {
                     let start = Instant::now();
                     send(&mut streams, length);
@@ -195,16 +197,21 @@ fn main() {
                     if size == 0 {
                         send(&mut streams, length);
                     }
-                    let reading = std::thread::scope(|scope| {
+                    let (reading, release) = std::thread::scope(|scope| {
                         let reading = scope.spawn(|| answers(&streams, length, start));
+                        let asked = Instant::now();
                         go.release(Duration::ZERO, WITHIN).unwrap();
-                        reading.join().unwrap()
+                        let release = asked.elapsed();
+                        (reading.join().unwrap(), release)
                     });
                     with.add(reading);
+                    releases.push(release.as_secs_f64() * 1e3);
                 }
+                releases.sort_by(f64::total_cmp);
                 println!(
-                    "| {rtt} | {count} | {name} | {} | {} |",
+                    "| {rtt} | {count} | {name} | {} | {:.1} | {} |",
                     with.show(),
+                    releases[releases.len() / 2],
                     without.show()
                 );
             }
