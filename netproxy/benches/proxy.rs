@@ -53,10 +53,15 @@ impl Network {
         inside("edge", || {
             std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
         });
-        for name in ["client", "edge"] {
+        for name in ["client", "edge", "server"] {
             inside(name, || {
-                let range = "/proc/sys/net/ipv4/ip_local_port_range";
-                std::fs::write(range, "10000 65000").unwrap();
+                let set = |key: &str, value: &str| {
+                    std::fs::write(format!("/proc/sys/net/ipv4/{key}"), value).unwrap();
+                };
+                set("ip_local_port_range", "10000 65000");
+                // What Linux has by default: all three share one host's memory for TCP.
+                set("tcp_rmem", "4096 131072 6291456");
+                set("tcp_wmem", "4096 16384 4194304");
             });
         }
         network
@@ -225,13 +230,17 @@ fn haproxy(
 ) -> Option<Proxy> {
     let address = free_port();
     let file = directory.join(format!("{name}.cfg"));
+    // It reckons with two descriptors for each.
+    let files = nix::sys::resource::Resource::RLIMIT_NOFILE;
+    let (files, _) = nix::sys::resource::getrlimit(files).unwrap();
+    let most = (files.saturating_sub(300) / 2).min(12_000);
     let options = if splice {
         " option splice-request\n option splice-response\n"
     } else {
         ""
     };
     let text = format!(
-        "global\n nbthread 2\n maxconn 12000\n{}defaults\n mode tcp\n timeout connect 5s\n \
+        "global\n nbthread 2\n maxconn {most}\n maxpipes 64\n{}defaults\n mode tcp\n timeout connect 5s\n \
          timeout client 1h\n timeout server 1h\n{options}listen l\n bind {address}\n \
          server s {server}\n",
         if splice { "" } else { " nosplice\n" }
@@ -390,7 +399,16 @@ fn main() {
     };
     let files = nix::sys::resource::Resource::RLIMIT_NOFILE;
     let (_, most) = nix::sys::resource::getrlimit(files).unwrap();
-    nix::sys::resource::setrlimit(files, most, most).unwrap();
+    // Two for each connection, here as in the proxies, and some for other things.
+    let wanted = most.max(65_536);
+    let limit = match nix::sys::resource::setrlimit(files, wanted, wanted) {
+        Ok(()) => wanted,
+        Err(_) => most,
+    };
+    nix::sys::resource::setrlimit(files, limit, limit).unwrap();
+    let idle = usize::try_from(limit.saturating_sub(400) / 2)
+        .unwrap()
+        .min(10_000);
     let directory: PathBuf =
         std::env::temp_dir().join(format!("netproxy-bench-{}", std::process::id()));
     std::fs::create_dir_all(&directory).unwrap();
@@ -416,7 +434,7 @@ fn main() {
     }
     println!(
         "\nRound trips in µs: p50, p99, and the proxy's CPU for one. New connections a second, \
-         one after the other. KiB of the proxy's memory for each of 10,000 idle connections.\n"
+         one after the other. KiB of the proxy's memory for each of {idle} idle connections.\n"
     );
     println!("| bytes | 64 | | | 1,024 | | | 16,384 | | | new/s | KiB |");
     println!("|---|---|---|---|---|---|---|---|---|---|---|---|");
@@ -430,7 +448,7 @@ fn main() {
             print!(" {p50:.0} | {p99:.0} | {} |", cell(cpu, 1));
         }
         let rate = connects(&proxy, time);
-        println!(" {rate:.0} | {} |", cell(idle_memory(&proxy, 10_000), 1));
+        println!(" {rate:.0} | {} |", cell(idle_memory(&proxy, idle), 1));
     }
     std::fs::remove_dir_all(&directory).unwrap();
 }

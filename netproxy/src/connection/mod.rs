@@ -37,8 +37,10 @@ use crate::retarget::late::Late;
 use crate::splice::{End, Endpoint, Failure, Flow, PipePool, Turn, Workspace};
 use moving::{Moved, Proving};
 
-/// How long one turn of a flow may go on before the others have theirs, in bytes.
-const TURN: usize = 4 << 20;
+/// How long one turn of a flow may go on before the others have theirs, in bytes. With larger ones
+/// hundreds of busy connections wait so long for theirs that the kernel takes it for a long way,
+/// and grows their receive buffers until its memory for TCP is used up.
+const TURN: usize = 256 << 10;
 /// How often it is looked whether the guest has acknowledged the last bytes.
 const SETTLE: Duration = Duration::from_millis(20);
 
