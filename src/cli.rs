@@ -12,7 +12,7 @@ use std::path::PathBuf;
     arg_required_else_help = true
 )]
 #[command(
-    after_help = "Exit status: 0 done; 1 failed, and the message says where the guest runs; \
+    after_help = "Exit status: 0 done; 1 failed, and the message says where the guest is; \
 2 bad usage.\nSet VMSHADOW_LOG=info (or debug) to see more."
 )]
 pub struct Cli {
@@ -21,16 +21,30 @@ pub struct Cli {
     pub command: Command,
 }
 
+const MIGRATE_HELP: &str = "Examples:
+  vmshadow migrate g1 root@b.example.org
+  vmshadow migrate g1 b --bandwidth 50M --report g1.json
+
+Ctrl-C gives the move up, and the guest goes on at this host. Once the guest is
+handed over to HOST the move is finished instead.";
+
+const RESOLVE_HELP: &str = "Without --decree nothing is guessed: where only the other host knows \
+who has the
+guest it is asked, and while it can't be reached the move stays open. Run this
+again then, at either host, as often as you like.";
+
 /// The subcommands, in the order of `--help`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Show whether this host, and HOST if given, can move guests
+    /// Show whether this host, and HOST if given, can move guests, and what is missing
     Check(Check),
     /// List guests: memory, state, how their dirty pages can be tracked, and what hinders a move
     List(List),
     /// Move a running guest to another host
+    #[command(after_help = MIGRATE_HELP)]
     Migrate(Migrate),
     /// Settle a move that a lost link or a killed process left open
+    #[command(after_help = RESOLVE_HELP)]
     Resolve(Resolve),
     /// The other end of a move; started by ssh
     #[command(hide = true)]
@@ -46,7 +60,8 @@ pub enum Command {
 /// `vmshadow check`
 #[derive(Debug, Args)]
 pub struct Check {
-    /// Also check whether this host can be reached: [USER@]HOST
+    /// Another host, [USER@]HOST, to check as well: whether ssh reaches it with a key, and whether
+    /// it can move guests
     pub host: Option<String>,
     /// How HOST is reached
     #[command(flatten)]
@@ -74,28 +89,34 @@ pub struct Migrate {
     /// How HOST is reached
     #[command(flatten)]
     pub remote: RemoteOptions,
-    /// Suspend the guest once the rest crosses in this many milliseconds
+    /// Suspend the guest once what is left to copy would cross in MS milliseconds. Suspending and
+    /// restoring it add to the time that it is silent
     #[arg(long, value_name = "MS", default_value_t = 300)]
     pub downtime: u64,
-    /// Send at most this much: bits per second, with k, M or G (50M is 50 Mbit/s)
+    /// Send at most RATE bits a second, with k, M or G: 50M is 50 Mbit/s. At least 256k
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub bandwidth: Option<u64>,
-    /// Give up, with the guest running here, when it isn't suspended after S seconds
-    #[arg(long, value_name = "S")]
+    /// Give up, with the guest running here, when it is not yet time to suspend it S seconds after
+    /// HOST was called. What comes then, the silence, is not bounded by this
+    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..))]
     pub timeout: Option<u64>,
-    /// Move a guest with writable disks: they are shared storage, at the same path on HOST
+    /// Move a guest that has writable disks, without their content: they are shared storage, which
+    /// HOST has at the same paths
     #[arg(long)]
     pub no_disks: bool,
-    /// Find dirty pages this way; by default as the hypervisor allows
+    /// How to find the memory that the guest changed; by default log-dirty where the hypervisor
+    /// can, else scan
     #[arg(long, value_enum, value_name = "HOW")]
     pub tracker: Option<Tracker>,
-    /// Compare all memory again at both hosts before the guest is handed over
+    /// Read and compare all memory once more at both hosts before the guest is handed over, while
+    /// it is silent
     #[arg(long)]
     pub verify: bool,
-    /// Print the report as JSON
+    /// Print the report as JSON, and no progress
     #[arg(long)]
     pub json: bool,
-    /// Also write the report, as JSON, to FILE
+    /// Also write the report, as JSON, to FILE. A FILE that can't be written stops the move before
+    /// it begins
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
 }
@@ -103,10 +124,10 @@ pub struct Migrate {
 /// How another host is reached.
 #[derive(Debug, Args)]
 pub struct RemoteOptions {
-    /// The ssh command, with its options
+    /// The command that stands for ssh, with its options: "ssh -p 2222"
     #[arg(short = 's', long, value_name = "COMMAND", default_value = "ssh")]
     pub ssh: String,
-    /// The program at the other host
+    /// What to run at HOST, where vmshadow is not in the PATH of ssh
     #[arg(long, value_name = "COMMAND", default_value = "vmshadow")]
     pub remote_command: String,
 }
@@ -114,22 +135,23 @@ pub struct RemoteOptions {
 /// How dirty pages are found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Tracker {
-    /// The hypervisor logs them
+    /// The hypervisor logs which pages were written. It needs shadow paging for that
     LogDirty,
-    /// Every page is digested and compared
+    /// Every page is read in each round, and its digest compared. Works with any hypervisor
     Scan,
 }
 
 /// `vmshadow resolve`
 #[derive(Debug, Args)]
 pub struct Resolve {
-    /// The guest: its name
+    /// The guest: its name, not its domain id
     #[arg(required_unless_present = "all")]
     pub domain: Option<String>,
-    /// Every open move of this host
+    /// Settle every open move of this host. Goes on after one that can't be settled
     #[arg(long, conflicts_with_all = ["domain", "decree"])]
     pub all: bool,
-    /// Your word, when the other host never answers again: who has the guest
+    /// Your word on who has the guest, when the other host will never answer again. Make sure of it
+    /// first: two guests on one disk destroy its data
     #[arg(long, value_enum, value_name = "WHERE")]
     pub decree: Option<Decree>,
     /// Print JSON
@@ -185,9 +207,10 @@ fn parse_rate(text: &str) -> Result<u64, String> {
         .parse()
         .map_err(|_| format!("{text:?} is no rate"))?;
     let bytes = number * factor / 8.0;
-    // Below this a move never ends; above it there is no such link.
-    if !(1e3..=1e12).contains(&bytes) {
-        return Err(format!("{text:?} is out of range (8k to 8000G)"));
+    // Below this what is queued takes longer than an answer is waited for; above it there is no
+    // such link.
+    if !(32e3..=1e12).contains(&bytes) {
+        return Err(format!("{text:?} is out of range (256k to 8000G)"));
     }
     Ok(bytes as u64)
 }

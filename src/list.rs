@@ -28,6 +28,7 @@ struct Guest {
 
 /// Prints every guest.
 pub fn run(options: &cli::List) -> anyhow::Result<()> {
+    crate::require_xen()?;
     let host = Host::open()?;
     let shadow = host.ctl().physical_info()?.shadow;
     let journals = journal::list(&Directories::default())?;
@@ -65,15 +66,21 @@ pub fn run(options: &cli::List) -> anyhow::Result<()> {
         });
     }
     if options.json {
-        println!("{}", serde_json::to_string_pretty(&guests)?);
+        say!("{}", serde_json::to_string_pretty(&guests)?);
         return Ok(());
     }
-    println!(
+    say!(
         "{:24} {:>5} {:>4} {:>8} {:>5} {:10} {:10} Can be moved",
-        "Name", "ID", "Kind", "MiB", "VCPUs", "State", "Tracker"
+        "Name",
+        "ID",
+        "Kind",
+        "MiB",
+        "VCPUs",
+        "State",
+        "Tracker"
     );
     for guest in guests {
-        println!(
+        say!(
             "{:24} {:>5} {:>4} {:>8} {:>5} {:10} {:10} {}",
             guest.name,
             guest.domid,
@@ -92,7 +99,7 @@ pub fn run(options: &cli::List) -> anyhow::Result<()> {
             },
         );
         for open in guest.open_moves {
-            println!(
+            say!(
                 "    a move is open: {open}; run: vmshadow resolve {}",
                 guest.name
             );

@@ -1,12 +1,24 @@
 //! The command `vmshadow`: subcommands in the manner of xl. No logic of its own.
 
+/// Prints a line.
+macro_rules! say {
+    ($($text:tt)*) => { $crate::output::say(format_args!($($text)*)) };
+}
+
+/// Prints a line to standard error.
+macro_rules! tell {
+    ($($text:tt)*) => { $crate::output::tell(format_args!($($text)*)) };
+}
+
 mod check;
 mod cli;
 mod list;
 mod migrate;
+mod output;
 mod policy;
 mod progress;
 mod receive;
+mod report_file;
 mod resolve;
 
 use std::process::ExitCode;
@@ -21,10 +33,15 @@ use clap::Parser;
 use cli::{Cli, Command};
 
 fn main() -> ExitCode {
-    env_logger::Builder::from_env(env_logger::Env::new().filter_or("VMSHADOW_LOG", "warn"))
+    let cli = Cli::parse();
+    // What guardians and keepers do is read later, in their log files.
+    let level = match cli.command {
+        Command::Guard(_) | Command::Keeper(_) => "info",
+        _ => "warn",
+    };
+    env_logger::Builder::from_env(env_logger::Env::new().filter_or("VMSHADOW_LOG", level))
         .format_timestamp_millis()
         .init();
-    let cli = Cli::parse();
     let directories = Directories::default();
     let result = match &cli.command {
         Command::Check(options) => return check::run(options),
@@ -38,15 +55,28 @@ fn main() -> ExitCode {
         Command::Keeper(options) => keeper::run(&directories, &options.uuid).map_err(Into::into),
     };
     match result {
+        // The status of a move tells of the move alone.
+        Ok(()) if output::incomplete() && !matches!(cli.command, Command::Migrate(_)) => {
+            ExitCode::from(1)
+        }
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("vmshadow: {error:#}");
+            tell!("vmshadow: {error:#}");
             ExitCode::from(1)
         }
     }
 }
 
-/// Set by Ctrl-C and by a polite kill: the move is given up in good order.
+/// Fails, in words that say what to install or to do, where this machine can't control Xen guests.
+fn require_xen() -> anyhow::Result<()> {
+    match xen_sys::host::probe().missing {
+        None => Ok(()),
+        Some(missing) => Err(missing.into()),
+    }
+}
+
+/// Set by Ctrl-C, by a polite kill and by a terminal that closes: the move is given up in good
+/// order.
 fn cancelled() -> anyhow::Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
     for signal in [

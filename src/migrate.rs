@@ -1,20 +1,20 @@
 //! `vmshadow migrate`
 
-use std::fs;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow};
+use anyhow::anyhow;
 use migrate::directories::Directories;
 use migrate::error::Error;
 use migrate::guest::xen::checks::Allowed;
 use migrate::link::ssh::Remote;
-use migrate::outgoing::{Request, migrate};
-use migrate::report::{Report, TrackerKind};
+use migrate::outgoing::{Left, Moved, Request, migrate};
+use migrate::report::TrackerKind;
 use migrate::rounds::Limits;
 use migrate::source::Plan;
 
 use crate::cli;
 use crate::progress;
+use crate::report_file::ReportFile;
 
 /// Moves the guest, shows how it goes, and prints the report.
 pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<()> {
@@ -43,6 +43,12 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
         }),
         rate: options.bandwidth,
     };
+    let report = options
+        .report
+        .as_deref()
+        .map(ReportFile::open)
+        .transpose()?;
+    crate::require_xen()?;
     let mut observer = progress::observer(options.json);
     let moved = migrate(
         directories,
@@ -51,43 +57,91 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
         crate::cancelled()?,
     );
     drop(observer);
-    if let Some(report) = &moved.report {
-        publish(options, report)?;
+    // What became of the guest matters more than a report that can't be written.
+    if let Err(error) = publish(options, &moved, report) {
+        tell!("Warning: {error:#}");
     }
-    moved
-        .result
-        .map_err(|error| explain(error, &options.domain, &options.host))
+    let Moved {
+        result,
+        left,
+        report,
+    } = moved;
+    // Journals know the guest by its name, whatever it was called here.
+    let name = report.map_or(options.domain.clone(), |report| report.domain);
+    result.map_err(|error| explain(error, left, &name, &options.host))
 }
 
-fn publish(options: &cli::Migrate, report: &Report) -> anyhow::Result<()> {
+fn publish(options: &cli::Migrate, moved: &Moved, file: Option<ReportFile>) -> anyhow::Result<()> {
+    let Some(report) = &moved.report else {
+        return Ok(());
+    };
     let json = serde_json::to_string_pretty(report)?;
-    if let Some(path) = &options.report {
-        fs::write(path, format!("{json}\n"))
-            .with_context(|| format!("Can't write {}", path.display()))?;
-    }
     if options.json {
-        println!("{json}");
-    } else if report.outcome == "moved" {
-        print!("{}", progress::summary(report));
+        say!("{json}");
+    } else if moved.result.is_ok() {
+        say!("{}", progress::summary(report).trim_end());
+    }
+    if let Some(mut file) = file {
+        file.write(&format!("{json}\n"))?;
     }
     Ok(())
 }
 
 /// Adds where the guest is now, and what to do.
-fn explain(error: Error, domain: &str, host: &str) -> anyhow::Error {
-    let place = match &error {
-        Error::InDoubt { .. } => format!(
+fn explain(error: Error, left: Option<Left>, domain: &str, host: &str) -> anyhow::Error {
+    let resolve = format!("run: vmshadow resolve {domain}");
+    let place = match (&error, left) {
+        (Error::InDoubt { .. }, _) => format!(
             "{domain} is suspended here and may run at {host}: only {host} knows. \
-             When it can be reached again, run: vmshadow resolve {domain}"
+             When it can be reached again, {resolve}"
         ),
-        Error::Unsettled(_) => {
-            format!(
-                "{domain} was not moved and may be suspended here; run: vmshadow resolve {domain}"
-            )
+        // There is no such guest, or it is in another worker's hands, who will tell.
+        (_, None) | (Error::Busy(_), _) => return anyhow!(error),
+        (_, Some(left @ (Left::Suspended | Left::Unseen))) => {
+            format!("{domain} was not moved and {left}; {resolve}")
         }
-        // Nothing was touched, or nothing was found.
-        Error::Refused(_) | Error::Busy(_) => return anyhow!(error),
-        _ => format!("{domain} was not moved and runs here"),
+        (Error::Unsettled(_), Some(left)) => {
+            format!("{domain} was not moved and {left}; {resolve}")
+        }
+        (_, Some(left)) => format!("{domain} was not moved and {left}"),
     };
     anyhow!(error).context(place)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(error: Error, left: Option<Left>) -> String {
+        format!("{:#}", explain(error, left, "g1", "b"))
+    }
+
+    #[test]
+    fn each_failure_tells_where_the_guest_is() {
+        let cancelled = || Error::Cancelled;
+        assert_eq!(
+            message(cancelled(), Some(Left::Running)),
+            "g1 was not moved and runs here: Cancelled"
+        );
+        assert!(message(cancelled(), Some(Left::Paused)).contains("is paused here"));
+        assert!(message(cancelled(), Some(Left::Gone)).contains("is gone from this host"));
+        for left in [Left::Suspended, Left::Unseen] {
+            let message = message(cancelled(), Some(left));
+            assert!(message.contains("vmshadow resolve g1"), "{message}");
+            assert!(!message.contains("runs here"), "{message}");
+        }
+        let unsettled = Error::Unsettled(Box::new(Error::Cancelled));
+        let message_of_it = message(unsettled, Some(Left::Running));
+        assert!(message_of_it.contains("runs here; run: vmshadow resolve g1"));
+        // Whatever is seen here: the other host may have it.
+        let doubt = || Error::InDoubt { peer: "b".into() };
+        for left in [None, Some(Left::Suspended), Some(Left::Unseen)] {
+            let message = message(doubt(), left);
+            assert!(message.contains("only b knows"), "{message}");
+        }
+        assert_eq!(
+            message(Error::Refused("No such guest".into()), None),
+            "No such guest"
+        );
+    }
 }

@@ -28,7 +28,7 @@ struct Warnings;
 impl Observer for Warnings {
     fn notice(&mut self, progress: Progress) {
         if let Progress::Warning(text) = progress {
-            eprintln!("Warning: {text}");
+            tell!("Warning: {text}");
         }
     }
 }
@@ -41,8 +41,8 @@ impl Observer for Lines {
     fn notice(&mut self, progress: Progress) {
         let at = self.start.elapsed().as_secs_f64();
         match progress {
-            Progress::Phase(name) => eprintln!("{at:7.1} s  {name}"),
-            Progress::Warning(text) => eprintln!("{at:7.1} s  warning: {text}"),
+            Progress::Phase(name) => tell!("{at:7.1} s  {name}"),
+            Progress::Warning(text) => tell!("{at:7.1} s  warning: {text}"),
             Progress::Round {
                 number,
                 round,
@@ -53,7 +53,7 @@ impl Observer for Lines {
                 } else {
                     left.to_string()
                 };
-                eprintln!(
+                tell!(
                     "{at:7.1} s  round {number}: {} of {} pages sent, {} on the wire, {left} left",
                     round.raw + round.zero + round.no_data,
                     round.pages,
@@ -91,7 +91,7 @@ impl Observer for Terminal {
     fn notice(&mut self, progress: Progress) {
         match progress {
             Progress::Phase(name) => self.bar.set_prefix(name),
-            Progress::Warning(text) => self.bar.suspend(|| eprintln!("Warning: {text}")),
+            Progress::Warning(text) => self.bar.suspend(|| tell!("Warning: {text}")),
             Progress::Pages {
                 round,
                 done,

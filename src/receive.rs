@@ -1,5 +1,7 @@
 //! `vmshadow receive`: the other end, started by ssh.
 
+use std::io::Write;
+
 use migrate::directories::Directories;
 use migrate::handover::recovery;
 use migrate::incoming;
@@ -11,7 +13,8 @@ use crate::policy;
 pub fn run(options: &cli::Receive, directories: &Directories) -> anyhow::Result<()> {
     if let Some(move_id) = &options.ask {
         let answer = recovery::answer(directories, move_id)?;
-        println!("{}", serde_json::to_string(&answer)?);
+        // An answer that did not arrive must not look like one.
+        writeln!(std::io::stdout(), "{}", serde_json::to_string(&answer)?)?;
         return Ok(());
     }
     incoming::receive(directories, &policy::read()?, crate::cancelled()?).map_err(Into::into)

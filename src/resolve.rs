@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use anyhow::{anyhow, bail};
+use anyhow::anyhow;
 use migrate::directories::Directories;
 use migrate::error::Error;
-use migrate::handover::journal;
+use migrate::handover::journal::{self, Entry};
 use migrate::handover::recovery::{Action, Settled, action, settle, settle_by_decree};
 
 use crate::cli::{self, Decree};
@@ -27,50 +27,78 @@ pub fn run(options: &cli::Resolve, directories: &Directories) -> anyhow::Result<
         .filter(|entry| action(entry) != Action::Nothing)
         .collect();
     if open.is_empty() {
+        // Here no guest can be, nor a move of it: the operator may be at another host.
+        crate::require_xen()?;
         if options.json {
-            println!("[]");
+            say!("[]");
         } else {
-            println!(
+            say!(
                 "No move of {} is open here",
                 options.domain.as_deref().unwrap_or("any guest")
             );
         }
         return Ok(());
     }
-    let mut done: Vec<Settled> = Vec::new();
-    for entry in open {
-        let name = entry.begin.name.clone();
-        let settled = match options.decree {
-            Some(Decree::Here) => settle_by_decree(directories, &entry, true),
-            Some(Decree::There) => settle_by_decree(directories, &entry, false),
-            None => settle(directories, &entry, PATIENCE),
-        };
-        match settled {
-            Ok(settled) => done.push(settled),
-            Err(Error::InDoubt { peer }) => bail!(
-                "{peer} has no record of this move, which began there before it could be committed. \
-                 Look whether {0} runs at {peer}, then run: vmshadow resolve --decree here|there {0}",
-                name
-            ),
-            Err(error @ Error::LinkLost { .. }) => {
-                return Err(anyhow!(error).context(format!(
-                    "{} stays suspended here, since it may run at {}; try again when that host can be \
-                     reached",
-                    name, entry.begin.peer
-                )));
-            }
-            Err(error) => return Err(error.into()),
-        }
-    }
+    let (done, mut failed) = settle_each(open, |entry| match options.decree {
+        Some(Decree::Here) => settle_by_decree(directories, entry, true),
+        Some(Decree::There) => settle_by_decree(directories, entry, false),
+        None => settle(directories, entry, PATIENCE),
+    });
     if options.json {
-        println!("{}", serde_json::to_string_pretty(&done)?);
+        say!("{}", serde_json::to_string_pretty(&done)?);
     } else {
         for settled in done {
-            println!(
+            say!(
                 "{}: {} (it is {})",
-                settled.name, settled.what, settled.place
+                settled.name,
+                settled.what,
+                settled.place
             );
         }
     }
-    Ok(())
+    // The last of them is for the caller to tell.
+    let last = failed.pop();
+    for error in failed {
+        tell!("vmshadow: {error:#}");
+    }
+    last.map_or(Ok(()), Err)
+}
+
+/// Settles all; one that can't be settled does not hold up the others.
+fn settle_each(
+    open: Vec<Entry>,
+    mut settle: impl FnMut(&Entry) -> Result<Settled, Error>,
+) -> (Vec<Settled>, Vec<anyhow::Error>) {
+    let mut done = Vec::new();
+    let mut failed = Vec::new();
+    for entry in open {
+        match settle(&entry) {
+            Ok(settled) => done.push(settled),
+            Err(error) => failed.push(explain(error, &entry)),
+        }
+    }
+    (done, failed)
+}
+
+/// Adds where the guest is, and what to do.
+fn explain(error: Error, entry: &Entry) -> anyhow::Error {
+    let (name, peer) = (&entry.begin.name, &entry.begin.peer);
+    match error {
+        Error::InDoubt { .. } => anyhow!(
+            "{peer} has no record of the move of {name}, which began there before it could be \
+             committed. Look whether {name} runs at {peer}, then run: \
+             vmshadow resolve --decree here|there {name}"
+        ),
+        // The domain of that time is gone.
+        Error::LinkLost { .. } if entry.begin.boot_id != journal::boot_id() => anyhow!(error)
+            .context(format!(
+                "{name} ended here with the reboot and may run at {peer}: don't start it here yet; \
+                 try again when {peer} can be reached"
+            )),
+        Error::LinkLost { .. } => anyhow!(error).context(format!(
+            "{name} stays suspended here, since it may run at {peer}; try again when {peer} can be \
+             reached"
+        )),
+        error => anyhow!(error).context(format!("The move of {name} stays open")),
+    }
 }

@@ -46,6 +46,8 @@ const FUNCTIONS: &[&str] = &[
     "xc_vcpu_getinfo",
     "xc_vcpu_getcontext",
     "xc_maximum_ram_page",
+    "xc_gnttab_get_version",
+    "xc_gnttab_map_table_v(1|2)",
     // libxenguest
     "xc_map_m2p",
     "xc_cpu_policy_(init|destroy|get_system|get_domain|get_size|serialise|is_compatible)",
@@ -118,6 +120,7 @@ const CONSTANTS: &[&str] = &[
     "HVM_PARAM_.*",
     "HVM_NR_PARAMS",
     "SHUTDOWN_.*",
+    "GTF_.*",
     "XCFLAGS_.*",
     "XBT_NULL",
     "LIBXL_VERSION",

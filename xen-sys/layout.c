@@ -23,6 +23,11 @@ struct entry {
 #define OFFSET(type, field) { #type "." #field, offsetof(type, field) }
 
 static const struct entry entries[] = {
+    SIZE(grant_entry_v1_t),
+    OFFSET(grant_entry_v1_t, frame),
+    SIZE(grant_entry_v2_t),
+    OFFSET(grant_entry_v2_t, full_page.frame),
+    OFFSET(grant_entry_v2_t, sub_page.frame),
     SIZE(vcpu_guest_context_x86_64_t),
     OFFSET(vcpu_guest_context_x86_64_t, user_regs),
     OFFSET(vcpu_guest_context_x86_64_t, user_regs.rdx),

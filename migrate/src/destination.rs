@@ -27,7 +27,7 @@ use crate::handover::guardian::Guardian;
 use crate::handover::journal::{Journal, Outcome, Phase};
 use crate::handover::lock::GuestLock;
 use crate::hold::hold;
-use crate::image::Image;
+use crate::image::{Arrived, Image};
 use crate::keeper;
 use crate::link::Conversation;
 use crate::pages::Page;
@@ -258,35 +258,36 @@ impl<'a> Receiving<'a> {
                 what: error.to_string(),
             })?;
         let digester = &self.digester;
-        let (mut stored, mut changed) = (0, Vec::with_capacity(batch.len()));
-        let mut image = lock(&self.image)?;
+        let mut arrived = Vec::with_capacity(batch.len());
         for page in batch.iter() {
             let (digest, content): (_, Option<&Page>) = match page.content {
                 Content::None => (digester.hole(page.page_type), None),
                 Content::Zero => (digester.zero(page.page_type), None),
                 Content::Raw(content) => (digester.page(page.page_type, content), Some(content)),
             };
-            let had = image
-                .table()
-                .get(page.pfn)
-                .is_some_and(|before| before.page_type.has_data());
-            self.vanished |= had && !page.page_type.has_data();
-            stored += 1;
-            if page.page_type.has_data() {
-                changed.push(page.pfn);
-            }
-            image.store(
-                page.pfn,
-                PageState {
+            arrived.push(Arrived {
+                pfn: page.pfn,
+                state: PageState {
                     page_type: page.page_type,
                     digest,
                 },
                 content,
-            )?;
+            });
         }
+        let mut image = lock(&self.image)?;
+        let mut changed = Vec::with_capacity(arrived.len());
+        for page in &arrived {
+            if page.state.page_type.has_data() {
+                changed.push(page.pfn);
+            } else {
+                let before = image.table().get(page.pfn);
+                self.vanished |= before.is_some_and(|before| before.page_type.has_data());
+            }
+        }
+        image.store(&arrived)?;
         drop(image);
         self.guest.changed(&changed)?;
-        Ok(stored)
+        Ok(arrived.len() as u64)
     }
 
     fn protocol(&self, what: &str) -> Error {

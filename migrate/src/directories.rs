@@ -61,12 +61,18 @@ impl Directories {
     /// # Errors
     /// [`Error::Io`] where a directory can't be made.
     pub fn create(&self) -> Result<()> {
+        let fresh = !self.moves().exists();
         for path in [&self.moves(), &self.incoming(), &self.runtime, &self.log] {
             DirBuilder::new()
                 .recursive(true)
                 .mode(0o700)
                 .create(path)
                 .context(|| format!("Can't make {}", path.display()))?;
+        }
+        // A journal must be found again after a power cut.
+        let parents = [Some(self.state.as_path()), self.state.parent()];
+        for path in parents.into_iter().flatten().filter(|_| fresh) {
+            sync_directory(path)?;
         }
         Ok(())
     }

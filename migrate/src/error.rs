@@ -54,6 +54,14 @@ pub enum Error {
         /// What was seen of it.
         reason: String,
     },
+    /// What had to be done with the other site by a certain time was not.
+    #[error("{peer}, or the link to it, took longer than {} s", seconds(*.allowed))]
+    Stalled {
+        /// The other site.
+        peer: String,
+        /// How long it was allowed to take.
+        allowed: std::time::Duration,
+    },
     /// The other side sent something that isn't in the protocol.
     #[error("{peer} breaks the protocol: {what}")]
     Protocol {
@@ -106,6 +114,11 @@ pub enum Error {
         /// The other site.
         peer: String,
     },
+}
+
+/// Seconds as messages show them: 30, 2.5.
+fn seconds(duration: std::time::Duration) -> f64 {
+    (duration.as_secs_f64() * 10.0).round() / 10.0
 }
 
 /// Says what was being done when a call failed.

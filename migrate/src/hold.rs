@@ -1,11 +1,12 @@
 //! Stopping at a chosen point, for tests that break a move there.
 //!
 //! With `VMSHADOW_HOLD=POINT:FILE` in its environment a worker that comes to that point makes the
-//! file and waits until it is removed. Tests kill processes and cut links meanwhile. Without the
+//! file and waits until it is removed; the first time only. Tests kill processes and cut links meanwhile. Without the
 //! variable nothing happens.
 
 use std::path::Path;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// The variable that names the point and the file.
@@ -22,6 +23,10 @@ pub fn hold(point: &str) {
     let Some((_, file)) = wanted.as_ref().filter(|(wanted, _)| wanted == point) else {
         return;
     };
+    static HELD: AtomicBool = AtomicBool::new(false);
+    if HELD.swap(true, Ordering::Relaxed) {
+        return;
+    }
     if let Err(error) = std::fs::write(file, std::process::id().to_string()) {
         log::error!("Can't hold at {point}: {error}");
         return;

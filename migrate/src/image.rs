@@ -8,23 +8,41 @@
 //! dom0 is often smaller than its guests. The file is mapped shared, so the kernel can write back
 //! and drop what isn't touched. Its blocks are reserved at the start: a disk that is too full is
 //! an error before the guest stops, never a fault in the middle of a copy. Zero pages are one bit
-//! and never written.
+//! and never written. Pages are written by runs, not through the mapping: a fault for each page
+//! costs more than the copy.
 
 use std::fs::{File, OpenOptions};
+use std::io::IoSlice;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use memmap2::MmapMut;
 use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::uio::pwritev;
 
 use crate::error::{Error, IoContext, Result};
 use crate::guest::{PageState, PageTable};
 use crate::pages::{PAGE_SIZE, Page, PageSet};
 
+/// Pages written by one call: the kernel's limit is 1,024 pieces.
+const RUN: usize = 256;
+
+/// A page as it arrived.
+#[derive(Debug, Clone, Copy)]
+pub struct Arrived<'a> {
+    /// Which.
+    pub pfn: u64,
+    /// What it is.
+    pub state: PageState,
+    /// Its content; none where it is all zero, or has none.
+    pub content: Option<&'a Page>,
+}
+
 /// The arriving memory of one guest.
 #[derive(Debug)]
 pub struct Image {
     path: PathBuf,
+    file: File,
     map: MmapMut,
     table: PageTable,
     zero: PageSet,
@@ -47,6 +65,7 @@ impl Image {
         match Self::reserve(&file, path, pages) {
             Ok(map) => Ok(Image {
                 path: path.to_owned(),
+                file,
                 map,
                 table: PageTable::new(pages),
                 zero: PageSet::new(pages),
@@ -83,30 +102,59 @@ impl Image {
         &self.table
     }
 
-    /// Stores a page as it arrived. `content` may be left out where it is all zero or there is
-    /// none.
+    /// Stores pages as they arrived. Neighbours are written by one call.
     ///
     /// # Errors
-    /// [`Error::Refused`] for a pfn beyond the guest.
-    pub fn store(&mut self, pfn: u64, state: PageState, content: Option<&Page>) -> Result<()> {
-        if pfn >= self.table.pages() {
+    /// [`Error::Refused`] for a pfn beyond the guest; [`Error::Io`].
+    pub fn store(&mut self, pages: &[Arrived<'_>]) -> Result<()> {
+        let beyond = pages.iter().find(|page| page.pfn >= self.table.pages());
+        if let Some(page) = beyond {
             return Err(Error::Refused(format!(
-                "Page {pfn:#x} is beyond the guest's memory"
+                "Page {:#x} is beyond the guest's memory",
+                page.pfn
             )));
         }
-        match content {
-            Some(content) => {
-                self.zero.remove(pfn);
-                let (pages, _) = self.map.as_chunks_mut::<PAGE_SIZE>();
-                if let Some(page) = pages.get_mut(pfn as usize) {
-                    *page = *content;
+        let mut run: Vec<IoSlice<'_>> = Vec::with_capacity(RUN);
+        let mut first = 0;
+        for page in pages {
+            if let Some(content) = page.content {
+                if run.len() == RUN || first + run.len() as u64 != page.pfn {
+                    self.write(first, &mut run)?;
+                    first = page.pfn;
                 }
-            }
-            None => {
-                self.zero.insert(pfn);
+                run.push(IoSlice::new(content));
             }
         }
-        self.table.set(pfn, state);
+        self.write(first, &mut run)?;
+        for page in pages {
+            match page.content {
+                Some(_) => self.zero.remove(page.pfn),
+                None => self.zero.insert(page.pfn),
+            };
+            self.table.set(page.pfn, page.state);
+        }
+        Ok(())
+    }
+
+    /// Writes the pages of `run`, which begin at `first`, and empties it.
+    fn write(&self, first: u64, run: &mut Vec<IoSlice<'_>>) -> Result<()> {
+        let doing = || format!("Can't write {}", self.path.display());
+        let mut at = first as i64 * PAGE_SIZE as i64;
+        let mut left = run.as_mut_slice();
+        while !left.is_empty() {
+            let written = match pwritev(&self.file, left, at) {
+                Err(nix::errno::Errno::EINTR) => continue,
+                Err(error) => return Err(std::io::Error::from(error)).context(doing),
+                // A disk that takes nothing more says so by an error.
+                Ok(0) => {
+                    return Err(std::io::Error::from(std::io::ErrorKind::WriteZero)).context(doing);
+                }
+                Ok(written) => written,
+            };
+            at += written as i64;
+            IoSlice::advance_slices(&mut left, written);
+        }
+        run.clear();
         Ok(())
     }
 
@@ -154,17 +202,34 @@ mod tests {
             page_type: PageType::Normal,
             digest: PageDigest([1; 16]),
         };
-        image.store(3, state, Some(&[7; PAGE_SIZE])).unwrap();
+        let page = |pfn, content| Arrived {
+            pfn,
+            state,
+            content,
+        };
+        let (seven, eight) = ([7; PAGE_SIZE], [8; PAGE_SIZE]);
+        let arrived = [
+            page(0, Some(&eight)),
+            page(1, None),
+            page(2, Some(&eight)),
+            page(3, Some(&seven)),
+        ];
+        image.store(&arrived[..1]).unwrap();
+        assert_eq!(image.content(0), Some(&eight));
+        assert_eq!(image.table().get(2), None);
+        image.store(&arrived[2..]).unwrap();
+        assert_eq!(image.content(2), Some(&eight));
+        image.store(&arrived).unwrap();
+        assert_eq!(image.content(1), Some(&[0; PAGE_SIZE]));
         assert_eq!(image.content(3), Some(&[7; PAGE_SIZE]));
         assert_eq!(image.table().get(3), Some(state));
-        assert_eq!(image.table().get(2), None);
-        image.store(3, state, None).unwrap();
+        image.store(&[page(3, None)]).unwrap();
         assert_eq!(
             image.content(3),
             Some(&[0; PAGE_SIZE]),
             "zero hides what was there before"
         );
-        assert!(image.store(4, state, None).is_err());
+        assert!(image.store(&[page(4, Some(&seven))]).is_err());
         assert_eq!(image.content(4), None);
         image.remove().unwrap();
         assert!(!path.exists());

@@ -2,6 +2,12 @@
 //!
 //! `vmshadow receive`, started by ssh from the other site: its standard input and output are the
 //! link. Of what the other site says of the guest only listed fields are taken.
+//!
+//! ```text
+//! hello <-> hello -> offer -> settle what earlier moves left -> checks -> accept or refuse
+//! ```
+//!
+//! All that may take its time comes after the hello: from then on signs of life go out.
 
 use std::io;
 use std::sync::Arc;
@@ -31,14 +37,18 @@ const LOCKED: Duration = Duration::from_secs(5);
 /// Receives one guest over standard input and output.
 ///
 /// # Errors
-/// Whatever failed; the source was told, and nothing of the guest is left here.
+/// Whatever failed; the source was told, and nothing of the guest is left here. Where this is no
+/// host that can receive, [`Error::Refused`] says what is missing.
 pub fn receive(
     directories: &Directories,
     policy: &SitePolicy,
     cancel: Arc<AtomicBool>,
 ) -> Result<()> {
     directories.create()?;
-    recovery::settle_all(directories);
+    // Quick, and told in words: whoever looks at this end alone should see it too.
+    let missing = xen_sys::host::probe()
+        .missing
+        .map(|missing| chain(&missing));
     let peer = std::env::var("SSH_CONNECTION")
         .ok()
         .and_then(|text| text.split_whitespace().next().map(str::to_owned))
@@ -48,9 +58,14 @@ pub fn receive(
         writer: Box::new(io::stdout()),
     };
     let conversation = Conversation::start(&peer, link, WireRole::Destination, None, cancel);
-    run(directories, conversation, &mut |offer| {
-        prepare(directories, policy, &peer, offer)
-    })
+    let result = run(directories, conversation, &mut |offer| match &missing {
+        Some(missing) => Err(Error::Refused(missing.clone())),
+        None => prepare(directories, policy, &peer, offer),
+    });
+    match (result, missing) {
+        (Err(_), Some(missing)) => Err(Error::Refused(missing)),
+        (result, _) => result,
+    }
 }
 
 fn prepare(
@@ -63,6 +78,13 @@ fn prepare(
         return Err(Error::Refused("Only PV guests can be taken".into()));
     }
     let host = Host::open()?;
+    let physical = host
+        .ctl()
+        .physical_info()
+        .context(|| "Can't read about this host")?;
+    refuse_oversize(offer.pages, offer.populated_pages, physical.total_pages)?;
+    // An earlier attempt for the same guest may be among it.
+    recovery::settle_all(directories);
     let accepted = accept(offer, policy).map_err(|error| Error::Refused(chain(&error)))?;
     let lock = GuestLock::wait(directories, &offer.uuid, &offer.name, LOCKED)?;
     recovery::refuse_open_moves(directories, &offer.uuid, &offer.name)?;
@@ -118,6 +140,20 @@ fn prepare(
         xen,
         warnings,
     })
+}
+
+/// What is kept of each page is made before the restore finds that there is no room. A memory map
+/// may be larger than the guest, which can have been ballooned down, but not by any factor.
+fn refuse_oversize(pages: u64, populated: u64, host_pages: u64) -> Result<()> {
+    if populated <= host_pages && pages / 4 <= host_pages {
+        return Ok(());
+    }
+    Err(Error::Refused(format!(
+        "Not enough memory: the guest has {} MiB, and {} MiB at most; this host has {} MiB in all",
+        populated >> 8,
+        pages >> 8,
+        host_pages >> 8
+    )))
 }
 
 fn refuse_conflicts(host: &Host, offer: &Offer) -> Result<()> {
@@ -185,4 +221,22 @@ fn warnings(host: &Host, ours: &XenVersion, offer: &Offer) -> Result<Vec<String>
         ));
     }
     Ok(warnings)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_larger_than_the_machine_is_refused() {
+        let gib = 1 << 18;
+        let refused = |pages, populated| refuse_oversize(pages, populated, 4 * gib).is_err();
+        assert!(!refused(4 * gib, 4 * gib));
+        assert!(refused(4 * gib + 1, 4 * gib + 1));
+        // Ballooned down from more than the machine has.
+        assert!(!refused(16 * gib, gib));
+        assert!(refused(16 * gib + 4, gib));
+        // The most that the protocol can say.
+        assert!(refused(crate::pages::MAX_PAGES, 1));
+    }
 }

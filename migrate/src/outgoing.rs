@@ -11,10 +11,11 @@ use std::time::Duration;
 
 use serde_json::Value;
 use xen_sys::DomId;
+use xen_sys::ctl::ShutdownReason;
 
 use crate::digest::{DigestKey, Digester};
 use crate::directories::Directories;
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, IoContext, Result, chain};
 use crate::guest::Source;
 use crate::guest::xen::checks::{Allowed, Layout, hindrances};
 use crate::guest::xen::host::Host;
@@ -57,6 +58,61 @@ pub struct Moved {
     pub report: Option<Report>,
     /// How it ended.
     pub result: Result<()>,
+    /// Where the move failed: what was seen of the guest here when all was over. None where it was
+    /// not even found.
+    pub left: Option<Left>,
+}
+
+/// What is seen of a guest at this host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Left {
+    /// It runs.
+    Running,
+    /// Its operator has paused it.
+    Paused,
+    /// It is suspended.
+    Suspended,
+    /// It has stopped by itself.
+    Stopped(ShutdownReason),
+    /// There is no such domain.
+    Gone,
+    /// The hypervisor could not be asked.
+    Unseen,
+}
+
+impl std::fmt::Display for Left {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Left::Running => f.write_str("runs here"),
+            Left::Paused => f.write_str("is paused here"),
+            Left::Suspended => f.write_str("is suspended here"),
+            Left::Stopped(reason) => write!(f, "has stopped here ({reason})"),
+            Left::Gone => f.write_str("is gone from this host"),
+            Left::Unseen => f.write_str("can't be looked at here"),
+        }
+    }
+}
+
+fn look(host: &Host, uuid: &str) -> Left {
+    let domains = match host.ctl().domains() {
+        Ok(domains) => domains,
+        Err(error) => {
+            log::error!("{}", chain(&error));
+            return Left::Unseen;
+        }
+    };
+    let info = domains
+        .iter()
+        .find(|info| !info.dying && host.uuid_text(info) == uuid);
+    match info {
+        None => Left::Gone,
+        Some(info) => match info.shutdown {
+            Some(ShutdownReason::Suspend) => Left::Suspended,
+            Some(reason) => Left::Stopped(reason),
+            None if info.paused => Left::Paused,
+            None => Left::Running,
+        },
+    }
 }
 
 /// Moves a guest. Once `cancel` is set it gives up, unless the guest is committed.
@@ -66,14 +122,13 @@ pub fn migrate(
     observer: &mut dyn Observer,
     cancel: Arc<AtomicBool>,
 ) -> Moved {
-    match prepare_and_move(directories, request, observer, cancel) {
-        Ok((report, result)) => Moved {
-            report: Some(report),
-            result,
-        },
+    let mut found = None;
+    match prepare_and_move(directories, request, observer, cancel, &mut found) {
+        Ok(moved) => moved,
         Err(error) => Moved {
             report: None,
             result: Err(error),
+            left: found.map(|uuid| Host::open().map_or(Left::Unseen, |host| look(&host, &uuid))),
         },
     }
 }
@@ -107,13 +162,15 @@ fn prepare_and_move(
     request: &Request,
     observer: &mut dyn Observer,
     cancel: Arc<AtomicBool>,
-) -> Result<(Report, Result<()>)> {
+    found: &mut Option<String>,
+) -> Result<Moved> {
     directories.create()?;
     recovery::settle_all(directories);
     let host = Host::open()?;
     let domid = find_domain(&host, &request.domain)?;
     let name = host.name(domid)?;
     let uuid = host.uuid_text(&host.info(domid)?);
+    *found = Some(uuid.clone());
     let lock = GuestLock::wait(directories, &uuid, &name, LOCKED)?;
     recovery::refuse_open_moves(directories, &uuid, &name)?;
     let hindrances = hindrances(&host, domid, request.allowed)?;
@@ -136,7 +193,7 @@ fn prepare_and_move(
             move_id: move_id.to_string(),
             role: Role::Source,
             name: name.clone(),
-            uuid,
+            uuid: uuid.clone(),
             domid: Some(domid.get()),
             peer: request.remote.host.clone(),
             remote: request.remote.command.clone(),
@@ -177,9 +234,9 @@ fn prepare_and_move(
     );
     // What ssh says of its end tells more than that the connection was closed.
     let result = result.map_err(|error| match error {
-        Error::LinkLost { peer, .. } => Error::LinkLost {
+        Error::LinkLost { peer, reason } => Error::LinkLost {
             peer,
-            reason: session.reason(),
+            reason: session.reason(reason),
         },
         other => other,
     });
@@ -193,7 +250,12 @@ fn prepare_and_move(
         _ => guardian.finish(),
     }
     session.finish(Duration::from_secs(10));
-    Ok((report, result))
+    let left = result.as_ref().err().map(|_| look(&host, &uuid));
+    Ok(Moved {
+        report: Some(report),
+        result,
+        left,
+    })
 }
 
 fn offer(

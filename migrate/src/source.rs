@@ -48,6 +48,13 @@ const ACCEPTING: Duration = Duration::from_secs(240);
 /// How long it may take to handle a round that has crossed.
 const HANDLING: Duration = Duration::from_secs(300);
 
+/// How long the guest may be suspended before the handover, whatever it waits for: then it goes on
+/// here.
+const SILENT: Duration = Duration::from_secs(300);
+
+/// The same in the verify mode, which reads all memory at both sites meanwhile.
+const SILENT_VERIFYING: Duration = Duration::from_secs(1200);
+
 /// How long a restore may take to complete: devices' hotplug scripts, and the verify mode.
 const RESTORING: Duration = Duration::from_secs(300);
 
@@ -387,6 +394,12 @@ impl<'a> Session<'a> {
         self.suspend_started = Some(started);
         self.go.guest.suspend()?;
         self.part("suspend", started.elapsed());
+        let silent = if self.go.plan.verify {
+            SILENT_VERIFYING
+        } else {
+            SILENT
+        };
+        self.go.peer.set_deadline(Some(started + silent));
         hold("suspended");
         (self.go.unchanged)()?;
         let last = Instant::now();
@@ -479,6 +492,7 @@ impl<'a> Session<'a> {
         hold("ready");
         // From here on only the destination's word lets the guest run here again.
         self.go.peer.ignore_cancel();
+        self.go.peer.set_deadline(None);
         self.go.journal.reach(Phase::Committed)?;
         hold("committed");
         Ok(Committed)
@@ -535,6 +549,7 @@ impl<'a> Session<'a> {
         }
         note(self.go.guest.end_tracking());
         self.go.peer.ignore_cancel();
+        self.go.peer.set_deadline(None);
         // A peer that is gone finds out by itself.
         let _ = self
             .go

@@ -46,18 +46,15 @@ fn lying_peers() {
     }
 
     // A real conversation, both ways, is written down at b; it ends before the commit.
-    let record = "--remote-command 'r() { tee /tmp/question | VMSHADOW_HOLD=ready:/tmp/held \
-         timeout 60 vmshadow \"$@\" | tee /tmp/answer; }; r'";
-    let command = format!("{} > /tmp/out 2>&1 &", migrate(SiteName::A, record));
-    here.run(&command).unwrap();
-    there
-        .run("until [ -e /tmp/held ]; do sleep 0.2; done; sleep 1; ls -l /tmp/question /tmp/answer")
-        .unwrap();
-    here.run(
-        "kill -INT $(pgrep -x vmshadow); while pgrep -x vmshadow > /dev/null; do sleep 0.2; done",
-    )
+    let record =
+        "--remote-command 'r() { tee /tmp/question | vmshadow \"$@\" | tee /tmp/answer; }; r'";
+    here.run(&format!(
+        "env VMSHADOW_HOLD=ready:/tmp/held {} > /tmp/out 2>&1 & \
+         until [ -e /tmp/held ]; do sleep 0.2; done; kill -9 $(cat /tmp/held); rm /tmp/held",
+        migrate(SiteName::A, record)
+    ))
     .unwrap();
-    there.run("rm -f /tmp/held").unwrap();
+    there.run("ls -l /tmp/question /tmp/answer").unwrap();
     assert_eq!(settled(&testbed, &guest, "the recorded move"), SiteName::A);
 
     // A lying source.

@@ -6,6 +6,7 @@
 
 mod broken;
 mod changes;
+mod empty;
 mod hostile;
 mod moves;
 mod oracle;

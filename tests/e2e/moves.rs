@@ -47,8 +47,8 @@ fn there_and_back(testbed: &Testbed, guest: &Guest, trips: u32, tracker: &str) {
     alive(testbed, guest, "reboot");
 }
 
-/// One row of the matrix: five times there and back.
-fn row(hypervisor: Hypervisor, dom0: (u32, u32), vcpus: u32, memory_mib: u32) {
+/// One row of the matrix.
+fn row(hypervisor: Hypervisor, dom0: (u32, u32), vcpus: u32, memory_mib: u32, trips: u32) {
     let (dom0_vcpus, dom0_memory_mib) = dom0;
     let options = Options {
         cpus: dom0_vcpus,
@@ -59,7 +59,7 @@ fn row(hypervisor: Hypervisor, dom0: (u32, u32), vcpus: u32, memory_mib: u32) {
     let testbed = sites(options);
     let run: &[&str] = match memory_mib {
         // Hardly more than its kernel needs.
-        ..96 => &["rewrite 1 4", "random 1"],
+        ..=96 => &["rewrite 1 4", "random 1"],
         _ => &["rewrite 4 4", "random 8", "text 8"],
     };
     let guest = Guest {
@@ -68,7 +68,7 @@ fn row(hypervisor: Hypervisor, dom0: (u32, u32), vcpus: u32, memory_mib: u32) {
         run: run.iter().map(|line| (*line).to_owned()).collect(),
         ..Guest::new("g1", 101)
     };
-    there_and_back(&testbed, &guest, 5, tracker(hypervisor));
+    there_and_back(&testbed, &guest, trips, tracker(hypervisor));
 }
 
 fn tracker(hypervisor: Hypervisor) -> &'static str {
@@ -78,36 +78,38 @@ fn tracker(hypervisor: Hypervisor) -> &'static str {
     }
 }
 
-// Every pair of hypervisor, CPUs of dom0, vCPUs and memory is in one of these six.
+// Every pair of hypervisor, CPUs of dom0, vCPUs and memory is in one of these six. Five times there
+// and back on each hypervisor; larger guests once, and five times in the whole matrix. Debian's
+// kernel takes 58 MiB from its 16th on, so 96 MiB is the least it runs in: 64 MiB is `empty`'s.
 
 #[test]
-fn log_dirty_one_vcpu_64_mib() {
-    row(Hypervisor::Release, (1, 1024), 1, 64);
+fn log_dirty_one_vcpu_96_mib() {
+    row(Hypervisor::Release, (1, 1024), 1, 96, 5);
 }
 
 #[test]
 fn log_dirty_two_vcpus_192_mib_two_cpus_of_dom0() {
-    row(Hypervisor::Release, (2, 1024), 2, 192);
+    row(Hypervisor::Release, (2, 1024), 2, 192, 1);
 }
 
 #[test]
 fn log_dirty_two_vcpus_512_mib_larger_than_dom0() {
-    row(Hypervisor::Release, (1, 384), 2, 512);
+    row(Hypervisor::Release, (1, 384), 2, 512, 1);
 }
 
 #[test]
-fn scan_two_vcpus_64_mib_two_cpus_of_dom0() {
-    row(Hypervisor::Security, (2, 1024), 2, 64);
+fn scan_two_vcpus_96_mib_two_cpus_of_dom0() {
+    row(Hypervisor::Security, (2, 1024), 2, 96, 5);
 }
 
 #[test]
 fn scan_one_vcpu_192_mib() {
-    row(Hypervisor::Security, (1, 1024), 1, 192);
+    row(Hypervisor::Security, (1, 1024), 1, 192, 1);
 }
 
 #[test]
 fn scan_one_vcpu_512_mib_two_cpus_of_dom0() {
-    row(Hypervisor::Security, (2, 1024), 1, 512);
+    row(Hypervisor::Security, (2, 1024), 1, 512, 1);
 }
 
 #[test]
@@ -116,9 +118,9 @@ fn the_whole_matrix() {
     for hypervisor in [Hypervisor::Release, Hypervisor::Security] {
         for dom0 in [(1, 1024), (2, 1024), (1, 384), (2, 384)] {
             for vcpus in [1, 2] {
-                for memory_mib in [64, 128, 192, 512] {
+                for memory_mib in [96, 128, 192, 512] {
                     eprintln!("{hypervisor:?}, dom0 {dom0:?}, {vcpus} vCPUs, {memory_mib} MiB");
-                    row(hypervisor, dom0, vcpus, memory_mib);
+                    row(hypervisor, dom0, vcpus, memory_mib, 5);
                 }
             }
         }

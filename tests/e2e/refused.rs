@@ -75,7 +75,7 @@ fn clear_errors_before_anything_is_suspended() {
 #[test]
 fn what_the_hosts_cannot_do() {
     let options = Options {
-        cpu_features: "+aes".into(),
+        cpu_features: "+abm".into(),
         iommu: true,
         ..with(Hypervisor::Release)
     };
@@ -85,7 +85,7 @@ fn what_the_hosts_cannot_do() {
 
     // A CPU without what the guest was promised.
     testbed.start_guest(SiteName::A, &guest).unwrap();
-    refuses(&testbed, "vmshadow migrate g1 10.77.0.12", "CPU");
+    refuses(&testbed, "vmshadow migrate g1 10.77.0.12", "abm");
     assert_eq!(settled(&testbed, &guest, "the other CPU"), SiteName::A);
     testbed.stop_guest("g1").unwrap();
 
@@ -102,7 +102,7 @@ fn what_the_hosts_cannot_do() {
 
     // From here on a guest that b can take.
     let guest = Guest {
-        extra: vec!["cpuid = \"host,aes=0\"".into()],
+        extra: vec!["cpuid = \"host,abm=0\"".into()],
         ..small_guest()
     };
     testbed.start_guest(SiteName::A, &guest).unwrap();
@@ -152,14 +152,14 @@ fn another_tool_at_work() {
     here.run(
         "mkfifo /tmp/fifo; sleep 1000 < /tmp/fifo > /dev/null 2>&1 & \
          xl save -c g1 /tmp/fifo > /tmp/save 2>&1 & \
-         until pgrep -f '^.*libxl-save-helper --save-domain' > /dev/null; do sleep 0.2; done; \
+         until pgrep -x libxl-save-help > /dev/null; do sleep 0.2; done; \
          sleep 1",
     )
     .unwrap();
     refuses(&testbed, "vmshadow migrate g1 10.77.0.12", "saving");
     here.run(
         "cat /tmp/fifo > /dev/null & kill $(pgrep -f '^sleep 1000'); \
-         while pgrep -f '^.*libxl-save-helper' > /dev/null; do sleep 0.2; done; cat /tmp/save",
+         while pgrep -x libxl-save-help > /dev/null; do sleep 0.2; done; cat /tmp/save",
     )
     .unwrap();
     assert_eq!(settled(&testbed, &guest, "xl save"), SiteName::A);

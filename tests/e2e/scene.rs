@@ -5,7 +5,7 @@ use std::process::Output;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use testbed::{Guest, Hypervisor, Options, SiteName, Testbed};
+use testbed::{Guest, Hypervisor, Kind, Options, SiteName, Testbed};
 
 /// What both sites take of each other's guests.
 const POLICY: &str = "[site]\nkernel_directories = [\"/\"]\ndisk_directories = [\"/\"]\n\
@@ -115,9 +115,13 @@ fn cleared(testbed: &Testbed, after: &str, right: impl Fn(&[SiteName]) -> bool) 
     }
 }
 
-/// Checks that the guest goes on and all its memory is right.
+/// Checks that the guest goes on and all its memory is right. An empty one only goes on: what is
+/// right of its memory, the verify mode proves.
 pub fn alive(testbed: &Testbed, guest: &Guest, after: &str) {
     testbed.wait_for_guest(SiteName::A, guest).unwrap();
+    if guest.kind == Kind::Empty {
+        return;
+    }
     let first = testbed.status(SiteName::A, guest).unwrap();
     let checked = testbed.ask(SiteName::A, guest, "verify").unwrap();
     assert_eq!(checked["bad"], 0, "{after}: {checked}");

@@ -39,6 +39,20 @@ fn sizes_and_offsets_are_those_of_the_headers() {
         };
     }
 
+    // Entries are read as words.
+    assert_eq!(in_c("grant_entry_v1_t"), 8);
+    assert_eq!(in_c("grant_entry_v1_t.frame"), 4);
+    assert_eq!(in_c("grant_entry_v2_t"), 16);
+    assert_eq!(in_c("grant_entry_v2_t.full_page.frame"), 8);
+    assert_eq!(in_c("grant_entry_v2_t.sub_page.frame"), 8);
+    seen.extend([
+        "grant_entry_v1_t",
+        "grant_entry_v1_t.frame",
+        "grant_entry_v2_t",
+        "grant_entry_v2_t.full_page.frame",
+        "grant_entry_v2_t.sub_page.frame",
+    ]);
+
     type Vcpu = raw::vcpu_guest_context_x86_64;
     size!("vcpu_guest_context_x86_64_t", Vcpu);
     offset!("vcpu_guest_context_x86_64_t.user_regs", Vcpu, user_regs);

@@ -97,6 +97,9 @@ pub struct Settled {
 /// How long a worker of the same move is waited for.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How long it is waited for before a source is told to ask again: less than it waits for an answer.
+const ANSWERING: Duration = Duration::from_secs(20);
+
 /// Carries out what the journal at `entry` demands. Runs again without harm.
 ///
 /// # Errors
@@ -289,7 +292,7 @@ pub fn answer(directories: &Directories, move_id: &str) -> Result<Answer> {
         None => Owner::Unknown,
         Some(entry) => {
             if entry.outcome.is_none() {
-                settle(directories, &entry, PATIENCE)?;
+                settle(directories, &entry, ANSWERING)?;
             }
             match journal::read(&entry.path)?.outcome {
                 Some(Outcome::Moved) => Owner::Destination,

@@ -9,8 +9,9 @@
 //!                  there is nothing to send
 //! ```
 //!
-//! A peer that is silent for [`SILENCE`] is lost, whatever its connection says: a cut link shows
-//! no end of file. A sign of life is a pong with number 0, which nobody asked for.
+//! A peer that is silent for [`SILENCE`] after its hello is lost, whatever its connection says: a
+//! cut link shows no end of file. Each byte from it counts. A sign of life is a pong with number
+//! 0, which nobody asked for.
 
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -20,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded};
 
+use super::sign_of_life::{LastHeard, Listening};
 use super::{Counted, Link, Pace};
 use crate::error::{Error, Result, chain};
 use crate::wire::{
@@ -36,6 +38,10 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(2);
 /// Frames that wait for the link, and frames that wait to be handled: their memory is bounded by
 /// this many of the longest.
 const QUEUE: usize = 4;
+
+/// How long the last words may take to be written. Whoever closes then ends: what is still queued
+/// would be lost, the reason for a refusal among it.
+const FAREWELL: Duration = Duration::from_secs(5);
 
 /// How often a waiting side looks whether it was cancelled.
 const TICK: Duration = Duration::from_millis(100);
@@ -72,12 +78,25 @@ pub struct Conversation {
     peer: String,
     role: Role,
     outgoing: Option<Sender<Vec<u8>>>,
+    /// Closes when the writer has ended.
+    all_written: Receiver<()>,
     incoming: Receiver<Heard>,
-    last_heard: Arc<Mutex<Instant>>,
+    last_heard: LastHeard,
+    silence: Duration,
     written: Arc<AtomicU64>,
     read: Arc<AtomicU64>,
     broken: Arc<Mutex<Option<String>>>,
     cancel: Arc<AtomicBool>,
+    hurry: Arc<AtomicBool>,
+    deadline: Option<Deadline>,
+}
+
+/// When all that is sent and received has to be done.
+#[derive(Debug, Clone, Copy)]
+struct Deadline {
+    at: Instant,
+    /// From when it was set.
+    allowed: Duration,
 }
 
 impl Conversation {
@@ -92,34 +111,35 @@ impl Conversation {
     ) -> Self {
         let (outgoing, frames) = bounded::<Vec<u8>>(QUEUE);
         let (heard, incoming) = bounded(QUEUE);
-        let last_heard = Arc::new(Mutex::new(Instant::now()));
+        let last_heard = LastHeard::default();
         let (written, read) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
         let broken = Arc::<Mutex<Option<String>>>::default();
 
         let mut writer = Counted::new(link.writer, Arc::clone(&written));
         let break_reason = Arc::clone(&broken);
+        let hurry = Arc::<AtomicBool>::default();
+        let hurried = Arc::clone(&hurry);
+        let (writing, all_written) = bounded(0);
         thread::spawn(move || {
-            if let Err(error) = write_frames(&mut writer, role, &frames, rate)
+            // Dropped when this thread ends.
+            let _writing = writing;
+            if let Err(error) = write_frames(&mut writer, role, &frames, rate, &hurried)
                 && let Ok(mut broken) = break_reason.lock()
             {
                 broken.get_or_insert(chain(&error));
             }
         });
-        let mut reader = Counted::new(link.reader, Arc::clone(&read));
-        let noted = Arc::clone(&last_heard);
+        let reader = Counted::new(link.reader, Arc::clone(&read));
+        let noted = last_heard.clone();
+        let mut reader = Listening::new(reader, last_heard.clone());
         thread::spawn(move || {
-            let note = || {
-                if let Ok(mut noted) = noted.lock() {
-                    *noted = Instant::now();
-                }
-            };
             // A receiver that is gone needs nothing more.
             let end = |reason| {
                 let _ = heard.send(Heard::End(reason));
             };
             match Hello::read(&mut reader) {
                 Ok(hello) => {
-                    note();
+                    noted.begin(Instant::now());
                     if heard.send(Heard::Hello(hello)).is_err() {
                         return;
                     }
@@ -134,7 +154,6 @@ impl Conversation {
             loop {
                 match frames.read() {
                     Ok(Some(frame)) => {
-                        note();
                         let received = Received {
                             tag: frame.tag,
                             payload: frame.payload.to_vec(),
@@ -155,12 +174,16 @@ impl Conversation {
             peer: peer.to_owned(),
             role,
             outgoing: Some(outgoing),
+            all_written,
             incoming,
             last_heard,
+            silence: SILENCE,
             written,
             read,
             broken,
             cancel,
+            hurry,
+            deadline: None,
         }
     }
 
@@ -177,16 +200,29 @@ impl Conversation {
         )
     }
 
-    /// From now on no wait is cancelled.
+    /// From `deadline` on every send and receive fails with [`Error::Stalled`], whatever the peer
+    /// does meanwhile: while a guest is silent, neither a stalled link nor a peer that only drips
+    /// messages can make it longer. It holds for waits that have begun as for those to come, until
+    /// it is set anew; `None` lifts it.
+    pub fn set_deadline(&mut self, deadline: Option<Instant>) {
+        self.deadline = deadline.map(|at| Deadline {
+            at,
+            allowed: at.saturating_duration_since(Instant::now()),
+        });
+    }
+
+    /// From now on no wait is cancelled. Nor is a rate kept: all that is still to be said is
+    /// short, and must not wait for what was queued before it to be paid.
     pub fn ignore_cancel(&mut self) {
         self.cancel = Arc::default();
+        self.hurry.store(true, Ordering::Relaxed);
     }
 
     /// Waits for the peer's hello and agrees on a version.
     ///
     /// # Errors
     /// [`Error::Wire`] where there is no common version, [`Error::LinkLost`],
-    /// [`Error::Cancelled`].
+    /// [`Error::Cancelled`], [`Error::Stalled`].
     pub fn greet(&mut self, deadline: Instant) -> Result<Agreement> {
         match self.hear(deadline)? {
             Heard::Hello(hello) => Ok(Hello::new(self.role).agree(&hello)?),
@@ -197,7 +233,7 @@ impl Conversation {
     /// Queues a message; waits while the link is busy.
     ///
     /// # Errors
-    /// [`Error::LinkLost`], [`Error::Cancelled`].
+    /// [`Error::LinkLost`], [`Error::Cancelled`], [`Error::Stalled`].
     pub fn send(&mut self, message: &impl Message) -> Result<()> {
         let mut frame = Vec::new();
         FrameWriter::new(&mut frame).send(message)?;
@@ -206,7 +242,7 @@ impl Conversation {
             let Some(outgoing) = &self.outgoing else {
                 return Err(self.lost("the link was closed".into()));
             };
-            match outgoing.send_timeout(frame, TICK) {
+            match outgoing.send_timeout(frame, self.patience(TICK)) {
                 Ok(()) => return Ok(()),
                 Err(SendTimeoutError::Timeout(unsent)) => frame = unsent,
                 Err(SendTimeoutError::Disconnected(_)) => return Err(self.end_reason()),
@@ -214,10 +250,12 @@ impl Conversation {
         }
     }
 
-    /// The next frame, waited for until `deadline`.
+    /// The next frame, waited for until `deadline`. After it there is none, not even one that has
+    /// come: messages that tell of progress must not put off the end of a wait.
     ///
     /// # Errors
-    /// [`Error::LinkLost`] also where the deadline passes, [`Error::Cancelled`].
+    /// [`Error::LinkLost`] also where `deadline` passes, [`Error::Cancelled`], and
+    /// [`Error::Stalled`] where the one of [`Conversation::set_deadline`] does.
     pub fn receive(&mut self, deadline: Instant) -> Result<Received> {
         match self.hear(deadline)? {
             Heard::Frame(received) => Ok(received),
@@ -228,7 +266,7 @@ impl Conversation {
     /// The next frame if one comes within `patience`.
     ///
     /// # Errors
-    /// [`Error::LinkLost`], [`Error::Cancelled`].
+    /// [`Error::LinkLost`], [`Error::Cancelled`], [`Error::Stalled`].
     pub fn receive_for(&mut self, patience: Duration) -> Result<Option<Received>> {
         match self.hear_for(patience)? {
             None => Ok(None),
@@ -237,46 +275,76 @@ impl Conversation {
         }
     }
 
-    /// Sends what is queued and closes the writing direction. The peer sees an end of file.
+    /// Sends what is queued, as far as the link takes it within a few seconds, and closes the
+    /// writing direction. The peer sees an end of file.
     pub fn close(&mut self) {
+        self.hurry.store(true, Ordering::Relaxed);
         self.outgoing = None;
+        // Nothing is ever sent: this returns when the writer has ended, or is given up.
+        let _: std::result::Result<(), _> = self.all_written.recv_timeout(self.patience(FAREWELL));
     }
 
     fn hear(&mut self, deadline: Instant) -> Result<Heard> {
         loop {
+            if Instant::now() >= deadline {
+                // The reason that this end has for it comes first.
+                self.interrupted()?;
+                return Err(self.lost("no answer in time".into()));
+            }
             if let Some(heard) = self.hear_for(TICK)? {
                 return Ok(heard);
-            }
-            if Instant::now() >= deadline {
-                return Err(self.lost("no answer in time".into()));
             }
         }
     }
 
     fn hear_for(&mut self, patience: Duration) -> Result<Option<Heard>> {
-        match self.incoming.recv_timeout(patience) {
+        // Also where a message is there already: who always has one to handle is told as well.
+        self.interrupted()?;
+        match self.incoming.recv_timeout(self.patience(patience)) {
             Ok(Heard::End(reason)) => Err(self.lost(reason)),
-            Ok(heard) => Ok(Some(heard)),
+            Ok(heard) => {
+                // While the queue was full nothing was read: what the peer said meanwhile is
+                // still on its way to us.
+                self.last_heard.note(Instant::now());
+                Ok(Some(heard))
+            }
             Err(RecvTimeoutError::Disconnected) => Err(self.end_reason()),
             Err(RecvTimeoutError::Timeout) => self.check().map(|()| None),
         }
     }
 
-    fn check(&self) -> Result<()> {
+    /// How long to wait at most, of `wanted`.
+    fn patience(&self, wanted: Duration) -> Duration {
+        self.deadline.map_or(wanted, |deadline| {
+            wanted.min(deadline.at.saturating_duration_since(Instant::now()))
+        })
+    }
+
+    /// What ends a wait from this side.
+    fn interrupted(&self) -> Result<()> {
         if self.cancel.load(Ordering::Relaxed) {
             return Err(Error::Cancelled);
         }
+        match self.deadline {
+            Some(deadline) if Instant::now() >= deadline.at => Err(Error::Stalled {
+                peer: self.peer.clone(),
+                allowed: deadline.allowed,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        self.interrupted()?;
         if self.broken.lock().is_ok_and(|broken| broken.is_some()) {
             return Err(self.end_reason());
         }
         // What is queued was heard: a slow handler is not a silent peer.
-        let heard = self
-            .last_heard
-            .lock()
-            .map(|heard| heard.elapsed())
-            .unwrap_or_default();
-        if heard > SILENCE && self.incoming.is_empty() {
-            return Err(self.lost(format!("nothing heard for {} s", heard.as_secs())));
+        match self.last_heard.silent_for(Instant::now()) {
+            Some(silent) if silent > self.silence && self.incoming.is_empty() => {
+                return Err(self.lost(format!("nothing heard for {} s", silent.as_secs())));
+            }
+            _ => {}
         }
         Ok(())
     }
@@ -304,6 +372,7 @@ fn write_frames(
     role: Role,
     frames: &Receiver<Vec<u8>>,
     rate: Option<u64>,
+    hurry: &AtomicBool,
 ) -> std::result::Result<(), WireError> {
     Hello::new(role).write(&mut *writer)?;
     let mut sign_of_life = Vec::new();
@@ -318,8 +387,205 @@ fn write_frames(
             Err(RecvTimeoutError::Timeout) => sign_of_life.clone(),
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
         };
-        writer.write_all(&frame)?;
-        writer.flush()?;
-        pace.wait(frame.len());
+        for slice in frame.chunks(pace.slice()) {
+            writer.write_all(slice)?;
+            writer.flush()?;
+            pace.wait(slice.len(), hurry);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io;
+    use std::os::unix::net::UnixStream;
+
+    /// One end under test, and the other as bare streams.
+    fn talk(role: Role, rate: Option<u64>) -> (Conversation, UnixStream, Arc<AtomicBool>) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let cancel = Arc::<AtomicBool>::default();
+        let link = Link {
+            reader: Box::new(ours.try_clone().unwrap()),
+            writer: Box::new(ours),
+        };
+        let conversation = Conversation::start("b", link, role, rate, Arc::clone(&cancel));
+        (conversation, theirs, cancel)
+    }
+
+    /// Far enough to be no part of a test.
+    fn later() -> Instant {
+        Instant::now() + Duration::from_secs(3600)
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_millis(50)
+    }
+
+    #[test]
+    fn a_deadline_ends_a_send_that_the_link_holds_up() {
+        // Nobody reads at the other end.
+        let (mut source, _stalled, _) = talk(Role::Source, None);
+        source.set_deadline(Some(soon()));
+        let batch = vec![0; 256 << 10];
+        let error = loop {
+            if let Err(error) = source.send(&ToDestination::Pages(&batch)) {
+                break error;
+            }
+        };
+        assert!(matches!(error, Error::Stalled { .. }), "{error:?}");
+        // Nor is anything sent after it, though it may be lifted.
+        assert!(source.send(&ToDestination::Commit).is_err());
+    }
+
+    #[test]
+    fn a_deadline_ends_a_receive() {
+        let (mut source, _silent, _) = talk(Role::Source, None);
+        source.set_deadline(Some(soon()));
+        let error = source.receive(later()).err().unwrap();
+        assert!(matches!(error, Error::Stalled { .. }), "{error:?}");
+        assert!(source.receive_for(Duration::from_secs(3600)).is_err());
+    }
+
+    #[test]
+    fn a_peer_that_drips_messages_does_not_move_the_deadline() {
+        let (mut source, mut peer, _) = talk(Role::Source, None);
+        Hello::new(Role::Destination).write(&mut peer).unwrap();
+        source.greet(later()).unwrap();
+        let dripping = thread::spawn(move || {
+            let mut frames = FrameWriter::new(peer);
+            while frames
+                .send(&ToSource::Progress {
+                    received: 1,
+                    restored: 0,
+                })
+                .is_ok()
+            {}
+        });
+        source.set_deadline(Some(soon()));
+        let error = loop {
+            if let Err(error) = source.receive(later()) {
+                break error;
+            }
+        };
+        assert!(matches!(error, Error::Stalled { .. }), "{error:?}");
+        drop(source);
+        dripping.join().unwrap();
+    }
+
+    /// A writer that takes its time for each byte.
+    struct Slow(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Slow {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            thread::sleep(TICK / 100);
+            let count = bytes.len().min(16);
+            self.0.lock().unwrap().extend(&bytes[..count]);
+            Ok(count)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn the_last_words_are_written_when_it_is_closed() {
+        let written = Arc::<Mutex<Vec<u8>>>::default();
+        let (reader, _open) = io::pipe().unwrap();
+        let link = Link {
+            reader: Box::new(reader),
+            writer: Box::new(Slow(Arc::clone(&written))),
+        };
+        let mut source = Conversation::start("b", link, Role::Source, None, Arc::default());
+        let reason = crate::wire::Text::new(&"because ".repeat(50));
+        source.send(&ToDestination::Abort(reason.clone())).unwrap();
+        source.close();
+        let written = written.lock().unwrap();
+        assert!(written.ends_with(reason.as_str().as_bytes()));
+    }
+
+    #[test]
+    fn a_lifted_deadline_holds_no_more() {
+        let (mut source, mut peer, _) = talk(Role::Source, None);
+        source.set_deadline(Some(Instant::now()));
+        assert!(source.greet(later()).is_err());
+        source.set_deadline(None);
+        Hello::new(Role::Destination).write(&mut peer).unwrap();
+        source.greet(later()).unwrap();
+        FrameWriter::new(&mut peer)
+            .send(&ToSource::Running)
+            .unwrap();
+        let received = source.receive(later()).unwrap();
+        assert_eq!(received.tag(), Tag::Running);
+    }
+
+    #[test]
+    fn silence_counts_from_the_hello_on() {
+        let (mut source, mut peer, _) = talk(Role::Source, None);
+        source.silence = Duration::ZERO;
+        for _ in 0..3 {
+            assert!(
+                source
+                    .receive_for(Duration::from_millis(1))
+                    .unwrap()
+                    .is_none()
+            );
+        }
+        Hello::new(Role::Destination).write(&mut peer).unwrap();
+        source.greet(later()).unwrap();
+        let error = source.receive(later()).err().unwrap();
+        assert!(error.to_string().contains("nothing heard"), "{error}");
+    }
+
+    #[test]
+    fn a_low_rate_delays_no_farewell() {
+        use std::io::Read;
+        // At this rate the first frame alone would take a day.
+        let (mut source, mut peer, _) = talk(Role::Source, Some(1));
+        source
+            .send(&ToDestination::Pages(&vec![7; 100_000]))
+            .unwrap();
+        assert_eq!(Hello::read(&mut peer).unwrap().role, Role::Source);
+        // A part of it is a sign of life.
+        let mut start = vec![0; 200_000];
+        let count = peer.read(&mut start).unwrap();
+        assert!((1..=512).contains(&count), "{count}");
+        source.ignore_cancel();
+        source
+            .send(&ToDestination::Abort(crate::wire::Text::new("enough")))
+            .unwrap();
+        let mut frames = FrameReader::new(
+            io::Cursor::new(start[..count].to_vec()).chain(peer),
+            Direction::ToDestination,
+        );
+        assert_eq!(frames.read().unwrap().unwrap().tag, Tag::Pages);
+        assert_eq!(frames.read().unwrap().unwrap().tag, Tag::Abort);
+    }
+
+    #[test]
+    fn what_comes_too_late_does_not_count() {
+        let (mut source, mut peer, _) = talk(Role::Source, None);
+        Hello::new(Role::Destination).write(&mut peer).unwrap();
+        source.greet(later()).unwrap();
+        FrameWriter::new(&mut peer)
+            .send(&ToSource::Running)
+            .unwrap();
+        let error = source.receive(Instant::now()).err().unwrap();
+        assert!(error.to_string().contains("in time"), "{error}");
+        assert_eq!(source.receive(later()).unwrap().tag(), Tag::Running);
+    }
+
+    #[test]
+    fn a_peer_that_never_stops_talking_does_not_hold_up_a_cancel() {
+        let (mut destination, mut peer, cancel) = talk(Role::Destination, None);
+        Hello::new(Role::Source).write(&mut peer).unwrap();
+        destination.greet(later()).unwrap();
+        FrameWriter::new(&mut peer)
+            .send(&ToDestination::Ping(1))
+            .unwrap();
+        cancel.store(true, Ordering::Relaxed);
+        let error = destination.receive(later()).err().unwrap();
+        assert!(matches!(error, Error::Cancelled), "{error:?}");
     }
 }

@@ -5,6 +5,8 @@
 
 mod conversation;
 mod pacing;
+mod said;
+mod sign_of_life;
 pub mod ssh;
 
 pub use conversation::{Conversation, Received, SILENCE};

@@ -2,7 +2,7 @@
 
 use std::io::{self, Read, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -43,7 +43,8 @@ impl<T: Write> Write for Counted<T> {
 /// Keeps a sender below a rate: each payment says how long to wait before the next.
 ///
 /// A token bucket that holds a tenth of a second's worth, so that a pause is not made up for by a
-/// burst.
+/// burst. Long frames are written in slices, with a short pause after each: the peer keeps hearing
+/// something, and whoever is in a hurry never waits for a whole frame to be paid.
 #[derive(Debug)]
 pub struct Pace {
     rate: Option<f64>,
@@ -52,6 +53,15 @@ pub struct Pace {
 
 impl Pace {
     const BURST: Duration = Duration::from_millis(100);
+
+    /// The longest sleep at once, after which a hurry is looked for.
+    const NAP: Duration = Duration::from_millis(50);
+
+    /// The shortest slice: smaller ones would be mostly headers of the layers below.
+    const SHORTEST: usize = 512;
+
+    /// The longest slice.
+    const LONGEST: usize = 256 << 10;
 
     /// At most `rate` bytes a second; `None` for no limit.
     pub fn new(rate: Option<u64>) -> Self {
@@ -73,11 +83,23 @@ impl Pace {
         self.paid_until.saturating_duration_since(now)
     }
 
-    /// Waits for as long as the rate demands after `bytes`.
-    pub fn wait(&mut self, bytes: usize) {
+    /// The most bytes to write before the next wait: what the rate allows in a moment.
+    pub fn slice(&self) -> usize {
+        self.rate.map_or(usize::MAX, |rate| {
+            ((rate * Self::NAP.as_secs_f64()) as usize).clamp(Self::SHORTEST, Self::LONGEST)
+        })
+    }
+
+    /// Waits for as long as the rate demands after `bytes`, but no longer once `hurry` is set.
+    pub fn wait(&mut self, bytes: usize, hurry: &AtomicBool) {
         let pause = self.pay(bytes, Instant::now());
-        if !pause.is_zero() {
-            thread::sleep(pause);
+        let until = Instant::now() + pause;
+        while !hurry.load(Ordering::Relaxed) {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            thread::sleep(left.min(Self::NAP));
         }
     }
 }
@@ -105,6 +127,21 @@ mod tests {
         let later = Instant::now() + Duration::from_secs(60);
         assert_eq!(pace.pay(100_000, later), Duration::ZERO);
         assert!(pace.pay(100_000, later) >= Duration::from_millis(99));
+    }
+
+    #[test]
+    fn a_slice_is_what_the_rate_allows_in_a_moment() {
+        assert_eq!(Pace::new(Some(1)).slice(), Pace::SHORTEST);
+        assert_eq!(Pace::new(Some(100_000)).slice(), 5_000);
+        assert_eq!(Pace::new(Some(u64::MAX)).slice(), Pace::LONGEST);
+        assert_eq!(Pace::new(None).slice(), usize::MAX);
+    }
+
+    #[test]
+    fn a_hurry_waits_for_no_rate() {
+        // At this rate the test would never end.
+        let mut pace = Pace::new(Some(1));
+        pace.wait(1 << 40, &AtomicBool::new(true));
     }
 
     #[test]

@@ -1,17 +1,37 @@
 //! The other site through ssh, as `xl migrate` does.
 //!
 //! ssh runs `vmshadow receive` there; its standard streams are the link. Keys must be set up: a
-//! password prompt in the middle of a move is of no use.
+//! password prompt in the middle of a move is of no use. What it prints is the other site's word:
+//! it is bounded, and made printable, before it is kept or shown.
 
-use std::io::{BufRead, BufReader};
+use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::{Receiver, bounded};
+
 use super::Link;
+use super::said::{LastLines, read_lines};
 use crate::error::{Error, IoContext, Result};
+
+/// How long a question may take, ssh's own way there included.
+const ANSWERING: Duration = Duration::from_secs(30);
+
+/// The most bytes of an answer.
+const LONGEST_ANSWER: u64 = 64 << 10;
+
+/// What is logged of one ssh's standard error, in lines: it may talk for ever.
+const LOGGED: u32 = 1000;
+
+/// How long to wait for the rest of what ssh said once it has ended. A process that it left behind
+/// may hold its standard error open.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// How often a process is looked at.
+const TICK: Duration = Duration::from_millis(10);
 
 /// How the other site is reached.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -89,22 +109,7 @@ impl Remote {
         else {
             return Err(Error::Refused("ssh has no standard streams".into()));
         };
-        let said = Arc::new(Mutex::new(Vec::new()));
-        let listener = {
-            let said = Arc::clone(&said);
-            let host = self.host.clone();
-            thread::spawn(move || {
-                for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                    log::info!("{host}: {line}");
-                    if let Ok(mut said) = said.lock() {
-                        // Bounded: a peer may talk for ever.
-                        if said.len() < 20 {
-                            said.push(line.chars().take(400).collect());
-                        }
-                    }
-                }
-            })
-        };
+        let (said, heard_all) = listen(self.host.clone(), stderr);
         let link = Link {
             reader: Box::new(stdout),
             writer: Box::new(stdin),
@@ -114,41 +119,109 @@ impl Remote {
             Session {
                 child,
                 said,
-                listener: Some(listener),
+                heard_all,
             },
         ))
     }
 
-    /// Runs `vmshadow ARGUMENTS` at the other site and returns what it printed.
+    /// Runs `vmshadow ARGUMENTS` at the other site and returns what it printed: printable lines,
+    /// 64 KiB at most. An answer takes 30 s at most; then ssh is ended.
     ///
     /// # Errors
-    /// [`Error::LinkLost`] where it can't be reached or fails.
+    /// [`Error::LinkLost`] where it can't be reached, fails, or gives no answer in time.
     pub fn ask(&self, arguments: &[&str]) -> Result<String> {
+        self.ask_for(arguments, ANSWERING)
+    }
+
+    fn ask_for(&self, arguments: &[&str], patience: Duration) -> Result<String> {
         let lost = |reason: String| Error::LinkLost {
             peer: self.host.clone(),
             reason,
         };
-        let output = self
+        let mut child = self
             .child(arguments)?
             .stdin(Stdio::null())
-            .output()
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
             .context(|| format!("Can't start {}", self.command[0]))?;
-        if !output.status.success() {
-            let said = String::from_utf8_lossy(&output.stderr);
-            return Err(lost(
-                said.lines().last().unwrap_or("no answer").trim().to_owned(),
-            ));
+        let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+        let mut session = match stderr {
+            Some(stderr) => {
+                let (said, heard_all) = listen(self.host.clone(), stderr);
+                Session {
+                    child,
+                    said,
+                    heard_all,
+                }
+            }
+            // Dropped, a child is neither ended nor reaped.
+            None => {
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(Error::Refused("ssh has no standard streams".into()));
+            }
+        };
+        let (answer, answered) = bounded(1);
+        if let Some(stdout) = stdout {
+            thread::spawn(move || {
+                let mut text = Vec::new();
+                // What can't be read is no answer; the status says why.
+                let _ = read_lines(stdout.take(LONGEST_ANSWER), |line| text.push(line));
+                let _ = answer.send(text.join("\n"));
+            });
         }
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        let start = Instant::now();
+        match session.wait(patience) {
+            Some(Some(0)) => {
+                let left = patience.saturating_sub(start.elapsed()).max(LAST_WORDS);
+                answered
+                    .recv_timeout(left)
+                    .map_err(|_| lost("its answer has no end".into()))
+            }
+            Some(status) => Err(lost(session.words(status).unwrap_or("no answer".into()))),
+            None => {
+                session.finish(Duration::ZERO);
+                Err(lost(format!("no answer within {} s", patience.as_secs())))
+            }
+        }
     }
+}
+
+/// What ssh said so far, and a channel that closes when all was heard.
+type Said = (Arc<Mutex<LastLines>>, Receiver<()>);
+
+/// Reads ssh's standard error to its end.
+fn listen(host: String, stderr: impl Read + Send + 'static) -> Said {
+    let said = Arc::new(Mutex::new(LastLines::default()));
+    let (hearing, heard_all) = bounded(0);
+    let kept = Arc::clone(&said);
+    thread::spawn(move || {
+        // Dropped when this thread ends.
+        let _hearing = hearing;
+        let mut count = 0;
+        let end = read_lines(stderr, |line| {
+            if count < LOGGED {
+                count += 1;
+                log::info!("{host}: {line}");
+            }
+            if let Ok(mut kept) = kept.lock() {
+                kept.push(line);
+            }
+        });
+        if let Err(error) = end {
+            log::debug!("{host}: {error}");
+        }
+    });
+    (said, heard_all)
 }
 
 /// The ssh process behind a link.
 #[derive(Debug)]
 pub struct Session {
     child: Child,
-    said: Arc<Mutex<Vec<String>>>,
-    listener: Option<thread::JoinHandle<()>>,
+    said: Arc<Mutex<LastLines>>,
+    heard_all: Receiver<()>,
 }
 
 impl Session {
@@ -157,44 +230,55 @@ impl Session {
         self.child.id()
     }
 
-    /// What ssh, or the other site's program, wrote to its standard error.
+    /// The last of what ssh, or the other site's program, wrote to its standard error, oldest
+    /// line first. At most 20 lines, printable, of bounded length.
     pub fn said(&self) -> Vec<String> {
-        self.said
-            .lock()
-            .map(|said| said.clone())
-            .unwrap_or_default()
+        self.said.lock().map(|said| said.all()).unwrap_or_default()
     }
 
-    /// Why the link ended, as far as ssh says.
-    pub fn reason(&mut self) -> String {
+    /// Why the link ended, as far as ssh says; else what was `seen` of it here.
+    pub fn reason(&mut self, seen: String) -> String {
         let status = self.finish(Duration::from_secs(2));
-        let said = self.said();
-        let last = said.iter().rev().find(|line| !line.trim().is_empty());
+        self.words(status).unwrap_or(seen)
+    }
+
+    /// ssh's last words, or its status; nothing where it was silent and had to be ended.
+    fn words(&self, status: Option<i32>) -> Option<String> {
+        let said = self.said.lock().ok();
+        let last = said.as_ref().and_then(|said| said.last());
         match (last, status) {
-            (Some(line), _) => line.trim().to_owned(),
-            (None, Some(code)) => format!("ssh ended with status {code}"),
-            (None, None) => "the connection was closed".to_owned(),
+            (Some(line), _) => Some(line.to_owned()),
+            (None, status) => status.map(|code| format!("ssh ended with status {code}")),
         }
     }
 
-    /// Gives ssh `patience` to end by itself, then ends it. The exit status, if it has one.
-    pub fn finish(&mut self, patience: Duration) -> Option<i32> {
+    /// Waits for ssh to end by itself. Nothing where it doesn't within `patience`; else its exit
+    /// status, if it has one.
+    fn wait(&mut self, patience: Duration) -> Option<Option<i32>> {
         let start = Instant::now();
         let status = loop {
             match self.child.try_wait() {
                 Ok(Some(status)) => break status.code(),
-                Ok(None) if start.elapsed() < patience => thread::sleep(Duration::from_millis(10)),
-                Ok(None) | Err(_) => {
-                    // Killing what has ended already fails; nothing is lost by that.
-                    let _ = self.child.kill();
-                    break self.child.wait().ok().and_then(|status| status.code());
-                }
+                Ok(None) if start.elapsed() < patience => thread::sleep(TICK),
+                Ok(None) => return None,
+                // It can't be waited for: there is none any more.
+                Err(_) => break None,
             }
         };
-        if let Some(listener) = self.listener.take() {
-            // The listener ends with ssh's standard error.
-            let _ = listener.join();
+        // Nothing is ever sent: this returns when all was heard, or is given up.
+        let _ = self.heard_all.recv_timeout(LAST_WORDS);
+        Some(status)
+    }
+
+    /// Gives ssh `patience` to end by itself, then ends it. The exit status, if it has one.
+    pub fn finish(&mut self, patience: Duration) -> Option<i32> {
+        if let Some(status) = self.wait(patience) {
+            return status;
         }
+        // Killing what has ended already fails; nothing is lost by that.
+        let _ = self.child.kill();
+        let status = self.child.wait().ok().and_then(|status| status.code());
+        let _ = self.heard_all.recv_timeout(LAST_WORDS);
         status
     }
 }
@@ -208,7 +292,7 @@ impl Drop for Session {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::{Read, Write};
+    use std::io::Write;
 
     #[test]
     fn a_host_is_no_option() {
@@ -235,7 +319,81 @@ mod tests {
         let mut back = String::new();
         link.reader.read_to_string(&mut back).unwrap();
         assert_eq!(back, "there and back");
-        assert_eq!(session.reason(), "hello");
+        assert_eq!(session.reason("closed".into()), "hello");
+    }
+
+    fn shell(script: &str) -> Remote {
+        let command = ["sh", "-c", script].map(str::to_owned).to_vec();
+        Remote::from_parts("b".into(), command)
+    }
+
+    #[test]
+    fn an_answer_is_what_was_printed() {
+        let answer = shell("echo noise >&2; echo one; printf 'two\\033[2J\\n'")
+            .ask(&[])
+            .unwrap();
+        assert_eq!(answer, "one\ntwo\u{fffd}[2J");
+    }
+
+    #[test]
+    fn what_never_answers_is_ended_and_reaped() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let script = format!("echo $$ > {}; exec sleep 3600", file.path().display());
+        let remote = shell(&script);
+        let pid = loop {
+            let error = remote.ask_for(&[], Duration::from_secs(1)).unwrap_err();
+            assert!(error.to_string().contains("no answer within"), "{error}");
+            // A busy machine may not even have come to the echo.
+            if let Ok(pid) = std::fs::read_to_string(file.path())
+                .unwrap()
+                .trim()
+                .parse::<u32>()
+            {
+                break pid;
+            }
+        };
+        assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists());
+    }
+
+    #[test]
+    fn an_answer_without_end_is_no_answer() {
+        let error = shell("exec yes").ask_for(&[], Duration::from_secs(30));
+        // Its output is closed once it was enough, and that ends it.
+        assert!(matches!(error, Err(Error::LinkLost { .. })), "{error:?}");
+    }
+
+    #[test]
+    fn what_holds_the_standard_error_open_holds_up_nothing() {
+        let (link, mut session) = shell("sleep 3600 >&- <&- & echo $!; echo gone >&2; exit 3")
+            .connect()
+            .unwrap();
+        let mut pid = String::new();
+        let mut reader = link.reader;
+        reader.read_to_string(&mut pid).unwrap();
+        assert_eq!(session.reason("closed".into()), "gone");
+        // The one that was started here.
+        let pid = nix::unistd::Pid::from_raw(pid.trim().parse().unwrap());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    }
+
+    #[test]
+    fn where_ssh_says_nothing_what_was_seen_is_told() {
+        let (_link, mut session) = shell("exec sleep 3600").connect().unwrap();
+        assert_eq!(session.finish(Duration::ZERO), None);
+        let seen = "nothing heard for 21 s";
+        assert_eq!(session.reason(seen.into()), seen);
+    }
+
+    #[test]
+    fn a_talkative_other_end_is_bounded() {
+        let (link, mut session) =
+            shell("yes loud | head -c 1000000 >&2; printf '\\033[31mlast\\007' >&2")
+                .connect()
+                .unwrap();
+        drop(link);
+        session.finish(Duration::from_secs(60));
+        assert_eq!(session.said().len(), 20);
+        assert_eq!(session.reason("closed".into()), "\u{fffd}[31mlast\u{fffd}");
     }
 
     #[test]

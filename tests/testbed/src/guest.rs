@@ -1,4 +1,5 @@
-//! Test guests: Debian's kernel with `testbed-guest` as its only process.
+//! Test guests: Debian's kernel with `testbed-guest` as its only process, or a kernel that leaves
+//! its memory zero.
 
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -19,6 +20,19 @@ pub enum Kind {
     Pv,
     /// Hardware-assisted, without emulated devices.
     Pvh,
+    /// Paravirtualised, with `testbed-empty-guest` as its kernel: memory stays zero, and it has
+    /// neither network nor workloads.
+    Empty,
+}
+
+impl Kind {
+    /// The domain's type, in xl's words.
+    fn domain_type(self) -> &'static str {
+        match self {
+            Self::Pv | Self::Empty => "pv",
+            Self::Pvh => "pvh",
+        }
+    }
 }
 
 impl fmt::Display for Kind {
@@ -26,6 +40,7 @@ impl fmt::Display for Kind {
         formatter.write_str(match self {
             Self::Pv => "pv",
             Self::Pvh => "pvh",
+            Self::Empty => "empty",
         })
     }
 }
@@ -37,7 +52,8 @@ impl FromStr for Kind {
         match text {
             "pv" => Ok(Self::Pv),
             "pvh" => Ok(Self::Pvh),
-            _ => Err("Neither pv nor pvh".to_owned()),
+            "empty" => Ok(Self::Empty),
+            _ => Err("None of pv, pvh, empty".to_owned()),
         }
     }
 }
@@ -102,22 +118,12 @@ impl Guest {
     /// The configuration for `xl create`.
     #[must_use]
     pub fn config(&self) -> String {
-        let run: Vec<String> = self
-            .run
-            .iter()
-            .map(|command| command.replace(' ', ","))
-            .collect();
         let mut lines = vec![
             format!("name = \"{}\"", self.name),
-            format!("type = \"{}\"", self.kind),
-            format!("kernel = \"{DIRECTORY}/vmlinux\""),
-            format!("ramdisk = \"{DIRECTORY}/guest.initrd\""),
-            format!(
-                "extra = \"console=hvc0 testbed.name={} testbed.address={}/24 testbed.run={}\"",
-                self.name,
-                self.address(),
-                run.join(";")
-            ),
+            format!("type = \"{}\"", self.kind.domain_type()),
+        ];
+        lines.extend(self.kernel());
+        lines.extend([
             format!("memory = {}", self.memory_mib),
             format!("maxmem = {}", self.maximum_mib.max(self.memory_mib)),
             format!("vcpus = {}", self.vcpus),
@@ -125,7 +131,7 @@ impl Guest {
                 "vif = [\"mac=00:16:3e:4d:00:{:02x},bridge=xenbr0\"]",
                 self.address
             ),
-        ];
+        ]);
         if let Some(cpus) = &self.cpus {
             lines.push(format!("cpus = \"{cpus}\""));
         }
@@ -136,11 +142,36 @@ impl Guest {
         lines.join("\n") + "\n"
     }
 
+    /// What boots, as lines of the configuration.
+    fn kernel(&self) -> Vec<String> {
+        if self.kind == Kind::Empty {
+            return vec![format!("kernel = \"{DIRECTORY}/empty-guest\"")];
+        }
+        let run: Vec<String> = self
+            .run
+            .iter()
+            .map(|command| command.replace(' ', ","))
+            .collect();
+        vec![
+            format!("kernel = \"{DIRECTORY}/vmlinux\""),
+            format!("ramdisk = \"{DIRECTORY}/guest.initrd\""),
+            format!(
+                "extra = \"console=hvc0 testbed.name={} testbed.address={}/24 testbed.run={}\"",
+                self.name,
+                self.address(),
+                run.join(";")
+            ),
+        ]
+    }
+
     /// Refuses what would break the configuration's quoting.
     pub(crate) fn check(&self) -> Result<()> {
         let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
         if self.name.is_empty() || !self.name.bytes().all(plain) {
             return Err(Error::Unfit(format!("Not a guest's name: {:?}", self.name)));
+        }
+        if self.kind == Kind::Empty && !self.run.is_empty() {
+            return Err(Error::Unfit("An empty guest runs nothing".to_owned()));
         }
         if self
             .run
@@ -188,6 +219,30 @@ mod tests {
              disk = [\"/var/lib/vmshadow-testbed/g1.disk,raw,xvda,w\"]\n\
              on_reboot = \"destroy\"\n"
         );
+    }
+
+    #[test]
+    fn an_empty_guest_has_a_kernel_of_its_own_and_runs_nothing() {
+        let guest = Guest {
+            kind: Kind::Empty,
+            ..Guest::new("e1", 101)
+        };
+        guest.check().unwrap();
+        assert_eq!(
+            guest.config(),
+            "name = \"e1\"\n\
+             type = \"pv\"\n\
+             kernel = \"/var/lib/vmshadow-testbed/empty-guest\"\n\
+             memory = 128\n\
+             maxmem = 128\n\
+             vcpus = 1\n\
+             vif = [\"mac=00:16:3e:4d:00:65,bridge=xenbr0\"]\n"
+        );
+        let busy = Guest {
+            run: vec!["random 1".into()],
+            ..guest
+        };
+        assert!(busy.check().is_err());
     }
 
     #[test]

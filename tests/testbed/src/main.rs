@@ -163,7 +163,7 @@ enum GuestCommand {
         /// Where
         #[arg(long, default_value = "a")]
         site: SiteName,
-        /// pv or pvh
+        /// pv, pvh or empty
         #[arg(long, default_value = "pv")]
         kind: Kind,
         /// Memory

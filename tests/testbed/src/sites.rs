@@ -1,9 +1,10 @@
 //! A running testbed: both sites, the link between them, and their guests.
 
-use crate::guest::{DIRECTORY, Guest};
+use crate::guest::{DIRECTORY, Guest, Kind};
 use crate::image::{Hypervisor, Images};
 use crate::initramfs::{self, Entry};
 use crate::link::{self, Link};
+use crate::pause::Pause;
 use crate::run::{self, RunDirectory};
 use crate::site::{Site, SiteName};
 use crate::watch::Watching;
@@ -304,6 +305,7 @@ impl Testbed {
         ]));
         for site in &self.sites {
             site.write(&format!("{DIRECTORY}/guest.initrd"), &initrd)?;
+            site.put(&programs.empty, &format!("{DIRECTORY}/empty-guest"), 0o644)?;
             site.put(&programs.client, "/usr/local/bin/testbed-client", 0o755)?;
         }
         self.set_link(&self.options.link)
@@ -410,15 +412,20 @@ impl Testbed {
         self.wait_for_guest(at, guest)
     }
 
-    /// Waits until a guest answers on its control port, as after its reboot.
+    /// Waits until a guest answers on its control port, as after its reboot; or, as an empty one
+    /// has none, until it says in xenstore that it runs.
     ///
     /// # Errors
     /// When it does not.
     pub fn wait_for_guest(&self, from: SiteName, guest: &Guest) -> Result<()> {
         let started = Instant::now();
         loop {
-            match self.ask(from, guest, "status") {
-                Ok(_) => return Ok(()),
+            let answer = match guest.kind {
+                Kind::Empty => self.resumed(guest).map(drop),
+                Kind::Pv | Kind::Pvh => self.ask(from, guest, "status").map(drop),
+            };
+            match answer {
+                Ok(()) => return Ok(()),
                 Err(error) if started.elapsed() > GUEST_BOOT => {
                     let what = format!("guest {} answers: {error}", guest.name);
                     let log = format!("tail -n 40 /var/log/xen/console/guest-{}.log", guest.name);
@@ -447,6 +454,26 @@ impl Testbed {
         }
     }
 
+    /// How often an empty guest was resumed since its boot, by its own count.
+    ///
+    /// # Errors
+    /// When it is nowhere, or has not come to say it.
+    pub fn resumed(&self, guest: &Guest) -> Result<u32> {
+        let mut answer = "nothing".to_owned();
+        let name = process::quote(&guest.name);
+        for site in self.where_is(&guest.name)? {
+            let read = format!("xenstore-read /local/domain/$(xl domid {name})/data/resumed");
+            answer = self.site(site).run(&read)?;
+            if let Ok(count) = answer.trim().parse() {
+                return Ok(count);
+            }
+        }
+        Err(Error::Answer {
+            from: guest.name.clone(),
+            answer,
+        })
+    }
+
     /// What a guest knows of itself.
     ///
     /// # Errors
@@ -466,6 +493,14 @@ impl Testbed {
     /// When it can't be reached.
     pub fn watch(&self, from: SiteName, guest: &Guest) -> Result<Watching> {
         Watching::start(self.site(from), guest.address())
+    }
+
+    /// Watches how long an empty guest stands still while it moves away from a site.
+    ///
+    /// # Errors
+    /// When it is not there.
+    pub fn watch_pause(&self, from: SiteName, guest: &Guest) -> Result<Pause> {
+        Pause::start(self.site(from), self.site(from.other()), guest)
     }
 
     /// The guests that were started here, wherever they are now.

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::ptr::{self, NonNull};
 
-use super::Ctl;
+use super::{Ctl, cpu_features};
 use crate::{DomId, Error, Result, raw};
 
 /// A domain's CPU policy, as the records X86_CPUID_POLICY and X86_MSR_POLICY store it.
@@ -29,7 +29,7 @@ pub enum Incompatible {
     /// Something in the policy exceeds the host.
     #[error("This host's CPU or hypervisor lacks what the guest uses ({detail})")]
     Exceeds {
-        /// Which leaf or register, as libxc reports it.
+        /// Which leaf or register, as libxc reports it, or the features' names.
         detail: String,
     },
     /// The policy could not be compared.
@@ -150,19 +150,24 @@ impl Ctl {
     /// There is no such domain, or the hypervisor refused.
     pub fn cpu_policy(&self, domain: DomId) -> Result<CpuPolicy> {
         const OPERATION: &str = "fetch the CPU policy";
-        let (mut leaf_count, mut msr_count) = (0, 0);
-        self.call(OPERATION, domain, |xch| {
-            // SAFETY: the handle is open.
-            unsafe { raw::xc_cpu_policy_get_size(xch, &mut leaf_count, &mut msr_count) }
-        })?;
         let parsed = Parsed::new()?;
         self.call(OPERATION, domain, |xch| {
             // SAFETY: the handle is open, the policy allocated.
             failed(unsafe { raw::xc_cpu_policy_get_domain(xch, domain.get(), parsed.as_ptr()) })
         })?;
+        self.serialised(OPERATION, &parsed)
+    }
+
+    /// The policy as its entries.
+    fn serialised(&self, operation: &'static str, parsed: &Parsed) -> Result<CpuPolicy> {
+        let (mut leaf_count, mut msr_count) = (0, 0);
+        self.call(operation, None, |xch| {
+            // SAFETY: the handle is open.
+            unsafe { raw::xc_cpu_policy_get_size(xch, &mut leaf_count, &mut msr_count) }
+        })?;
         let mut leaves = vec![raw::xen_cpuid_leaf_t::default(); leaf_count as usize];
         let mut msrs = vec![raw::xen_msr_entry_t::default(); msr_count as usize];
-        self.call(OPERATION, domain, |xch| {
+        self.call(operation, None, |xch| {
             // SAFETY: the arrays have as much room as the counts say, and the counts come back as
             // what was filled.
             failed(unsafe {
@@ -182,8 +187,8 @@ impl Ctl {
     }
 
     /// Whether this host can offer a guest what the policy promises it: compares with the most
-    /// that its hypervisor can give to guests of that kind, as the hypervisor itself will when
-    /// the policy is set.
+    /// that its hypervisor can give to guests of that kind. Stricter than the hypervisor, which
+    /// takes features away without a word.
     ///
     /// # Errors
     ///
@@ -225,12 +230,18 @@ impl Ctl {
                 unsafe { raw::xc_cpu_policy_is_compatible(xch, host.as_ptr(), guest.as_ptr()) };
             0
         })?;
-        if compatible {
-            return Ok(());
+        if !compatible {
+            return Err(Incompatible::Exceeds {
+                detail: self.handle.reported(),
+            });
         }
-        Err(Incompatible::Exceeds {
-            detail: self.handle.reported(),
-        })
+        let host = self.serialised(OPERATION, &host)?;
+        match cpu_features::lacks(&policy.leaves, &host.leaves) {
+            None => Ok(()),
+            Some(lack) => Err(Incompatible::Exceeds {
+                detail: lack.to_string(),
+            }),
+        }
     }
 }
 

@@ -7,6 +7,7 @@
 //! |---|---|
 //! | `host` | the hypervisor's version, the machine's memory and abilities |
 //! | `domain` | a domain's state, memory limits, clock |
+//! | `grants` | frames that other domains write to |
 //! | `log_dirty` | which pages a guest has written to |
 //! | `page_type` | what the hypervisor uses a page for |
 //! | `vcpu` | a vCPU's registers |
@@ -14,8 +15,10 @@
 //! | `hvm` | the state of PVH and HVM domains |
 
 mod buffer;
+mod cpu_features;
 mod cpu_policy;
 mod domain;
+mod grants;
 mod host;
 mod hvm;
 mod log_dirty;

@@ -370,7 +370,7 @@ impl Source for PvSource {
         }
         self.started = true;
         if moment == Moment::Last {
-            for pfn in self.find_rings()? {
+            for pfn in self.find_rings()?.into_iter().chain(self.find_granted()?) {
                 dirty.insert(pfn);
             }
         }
@@ -522,6 +522,18 @@ impl Source for PvSource {
 }
 
 impl PvSource {
+    /// Pages that dom0's backends keep mapped for writing, the rings of devices above all: what they
+    /// write there log-dirty doesn't see either. They may write once more after the suspend, which
+    /// is no change of the guest's: it makes its rings anew when it goes on.
+    fn find_granted(&self) -> Result<Vec<u64>> {
+        let frames = self
+            .host
+            .ctl()
+            .frames_mapped_writable(self.domid)
+            .context(|| "Can't read what the guest has granted")?;
+        Ok(frames.into_iter().filter_map(|mfn| self.pfn(mfn)).collect())
+    }
+
     /// start_info, which vCPU 0 holds while suspended, and the console and xenstore rings that it
     /// names: dom0 writes to the rings through mappings that log-dirty doesn't see.
     fn find_rings(&self) -> Result<Vec<u64>> {

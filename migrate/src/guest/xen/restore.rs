@@ -21,6 +21,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError, bounded};
+use nix::fcntl::{FcntlArg, fcntl};
 use xen_sys::DomId;
 use xen_sys::ctl::VcpuContext;
 use xen_sys::toolstack::{Aborter, DomainConfig, Toolstack};
@@ -48,6 +49,9 @@ const FEED_BATCH: usize = 1024;
 
 /// Where libxl keeps a domain's configuration, among the data beside it.
 const LIBXL_CONFIGURATION: &str = "libxl-json";
+
+/// Bytes that may wait for libxl: the kernel's usual limit.
+const PIPE: i32 = 1 << 20;
 
 /// How long libxl may take until the new domain is there.
 const MAKING: Duration = Duration::from_secs(60);
@@ -285,6 +289,10 @@ impl XenDestination {
         limit: u64,
     ) -> Result<Restore> {
         let (reader, writer) = std::io::pipe().context(|| "Can't make a pipe")?;
+        // Fewer changes between the two processes; a kernel that allows less costs time only.
+        if let Err(error) = fcntl(&writer, FcntlArg::F_SETPIPE_SZ(PIPE)) {
+            log::debug!("Can't enlarge a pipe: {error}");
+        }
         let shared = Arc::new(Shared::default());
         let given = known_pages(&*locked(&image)?);
         {
@@ -587,6 +595,7 @@ impl Destination for XenDestination {
             domid,
             &*locked(image)?,
             &self.digester,
+            &self.frames,
             &self.rewritten,
         )
     }

@@ -1,11 +1,13 @@
 //! The verify mode at the destination: the restored domain's own pages against the image.
 //!
 //! ```text
-//! domain's frames --m2p--> pfn --map, copy, normalise, digest--> equal to the image's digest?
+//! restored p2m: pfn -> frame --map, copy, normalise, digest--> equal to the image's digest?
 //! ```
 //!
 //! The restored page tables hold this host's machine frames; normalised again they must be what
 //! the source sent.
+
+use std::collections::HashMap;
 
 use xen_sys::DomId;
 use xen_sys::memory::{Access, ForeignMemory, M2p};
@@ -21,6 +23,7 @@ use crate::pages::{PAGE_SIZE, PageSet, PageType};
 const NO_FRAME: u64 = u64::MAX;
 
 /// Compares every page of the paused domain `domid` with `image`, but for the pfns in `rewritten`.
+/// `p2m_frames` are the pfns of its p2m.
 ///
 /// # Errors
 /// [`Error::Verify`] that names the first pages that differ.
@@ -29,12 +32,13 @@ pub fn compare(
     domid: DomId,
     image: &Image,
     digester: &Digester,
+    p2m_frames: &[u64],
     rewritten: &[u64],
 ) -> Result<()> {
     let memory = ForeignMemory::open().context(|| "Can't map guests' memory")?;
     let m2p = M2p::map(host.ctl()).context(|| "Can't map the machine-to-physical table")?;
     let table = image.table();
-    let frames = find_frames(host, domid, &m2p, table.pages())?;
+    let frames = find_frames(host, domid, &memory, &m2p, p2m_frames, table.pages())?;
     let translate = |mfn: u64| {
         let pfn = m2p.pfn_of(mfn)?;
         (frames.get(pfn as usize) == Some(&mfn)).then_some(pfn)
@@ -109,37 +113,63 @@ pub fn compare(
     )))
 }
 
-/// Where each page of the domain is. The domain's own p2m is of no use before it has run: the
-/// hypervisor's table is searched for frames that name a pfn of this size, and the hypervisor says
-/// which of them are this domain's.
-fn find_frames(host: &Host, domid: DomId, m2p: &M2p, pages: u64) -> Result<Vec<u64>> {
-    let mut frames = vec![NO_FRAME; pages as usize];
-    let mut candidates: Vec<(u64, u64)> = Vec::with_capacity(BATCH);
-    let mut look = |candidates: &mut Vec<(u64, u64)>| -> Result<()> {
-        let mut types: Vec<u64> = candidates.iter().map(|(mfn, _)| *mfn).collect();
-        if types.is_empty() {
-            return Ok(());
-        }
-        host.ctl()
-            .page_types(domid, &mut types)
-            .context(|| "Can't read the types of pages")?;
-        for ((mfn, pfn), raw) in candidates.drain(..).zip(types) {
-            let ours = PageType::from_page_frame_info(raw).is_ok_and(PageType::has_data);
-            if let (true, Some(slot)) = (ours, frames.get_mut(pfn as usize)) {
-                *slot = mfn;
+/// Where each page of the domain is, by the p2m that the restore wrote into the domain's memory.
+/// Where the p2m itself is nobody says: the hypervisor's table is searched for frames that name its
+/// pfns, and the hypervisor says which of them are this domain's.
+fn find_frames(
+    host: &Host,
+    domid: DomId,
+    memory: &ForeignMemory,
+    m2p: &M2p,
+    p2m_frames: &[u64],
+    pages: u64,
+) -> Result<Vec<u64>> {
+    let mut wanted = PageSet::new(pages);
+    for pfn in p2m_frames {
+        wanted.insert(*pfn);
+    }
+    let candidates: Vec<(u64, u64)> = (0..m2p.frames())
+        .filter_map(|mfn| Some((m2p.pfn_of(mfn)?, mfn)))
+        .filter(|(pfn, _)| wanted.contains(*pfn))
+        .collect();
+    let mut types: Vec<u64> = candidates.iter().map(|(_, mfn)| *mfn).collect();
+    host.ctl()
+        .page_types(domid, &mut types)
+        .context(|| "Can't read the types of pages")?;
+    let found: HashMap<u64, u64> = candidates
+        .into_iter()
+        .zip(types)
+        .filter(|(_, raw)| PageType::from_page_frame_info(*raw).is_ok_and(PageType::has_data))
+        .map(|(candidate, _)| candidate)
+        .collect();
+    let p2m: Vec<u64> = p2m_frames
+        .iter()
+        .map(|pfn| {
+            let frame = found.get(pfn).copied();
+            frame.ok_or_else(|| Error::Verify(format!("The restored p2m lacks page {pfn:#x}")))
+        })
+        .collect::<Result<_>>()?;
+    let mut frames = Vec::with_capacity(pages as usize);
+    for chunk in p2m.chunks(BATCH) {
+        let mapping = memory
+            .map(domid, Access::Read, chunk)
+            .context(|| "Can't map the restored p2m")?;
+        let mut page = [0; PAGE_SIZE];
+        for index in 0..chunk.len() {
+            if !mapping.copy_page(index, &mut page) {
+                return Err(Error::Verify("The restored p2m can't be read".into()));
             }
-        }
-        Ok(())
-    };
-    for mfn in 0..m2p.frames() {
-        if let Some(pfn) = m2p.pfn_of(mfn).filter(|pfn| *pfn < pages) {
-            candidates.push((mfn, pfn));
-            if candidates.len() == BATCH {
-                look(&mut candidates)?;
-            }
+            let entries = page.as_chunks::<8>().0;
+            frames.extend(entries.iter().map(|entry| u64::from_le_bytes(*entry)));
         }
     }
-    look(&mut candidates)?;
+    frames.resize(pages as usize, NO_FRAME);
+    // Both tables must agree. Holes, and what is another's, are no frames in the p2m.
+    for (pfn, mfn) in frames.iter_mut().enumerate() {
+        if m2p.pfn_of(*mfn) != Some(pfn as u64) {
+            *mfn = NO_FRAME;
+        }
+    }
     Ok(frames)
 }
 

@@ -1,0 +1,56 @@
+//! What the command prints.
+//!
+//! A reader that is gone (`vmshadow list | head`, a closed terminal) is no reason to fail, least of
+//! all in the middle of a move; `println!` would panic. A disk that is full is one, for commands
+//! whose work is what they print.
+
+use std::fmt::Arguments;
+use std::io::{self, Write, stderr, stdout};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+static INCOMPLETE: AtomicBool = AtomicBool::new(false);
+
+/// Prints a line; use `say!`.
+pub fn say(text: Arguments<'_>) {
+    if let Err(error) = print(&mut stdout().lock(), text)
+        && !INCOMPLETE.swap(true, Ordering::Relaxed)
+    {
+        tell(format_args!("vmshadow: Can't print: {error}"));
+    }
+}
+
+/// Prints a line to standard error, for whoever may read it; use `tell!`.
+pub fn tell(text: Arguments<'_>) {
+    // There is nowhere else to tell it.
+    let _ = writeln!(stderr(), "{text}");
+}
+
+/// Whether something that was printed did not come to where it was to go.
+pub fn incomplete() -> bool {
+    INCOMPLETE.load(Ordering::Relaxed)
+}
+
+fn print(to: &mut impl Write, text: Arguments<'_>) -> io::Result<()> {
+    match writeln!(to, "{text}").and_then(|()| to.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        result => result,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reader_that_is_gone_is_no_failure_and_a_full_disk_is() {
+        let (reader, mut writer) = io::pipe().unwrap();
+        drop(reader);
+        print(&mut writer, format_args!("unheard")).unwrap();
+        let mut full = std::fs::File::options()
+            .write(true)
+            .open("/dev/full")
+            .unwrap();
+        let error = print(&mut full, format_args!("too much")).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+    }
+}

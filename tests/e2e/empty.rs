@@ -1,0 +1,70 @@
+//! A guest of zeros, with a kernel other than Linux: it describes its p2m by the tree form.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use testbed::{Guest, Hypervisor, Kind, SiteName, Testbed};
+
+use crate::scene::{migrate, move_guest, said, settled, sites, with};
+
+/// Waits until the guest has been resumed so often since its boot.
+fn wait_until_resumed(testbed: &Testbed, guest: &Guest, times: u32) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let resumed = testbed.resumed(guest);
+        if resumed.as_ref().is_ok_and(|resumed| *resumed == times) {
+            return;
+        }
+        assert!(
+            Instant::now() < deadline,
+            "Resumed {resumed:?} times, not {times}"
+        );
+        thread::sleep(Duration::from_millis(500));
+    }
+}
+
+/// There and back with each tracker; then by the stock tools, a suspend that is cancelled, and a
+/// reboot, which the guest must come out of as from ours.
+#[test]
+fn an_empty_guest_goes_there_and_back_with_each_tracker() {
+    let guest = Guest {
+        kind: Kind::Empty,
+        memory_mib: 64,
+        ..Guest::new("g1", 101)
+    };
+    let testbed = sites(with(Hypervisor::Release));
+    testbed.start_guest(SiteName::A, &guest).unwrap();
+    let mut resumed = 0;
+    for tracker in ["log-dirty", "scan"] {
+        for from in [SiteName::A, SiteName::B] {
+            let text = move_guest(&testbed, from, &format!("--json --tracker {tracker}"));
+            // Warnings come before it.
+            let report: Value = serde_json::from_str(&text[text.find('{').unwrap()..]).unwrap();
+            assert_eq!(report["tracker"], tracker, "{text}");
+            assert_eq!(report["verified"], true, "{text}");
+            let first = &report["rounds"][0];
+            let (pages, zero) = (first["pages"].as_u64(), first["zero"].as_u64());
+            // All but the image, the p2m of 64 pages, page tables and rings.
+            assert!(zero.unwrap() + 256 > pages.unwrap(), "{text}");
+            let at = settled(&testbed, &guest, &format!("{tracker} from {from:?}"));
+            assert_eq!(at, from.other());
+            resumed += 1;
+            wait_until_resumed(&testbed, &guest, resumed);
+        }
+    }
+    let site = testbed.site(SiteName::A);
+    site.run("xl migrate g1 10.77.0.12").unwrap();
+    wait_until_resumed(&testbed, &guest, resumed + 1);
+    let site = testbed.site(SiteName::B);
+    site.run("xl save -c g1 /var/tmp/g1.save && rm /var/tmp/g1.save")
+        .unwrap();
+    wait_until_resumed(&testbed, &guest, resumed + 2);
+    let moved = site.output(&migrate(SiteName::B, "")).unwrap();
+    assert!(moved.status.success(), "{}", said(&moved));
+    wait_until_resumed(&testbed, &guest, resumed + 3);
+    testbed.site(SiteName::A).run("xl reboot g1").unwrap();
+    wait_until_resumed(&testbed, &guest, 0);
+    assert_eq!(testbed.where_is("g1").unwrap(), [SiteName::A]);
+    testbed.down().unwrap();
+}
