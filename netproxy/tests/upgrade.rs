@@ -6,12 +6,17 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use netproxy::control::Client;
 use netproxy::{Error, Overview};
+
+/// Held while a program is written, and while one is started: a process that is forked while the
+/// file is open for writing keeps it so until it runs its own program, and a file that is being
+/// written can't be run.
+static PROGRAMS: Mutex<()> = Mutex::new(());
 
 /// The program under a path of its own, where another one can be put in its place.
 struct Program {
@@ -28,6 +33,7 @@ impl Program {
         let directory =
             std::env::temp_dir().join(format!("netproxy-up-{}-{number}", std::process::id()));
         std::fs::create_dir_all(&directory).unwrap();
+        let writing = PROGRAMS.lock().unwrap_or_else(PoisonError::into_inner);
         std::fs::copy(env!("CARGO_BIN_EXE_netproxy"), directory.join("netproxy")).unwrap();
         configure(&directory, guest, r#""127.0.0.1:0""#);
         let mut child = Command::new(directory.join("netproxy"))
@@ -35,6 +41,7 @@ impl Program {
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
+        drop(writing);
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let mut program = Self {
             child,
@@ -70,6 +77,7 @@ impl Program {
 
     /// Puts a script where the program is.
     fn replace_by(&self, script: &str) {
+        let _writing = PROGRAMS.lock().unwrap_or_else(PoisonError::into_inner);
         let (new, path) = (self.directory.join("new"), self.directory.join("netproxy"));
         std::fs::write(&new, script).unwrap();
         std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o755)).unwrap();
@@ -77,6 +85,7 @@ impl Program {
     }
 
     fn restore(&self) {
+        let _writing = PROGRAMS.lock().unwrap_or_else(PoisonError::into_inner);
         let new = self.directory.join("new");
         std::fs::copy(env!("CARGO_BIN_EXE_netproxy"), &new).unwrap();
         std::fs::rename(new, self.directory.join("netproxy")).unwrap();
