@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use crate::connections::Kept;
 use crate::rounds::{Stop, seconds};
 
 /// How dirty pages are found.
@@ -106,6 +107,8 @@ pub struct Report {
     pub rounds: Vec<Round>,
     /// Whether the verify mode compared all memory at both sides.
     pub verified: bool,
+    /// What became of connections that an edge kept; none where the guest has no edge.
+    pub connections: Option<Kept>,
 }
 
 /// The version of [`Report`]'s format.
