@@ -35,6 +35,7 @@ help:
 	@echo '  make test       all tests, with a pairwise selection of the matrix'
 	@echo '  make test-full  all tests, with the whole matrix: hours'
 	@echo '  make bench-xl   measure against xl migrate'
+	@echo '  make bench-proxy  measure the proxy against HAProxy, and the stall of a move'
 	@echo '  make deb        the Debian package, into dist/'
 	@echo '  make lint       formatting, warnings, shell scripts, the package'
 	@echo '  make clean      remove what was built'
@@ -50,7 +51,6 @@ test: unit deb oracle
 	$(E2E) $(ONLY)
 
 test-full: unit deb oracle
-	$(CARGO) test --release --locked -p netproxy --test namespaces
 	$(E2E) --include-ignored
 
 # What compares our image of a guest with the stock saver's.
@@ -62,12 +62,18 @@ unit: packages
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	$(CARGO) test $(WORKSPACE) --exclude netproxy --locked
-	$(CARGO) test -p netproxy --locked --lib --test loopback
+	$(CARGO) test -p netproxy --locked --lib --bins --tests
 	$(CARGO) test -p netproxy --locked --doc
 
 bench-xl: deb
 	$(CARGO) build --release --locked -p testbed
 	VMSHADOW_DEB='$(DEB)' $(TESTBED) bench-xl
+
+# In network namespaces that it makes. Give the machine nothing else to do.
+bench-proxy: root toolchain
+	command -v haproxy >/dev/null || apt-get install -y --no-install-recommends haproxy
+	$(CARGO) bench --locked -p netproxy --bench proxy
+	$(CARGO) bench --locked -p netproxy --bench stall
 
 deb: packages
 	packaging/build-deb dist

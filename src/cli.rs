@@ -33,6 +33,10 @@ who has the
 guest it is asked, and while it can't be reached the move stays open. Run this
 again then, at either host, as often as you like.";
 
+const PROXY_HELP: &str = "The edge is a netproxy at an address that stays; [edge] in \
+/etc/vmshadow/vmshadow.toml
+says where. A move takes the connections along by itself.";
+
 /// The subcommands, in the order of `--help`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -46,6 +50,9 @@ pub enum Command {
     /// Settle a move that a lost link or a killed process left open
     #[command(after_help = RESOLVE_HELP)]
     Resolve(Resolve),
+    /// The edge's connections to guests, and the paths to guests here
+    #[command(after_help = PROXY_HELP)]
+    Proxy(Proxy),
     /// The other end of a move; started by ssh
     #[command(hide = true)]
     Receive(Receive),
@@ -112,6 +119,9 @@ pub struct Migrate {
     /// it is silent
     #[arg(long)]
     pub verify: bool,
+    /// Leave the guest's connections at the edge as they are: they end
+    #[arg(long)]
+    pub no_edge: bool,
     /// Print the report as JSON, and no progress
     #[arg(long)]
     pub json: bool,
@@ -166,6 +176,54 @@ pub enum Decree {
     Here,
     /// The guest is the other host's: destroy what is left of it here
     There,
+}
+
+/// `vmshadow proxy`
+#[derive(Debug, Args)]
+pub struct Proxy {
+    /// What to do
+    #[command(subcommand)]
+    pub command: ProxyCommand,
+}
+
+/// The subcommands of `vmshadow proxy`.
+#[derive(Debug, Subcommand)]
+pub enum ProxyCommand {
+    /// List the guests that the edge knows: where they are, their connections
+    List {
+        /// Print JSON, with every connection
+        #[arg(long)]
+        json: bool,
+    },
+    /// Lead the edge's packets to a guest that runs here; a move does that by itself
+    Open {
+        /// The guest: its name or domain id
+        domain: String,
+    },
+    /// Take that back
+    Close {
+        /// The guest's name
+        guest: String,
+    },
+    /// Tell the edge that a guest is here now; connections that are still open follow
+    Arrived {
+        /// The guest's name
+        guest: String,
+    },
+    /// Refuse new connections to a guest, or to all; those that are open go on
+    Drain {
+        /// The guest's name
+        guest: Option<String>,
+        /// Take new connections again
+        #[arg(long)]
+        off: bool,
+    },
+    /// Let the edge read its configuration again
+    Reload,
+    /// Let the edge's new program take over, after the installation of a new version
+    Upgrade,
+    /// Print the edge's metrics, as Prometheus reads them
+    Metrics,
 }
 
 /// `vmshadow receive`

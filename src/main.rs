@@ -12,15 +12,18 @@ macro_rules! tell {
 
 mod check;
 mod cli;
+mod edge;
 mod list;
 mod migrate;
 mod output;
 mod policy;
 mod progress;
+mod proxy;
 mod receive;
 mod report_file;
 mod resolve;
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -48,10 +51,9 @@ fn main() -> ExitCode {
         Command::List(options) => list::run(options),
         Command::Migrate(options) => migrate::run(options, &directories),
         Command::Resolve(options) => resolve::run(options, &directories),
+        Command::Proxy(options) => proxy::run(options, &directories),
         Command::Receive(options) => receive::run(options, &directories),
-        Command::Guard(options) => {
-            guardian::run(&directories, &options.journal).map_err(Into::into)
-        }
+        Command::Guard(options) => guard(&directories, &options.journal),
         Command::Keeper(options) => keeper::run(&directories, &options.uuid).map_err(Into::into),
     };
     match result {
@@ -65,6 +67,14 @@ fn main() -> ExitCode {
             ExitCode::from(1)
         }
     }
+}
+
+/// A guardian: what it settles, the edge has to know.
+fn guard(directories: &Directories, journal: &Path) -> anyhow::Result<()> {
+    if let Some(settled) = guardian::run(directories, journal)? {
+        edge::follow(directories, &settled);
+    }
+    Ok(())
 }
 
 /// Fails, in words that say what to install or to do, where this machine can't control Xen guests.

@@ -3,16 +3,20 @@
 use std::time::Duration;
 
 use anyhow::anyhow;
+use migrate::connections::{Connections, Untouched};
 use migrate::directories::Directories;
 use migrate::error::Error;
 use migrate::guest::xen::checks::Allowed;
+use migrate::guest::xen::host::Host;
 use migrate::link::ssh::Remote;
-use migrate::outgoing::{Left, Moved, Request, migrate};
+use migrate::outgoing::{Left, Moved, Request, find_domain, migrate};
 use migrate::report::TrackerKind;
 use migrate::rounds::Limits;
 use migrate::source::Plan;
 
 use crate::cli;
+use crate::edge::{Departure, Edge, Paths};
+use crate::policy;
 use crate::progress;
 use crate::report_file::ReportFile;
 
@@ -49,14 +53,21 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
         .map(ReportFile::open)
         .transpose()?;
     crate::require_xen()?;
+    let edge = match options.no_edge {
+        true => None,
+        false => policy::read()?.edge,
+    };
+    let mut connections = connections(edge, &options.domain)?;
     let mut observer = progress::observer(options.json);
     let moved = migrate(
         directories,
         &request,
         observer.as_mut(),
+        connections.as_mut(),
         crate::cancelled()?,
     );
     drop(observer);
+    close_path(&moved, directories);
     // What became of the guest matters more than a report that can't be written.
     if let Err(error) = publish(options, &moved, report) {
         tell!("Warning: {error:#}");
@@ -69,6 +80,28 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
     // Journals know the guest by its name, whatever it was called here.
     let name = report.map_or(options.domain.clone(), |report| report.domain);
     result.map_err(|error| explain(error, left, &name, &options.host))
+}
+
+/// What keeps the guest's connections. The edge knows guests by their names.
+fn connections(edge: Option<Edge>, domain: &str) -> anyhow::Result<Box<dyn Connections>> {
+    let Some(edge) = edge else {
+        return Ok(Box::new(Untouched));
+    };
+    let host = Host::open()?;
+    let name = host.name(find_domain(&host, domain)?)?;
+    Ok(Box::new(Departure::new(edge, &name)))
+}
+
+/// A guest that has moved is not reached here any more.
+fn close_path(moved: &Moved, directories: &Directories) {
+    if let (Ok(()), Some(report)) = (&moved.result, &moved.report)
+        && let Err(error) = Paths::new(directories).close(&report.domain)
+    {
+        tell!(
+            "Warning: The path to {} is still here: {error:#}",
+            report.domain
+        );
+    }
 }
 
 fn publish(options: &cli::Migrate, moved: &Moved, file: Option<ReportFile>) -> anyhow::Result<()> {

@@ -5,31 +5,36 @@ use std::path::Path;
 use anyhow::Context;
 use migrate::configuration::SitePolicy;
 
+use crate::edge::Edge;
+
 /// The configuration file.
 pub const PATH: &str = "/etc/vmshadow/vmshadow.toml";
 
-/// The site's policy; the defaults where there is no file.
-pub fn read() -> anyhow::Result<SitePolicy> {
+/// The site's policy, and its edge; the defaults where there is no file.
+pub fn read() -> anyhow::Result<Policy> {
     read_from(Path::new(PATH))
 }
 
-fn read_from(path: &Path) -> anyhow::Result<SitePolicy> {
+fn read_from(path: &Path) -> anyhow::Result<Policy> {
     let text = match std::fs::read_to_string(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return Ok(SitePolicy::default());
+            return Ok(Policy::default());
         }
         other => other.with_context(|| format!("Can't read {}", path.display()))?,
     };
     // toml's message names line and column.
-    let file: File = toml::from_str(&text).with_context(|| format!("Bad {}", path.display()))?;
-    Ok(file.site)
+    toml::from_str(&text).with_context(|| format!("Bad {}", path.display()))
 }
 
-#[derive(serde::Deserialize)]
+/// The whole file.
+#[derive(Debug, Default, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
-struct File {
+pub struct Policy {
+    /// What is taken of guests.
     #[serde(default)]
-    site: SitePolicy,
+    pub site: SitePolicy,
+    /// What keeps their connections, if anything does.
+    pub edge: Option<Edge>,
 }
 
 #[cfg(test)]
@@ -43,6 +48,20 @@ mod tests {
         std::fs::write(&path, "[site]\nkernel_directoriez = []\n").unwrap();
         let message = format!("{:#}", read_from(&path).unwrap_err());
         assert!(message.contains("line 2"), "{message}");
-        assert!(read_from(&root.path().join("none")).is_ok());
+        std::fs::write(&path, "[edge]\nsite = \"x\"\nhosst = \"y\"\n").unwrap();
+        let message = format!("{:#}", read_from(&path).unwrap_err());
+        assert!(message.contains("line 3"), "{message}");
+        assert!(read_from(&root.path().join("none")).unwrap().edge.is_none());
+    }
+
+    #[test]
+    fn an_edge_needs_only_the_name_of_the_site() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("vmshadow.toml");
+        std::fs::write(&path, "[edge]\nsite = \"dublin\"\n").unwrap();
+        let edge = read_from(&path).unwrap().edge.unwrap();
+        assert_eq!(edge.host, None);
+        assert_eq!(edge.ssh, ["ssh"]);
+        assert!(edge.control.is_absolute());
     }
 }

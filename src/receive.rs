@@ -2,11 +2,14 @@
 
 use std::io::Write;
 
+use migrate::connections::Expected;
 use migrate::directories::Directories;
+use migrate::error::Error;
 use migrate::handover::recovery;
 use migrate::incoming;
 
 use crate::cli;
+use crate::edge::Paths;
 use crate::policy;
 
 /// Receives a guest, or says what became of a move.
@@ -17,5 +20,20 @@ pub fn run(options: &cli::Receive, directories: &Directories) -> anyhow::Result<
         writeln!(std::io::stdout(), "{}", serde_json::to_string(&answer)?)?;
         return Ok(());
     }
-    incoming::receive(directories, &policy::read()?, crate::cancelled()?).map_err(Into::into)
+    let policy = policy::read()?;
+    let paths = Paths::new(directories);
+    let mut expect = |guest: Expected<'_>| match &policy.edge {
+        None => Ok(None),
+        Some(edge) => paths
+            .open(edge, guest.name, guest.uuid, guest.configuration, true)
+            .map(|_| Some(edge.site.clone()))
+            .map_err(|error| Error::Refused(format!("{error:#}"))),
+    };
+    let cancel = crate::cancelled()?;
+    let received = incoming::receive(directories, &policy.site, &mut expect, cancel);
+    if received.is_err() {
+        // The guest did not come.
+        paths.tidy(directories);
+    }
+    received.map_err(Into::into)
 }

@@ -9,6 +9,7 @@ use migrate::handover::journal::{self, Entry};
 use migrate::handover::recovery::{Action, Settled, action, settle, settle_by_decree};
 
 use crate::cli::{self, Decree};
+use crate::edge;
 
 /// How long a worker of the same guest is waited for.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -44,6 +45,9 @@ pub fn run(options: &cli::Resolve, directories: &Directories) -> anyhow::Result<
         Some(Decree::There) => settle_by_decree(directories, entry, false),
         None => settle(directories, entry, PATIENCE),
     });
+    for settled in &done {
+        edge::follow(directories, settled);
+    }
     if options.json {
         say!("{}", serde_json::to_string_pretty(&done)?);
     } else {

@@ -62,6 +62,8 @@ pub struct Prepared {
     pub xen: XenVersion,
     /// What the operator at the source should know.
     pub warnings: Vec<String>,
+    /// What this site is called at the edge that keeps the guest's connections.
+    pub edge_site: Option<String>,
 }
 
 /// Says whether this site takes a guest, and prepares for it: checks, journal, guardian, image.
@@ -157,6 +159,7 @@ impl<'a> Receiving<'a> {
                 xen: prepared.xen,
                 tsc_khz: None,
                 warnings,
+                edge_site: prepared.edge_site.as_deref().map(Text::new),
             },
             decoder: BatchDecoder::new(),
             vanished: false,

@@ -17,6 +17,7 @@ use std::time::Duration;
 use xen_sys::ctl::{CpuPolicy, GuestKind as CpuKind};
 
 use crate::configuration::{SitePolicy, accept};
+use crate::connections::{Expect, Expected};
 use crate::destination::{Prepared, run};
 use crate::digest::Digester;
 use crate::directories::Directories;
@@ -34,7 +35,7 @@ use crate::wire::{GuestKind, Offer, Role as WireRole, Text, XenVersion};
 /// How long whoever settles an earlier move of the guest may hold its lock.
 const LOCKED: Duration = Duration::from_secs(5);
 
-/// Receives one guest over standard input and output.
+/// Receives one guest over standard input and output. `expect` is called once it is accepted.
 ///
 /// # Errors
 /// Whatever failed; the source was told, and nothing of the guest is left here. Where this is no
@@ -42,6 +43,7 @@ const LOCKED: Duration = Duration::from_secs(5);
 pub fn receive(
     directories: &Directories,
     policy: &SitePolicy,
+    expect: &mut Expect<'_>,
     cancel: Arc<AtomicBool>,
 ) -> Result<()> {
     directories.create()?;
@@ -60,7 +62,7 @@ pub fn receive(
     let conversation = Conversation::start(&peer, link, WireRole::Destination, None, cancel);
     let result = run(directories, conversation, &mut |offer| match &missing {
         Some(missing) => Err(Error::Refused(missing.clone())),
-        None => prepare(directories, policy, &peer, offer),
+        None => prepare(directories, policy, expect, &peer, offer),
     });
     match (result, missing) {
         (Err(_), Some(missing)) => Err(Error::Refused(missing)),
@@ -71,6 +73,7 @@ pub fn receive(
 fn prepare(
     directories: &Directories,
     policy: &SitePolicy,
+    expect: &mut Expect<'_>,
     peer: &str,
     offer: &Offer,
 ) -> Result<Prepared> {
@@ -118,6 +121,11 @@ fn prepare(
         },
     )?;
     let guardian = Guardian::start(directories, &journal.entry().path, &offer.name)?;
+    let edge_site = expect(Expected {
+        name: &offer.name,
+        uuid: &offer.uuid,
+        configuration: &accepted.configuration,
+    })?;
     let image = Image::create(&memory, offer.pages)?;
     let digester = Digester::new(&offer.digest_key);
     let guest = XenDestination::new(
@@ -139,6 +147,7 @@ fn prepare(
         digester,
         xen,
         warnings,
+        edge_site,
     })
 }
 

@@ -16,6 +16,7 @@
 mod bytes;
 pub mod codec;
 pub mod configuration;
+pub mod connections;
 pub mod destination;
 pub mod digest;
 pub mod directories;

@@ -13,6 +13,7 @@ use serde_json::Value;
 use xen_sys::DomId;
 use xen_sys::ctl::ShutdownReason;
 
+use crate::connections::Connections;
 use crate::digest::{DigestKey, Digester};
 use crate::directories::Directories;
 use crate::error::{Error, IoContext, Result, chain};
@@ -120,10 +121,18 @@ pub fn migrate(
     directories: &Directories,
     request: &Request,
     observer: &mut dyn Observer,
+    connections: &mut dyn Connections,
     cancel: Arc<AtomicBool>,
 ) -> Moved {
     let mut found = None;
-    match prepare_and_move(directories, request, observer, cancel, &mut found) {
+    match prepare_and_move(
+        directories,
+        request,
+        observer,
+        connections,
+        cancel,
+        &mut found,
+    ) {
         Ok(moved) => moved,
         Err(error) => Moved {
             report: None,
@@ -161,6 +170,7 @@ fn prepare_and_move(
     directories: &Directories,
     request: &Request,
     observer: &mut dyn Observer,
+    connections: &mut dyn Connections,
     cancel: Arc<AtomicBool>,
     found: &mut Option<String>,
 ) -> Result<Moved> {
@@ -227,6 +237,7 @@ fn prepare_and_move(
             journal,
             peer,
             observer,
+            connections,
             plan: request.plan.clone(),
             unchanged: &mut unchanged,
         },

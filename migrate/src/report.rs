@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use crate::codec::PagesByTechnique;
+use crate::connections::Kept;
 use crate::rounds::{Stop, seconds};
 
 /// How dirty pages are found.
@@ -109,6 +110,8 @@ pub struct Report {
     pub rounds: Vec<Round>,
     /// Whether the verify mode compared all memory at both sides.
     pub verified: bool,
+    /// What became of connections that an edge kept; none where the guest has no edge.
+    pub connections: Option<Kept>,
 }
 
 /// The version of [`Report`]'s format.

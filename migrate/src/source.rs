@@ -16,6 +16,7 @@
 use std::time::{Duration, Instant};
 
 use crate::codec::AdaptiveEncoder;
+use crate::connections::Connections;
 use crate::digest::{Digester, MemoryDigest};
 use crate::directories::Directories;
 use crate::error::{Error, Result, chain};
@@ -89,6 +90,8 @@ pub struct Move<'a> {
     pub peer: Conversation,
     /// Who watches.
     pub observer: &'a mut dyn Observer,
+    /// What keeps the guest's connections.
+    pub connections: &'a mut dyn Connections,
     /// What the operator asked for.
     pub plan: Plan,
     /// Checks, right before and after the suspend, that the guest still is what was offered.
@@ -160,6 +163,7 @@ impl<'a> Session<'a> {
             stop: None,
             rounds: Vec::new(),
             verified: false,
+            connections: None,
         };
         Session {
             known: PageTable::new(facts.pages),
@@ -217,6 +221,8 @@ impl<'a> Session<'a> {
                         .observer
                         .notice(Progress::Warning(warning.to_string()));
                 }
+                let site = accept.edge_site.map(|site| site.to_string());
+                self.go.connections.accepted(site.as_deref())?;
             }
             ToSource::Refuse(refusal) => return Err(refused(&self.go.peer, refusal.reason)),
             ToSource::Failed(reason) => return Err(refused(&self.go.peer, reason)),
@@ -274,6 +280,7 @@ impl<'a> Session<'a> {
             }
         }
         self.dirty = dirty;
+        self.go.connections.prepare()?;
         self.watch.lap("pre-copy");
         Ok(Copied)
     }
@@ -399,6 +406,7 @@ impl<'a> Session<'a> {
         let started = Instant::now();
         self.suspend_started = Some(started);
         self.go.guest.suspend()?;
+        self.go.connections.suspended();
         self.part("suspend", started.elapsed());
         let silent = if self.go.plan.verify {
             SILENT_VERIFYING
@@ -516,11 +524,24 @@ impl<'a> Session<'a> {
             self.report.downtime.total = started.elapsed();
         }
         self.watch.lap("handover");
+        self.lead_connections();
         self.phase("cleaning up");
         hold("acknowledged");
         self.clean_up_after_move();
         self.watch.lap("clean up");
         Ok(())
+    }
+
+    /// The guest runs at the destination: its connections go on there.
+    fn lead_connections(&mut self) {
+        match self.go.connections.moved() {
+            None => {}
+            Some(Ok(kept)) => self.report.connections = Some(kept),
+            Some(Err(error)) => self.go.observer.notice(Progress::Warning(format!(
+                "The guest has moved, but its connections may not have: {}",
+                chain(&error)
+            ))),
+        }
     }
 
     /// The guest runs at the destination: nothing that fails here changes that.
@@ -553,6 +574,7 @@ impl<'a> Session<'a> {
             // First what the guest waits for.
             note(self.go_on());
         }
+        self.go.connections.stayed();
         note(self.go.guest.end_tracking());
         self.go.peer.ignore_cancel();
         self.go.peer.set_deadline(None);
@@ -590,6 +612,7 @@ impl<'a> Session<'a> {
         loop {
             match recovery::ask(self.go.journal.entry()) {
                 Ok(Owner::Destination) => {
+                    self.lead_connections();
                     self.clean_up_after_move();
                     return Ok(());
                 }

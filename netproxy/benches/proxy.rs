@@ -1,7 +1,13 @@
-//! The proxy beside HAProxy and a direct connection, on the loopback interface, in one run.
+//! The proxy beside HAProxy and a direct connection, in network namespaces, in one run.
 //!
-//! `cargo bench -p netproxy --bench proxy [-- SECONDS [NAME]]`, NAME being one of the peers. HAProxy is left out, with a word, where
-//! it is not installed. CPU is that of the proxy's process alone.
+//! ```text
+//! client 10.3.1.2 ──veth── 10.3.1.1 edge 10.3.2.1 ──veth── 10.3.2.2 server
+//! ```
+//!
+//! `cargo bench -p netproxy --bench proxy [-- SECONDS [NAME]]` as root, NAME being one of the
+//! peers. Each of them runs on the edge; a direct connection is routed over it. HAProxy is left
+//! out, with a word, where it is not installed. CPU is that of the peer's process alone, and that
+//! of the whole machine, which carries the client and the server too.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -12,9 +18,101 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+fn namespace(name: &str) -> String {
+    format!("npb{}-{name}", std::process::id())
+}
+
+fn ip(line: &str) {
+    let output = Command::new("ip").args(line.split(' ')).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "ip {line}: {said}");
+}
+
+/// The namespaces of this run.
+struct Network;
+
+impl Network {
+    fn new() -> Self {
+        let network = Self;
+        for name in ["client", "edge", "server"] {
+            ip(&format!("netns add {}", namespace(name)));
+            ip(&format!("-n {} link set lo up", namespace(name)));
+        }
+        let edge = namespace("edge");
+        for (end, net) in [("client", 1), ("server", 2)] {
+            let other = namespace(end);
+            ip(&format!(
+                "-n {other} link add up0 type veth peer name {end} netns {edge}"
+            ));
+            ip(&format!("-n {other} address add 10.3.{net}.2/24 dev up0"));
+            ip(&format!("-n {edge} address add 10.3.{net}.1/24 dev {end}"));
+            ip(&format!("-n {other} link set up0 up"));
+            ip(&format!("-n {edge} link set {end} up"));
+            ip(&format!("-n {other} route add default via 10.3.{net}.1"));
+        }
+        inside("edge", || {
+            std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
+        });
+        for name in ["client", "edge", "server"] {
+            inside(name, || {
+                let set = |key: &str, value: &str| {
+                    std::fs::write(format!("/proc/sys/net/ipv4/{key}"), value).unwrap();
+                };
+                set("ip_local_port_range", "10000 65000");
+                // What Linux has by default: all three share one host's memory for TCP.
+                set("tcp_rmem", "4096 131072 6291456");
+                set("tcp_wmem", "4096 16384 4194304");
+            });
+        }
+        network
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        for name in ["client", "edge", "server"] {
+            let _ = Command::new("ip")
+                .args(["netns", "del", &namespace(name)])
+                .status();
+        }
+    }
+}
+
+/// This thread goes into a namespace, and with it all that it starts from then on.
+fn enter(name: &str) {
+    let file = std::fs::File::open(format!("/run/netns/{}", namespace(name))).unwrap();
+    nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+}
+
+fn inside<T: Send>(name: &str, what: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let inside = scope.spawn(|| {
+            enter(name);
+            what()
+        });
+        inside.join().unwrap()
+    })
+}
+
+/// A command that runs on the edge.
+fn on_edge(program: &str) -> Command {
+    let mut command = Command::new("ip");
+    command.args(["netns", "exec", &namespace("edge"), program]);
+    command
+}
+
+/// Seconds that all processors were busy, with whatever.
+fn machine() -> f64 {
+    let text = std::fs::read_to_string("/proc/stat").unwrap();
+    let fields = text.lines().next().unwrap().split_whitespace().skip(1);
+    let ticks: Vec<f64> = fields.map(|field| field.parse().unwrap()).collect();
+    // All but idle, waiting for disks, and what the host took.
+    (ticks.iter().take(7).sum::<f64>() - ticks[3] - ticks[4]) / 100.0
+}
+
 /// The server behind every proxy: the first byte says what a connection is for.
 fn serve() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let listener = inside("server", || TcpListener::bind("10.3.2.2:0").unwrap());
     socket2::SockRef::from(&listener).listen(4096).unwrap();
     let address = listener.local_addr().unwrap();
     std::thread::spawn(move || {
@@ -91,10 +189,10 @@ impl Drop for Proxy {
 }
 
 fn free_port() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
+    inside("edge", || {
+        let listener = TcpListener::bind("10.3.1.1:0").unwrap();
+        listener.local_addr().unwrap()
+    })
 }
 
 fn ours(directory: &Path, name: &'static str, server: SocketAddr, pipes: u32) -> Proxy {
@@ -104,13 +202,13 @@ fn ours(directory: &Path, name: &'static str, server: SocketAddr, pipes: u32) ->
     let text = format!(
         "version = 1\n[proxy]\ncontrol = {control:?}\npipes = {pipes}\n\
          [limits]\nconnections = 30000\nconnections_per_client = 30000\n\
-         [[guest]]\nname = \"g\"\naddress = \"127.0.0.1\"\nsite = \"a\"\n\
+         [[guest]]\nname = \"g\"\naddress = \"10.3.2.2\"\nsite = \"a\"\n\
          [guest.sites.a]\nrouted = true\n\
          [[guest.service]]\nname = \"s\"\nlisten = [\"{address}\"]\nport = {}\n",
         server.port()
     );
     std::fs::write(&file, text).unwrap();
-    let mut child = Command::new(env!("CARGO_BIN_EXE_netproxy"))
+    let mut child = on_edge(env!("CARGO_BIN_EXE_netproxy"))
         .arg(&file)
         .stdout(Stdio::piped())
         .spawn()
@@ -132,27 +230,32 @@ fn haproxy(
 ) -> Option<Proxy> {
     let address = free_port();
     let file = directory.join(format!("{name}.cfg"));
+    // It reckons with two descriptors for each.
+    let files = nix::sys::resource::Resource::RLIMIT_NOFILE;
+    let (files, _) = nix::sys::resource::getrlimit(files).unwrap();
+    let most = (files.saturating_sub(300) / 2).min(12_000);
     let options = if splice {
         " option splice-request\n option splice-response\n"
     } else {
         ""
     };
     let text = format!(
-        "global\n nbthread 2\n maxconn 4000\n{}defaults\n mode tcp\n timeout connect 5s\n \
+        "global\n nbthread 2\n maxconn {most}\n maxpipes 64\n{}defaults\n mode tcp\n timeout connect 5s\n \
          timeout client 1h\n timeout server 1h\n{options}listen l\n bind {address}\n \
          server s {server}\n",
         if splice { "" } else { " nosplice\n" }
     );
     std::fs::write(&file, text).unwrap();
-    let spawned = Command::new("haproxy")
+    if Command::new("haproxy").arg("-v").output().is_err() {
+        println!("haproxy is not installed: {name} is left out");
+        return None;
+    }
+    let child = on_edge("haproxy")
         .args(["-db", "-f"])
         .arg(&file)
         .stderr(Stdio::null())
-        .spawn();
-    let Ok(child) = spawned else {
-        println!("haproxy is not installed: {name} is left out");
-        return None;
-    };
+        .spawn()
+        .unwrap();
     let limit = Instant::now() + Duration::from_secs(5);
     while TcpStream::connect(address).is_err() {
         assert!(Instant::now() < limit, "haproxy does not start");
@@ -165,8 +268,8 @@ fn haproxy(
     })
 }
 
-/// Gbit/s, and CPU seconds of the proxy per Gbit.
-fn throughput(proxy: &Proxy, connections: usize, time: Duration) -> (f64, f64) {
+/// Gbit/s, and CPU seconds per Gbit: of the proxy, and of the machine.
+fn throughput(proxy: &Proxy, connections: usize, time: Duration) -> (f64, f64, f64) {
     let stop = Arc::new(AtomicBool::new(false));
     let sent = Arc::new(AtomicU64::new(0));
     let threads: Vec<_> = (0..connections)
@@ -186,12 +289,14 @@ fn throughput(proxy: &Proxy, connections: usize, time: Duration) -> (f64, f64) {
         })
         .collect();
     std::thread::sleep(Duration::from_millis(500));
-    let (cpu, before, start) = (proxy.cpu(), sent.load(Ordering::Relaxed), Instant::now());
+    let (cpu, all) = (proxy.cpu(), machine());
+    let (before, start) = (sent.load(Ordering::Relaxed), Instant::now());
     std::thread::sleep(time);
     let gbit = (sent.load(Ordering::Relaxed) - before) as f64 * 8.0 / 1e9;
     let result = (
         gbit / start.elapsed().as_secs_f64(),
         (proxy.cpu() - cpu) / gbit,
+        (machine() - all) / gbit,
     );
     stop.store(true, Ordering::Relaxed);
     threads
@@ -250,71 +355,100 @@ fn idle_memory(proxy: &Proxy, connections: usize) -> f64 {
     (after as f64 - before as f64) / connections as f64
 }
 
+/// As a cell of a table, empty where there is nothing to tell.
+fn cell(figure: f64, digits: usize) -> String {
+    if figure == 0.0 {
+        String::new()
+    } else {
+        format!("{figure:.digits$}")
+    }
+}
+
+const PEERS: [&str; 5] = [
+    "direct",
+    "netproxy",
+    "netproxy, copying",
+    "haproxy, splice",
+    "haproxy",
+];
+
+fn start(name: &'static str, directory: &Path, server: SocketAddr) -> Option<Proxy> {
+    match name {
+        "netproxy" => Some(ours(directory, name, server, 64)),
+        "netproxy, copying" => Some(ours(directory, name, server, 0)),
+        "haproxy, splice" => haproxy(directory, name, server, true),
+        "haproxy" => haproxy(directory, name, server, false),
+        _ => Some(Proxy {
+            name,
+            address: server,
+            child: None,
+        }),
+    }
+}
+
 fn main() {
-    let seconds = std::env::args()
-        .skip(1)
-        .find_map(|word| word.parse().ok())
-        .unwrap_or(3);
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let seconds = words.iter().find_map(|word| word.parse().ok()).unwrap_or(5);
     let time = Duration::from_secs(seconds);
-    let wanted = [
-        "direct",
-        "netproxy",
-        "netproxy, copying",
-        "haproxy, splice",
-        "haproxy",
-    ];
-    let asked: Vec<String> = std::env::args().skip(1).collect();
-    let only = wanted
-        .into_iter()
-        .find(|name| asked.iter().any(|word| word == name));
+    let only = PEERS
+        .iter()
+        .find(|name| words.iter().any(|word| word == *name));
+    let peers: Vec<&'static str> = match only {
+        Some(name) => vec![name],
+        None => PEERS.to_vec(),
+    };
+    let files = nix::sys::resource::Resource::RLIMIT_NOFILE;
+    let (_, most) = nix::sys::resource::getrlimit(files).unwrap();
+    // Two for each connection, here as in the proxies, and some for other things.
+    let wanted = most.max(65_536);
+    let limit = match nix::sys::resource::setrlimit(files, wanted, wanted) {
+        Ok(()) => wanted,
+        Err(_) => most,
+    };
+    nix::sys::resource::setrlimit(files, limit, limit).unwrap();
+    let idle = usize::try_from(limit.saturating_sub(400) / 2)
+        .unwrap()
+        .min(10_000);
     let directory: PathBuf =
         std::env::temp_dir().join(format!("netproxy-bench-{}", std::process::id()));
     std::fs::create_dir_all(&directory).unwrap();
+    let _network = Network::new();
     let server = serve();
-    let start: [&dyn Fn() -> Option<Proxy>; 5] = [
-        &|| {
-            Some(Proxy {
-                name: "direct",
-                address: server,
-                child: None,
-            })
-        },
-        &|| Some(ours(&directory, "netproxy", server, 64)),
-        &|| Some(ours(&directory, "netproxy, copying", server, 0)),
-        &|| haproxy(&directory, "haproxy, splice", server, true),
-        &|| haproxy(&directory, "haproxy", server, false),
-    ];
-    println!("{seconds} s each; Gbit/s and CPU seconds of the proxy per Gbit:");
-    println!("{:18} {:>15} {:>15} {:>15}", "connections", 1, 16, 256);
-    for start in start {
-        let Some(proxy) = start() else { continue };
-        if only.is_some_and(|name| name != proxy.name) {
+    enter("client");
+    println!(
+        "{seconds} s each. Throughput in Gbit/s; CPU seconds per Gbit of the proxy, and of the \
+         whole machine.\n"
+    );
+    println!("| connections | 1 | | | 16 | | | 256 | | |");
+    println!("|---|---|---|---|---|---|---|---|---|---|");
+    for name in &peers {
+        let Some(proxy) = start(name, &directory, server) else {
             continue;
-        }
-        print!("{:18}", proxy.name);
+        };
+        print!("| {} |", proxy.name);
         for connections in [1, 16, 256] {
-            let (rate, cpu) = throughput(&proxy, connections, time);
-            print!(" {rate:7.2} {cpu:7.4}");
+            let (rate, cpu, all) = throughput(&proxy, connections, time);
+            print!(" {rate:.2} | {} | {all:.3} |", cell(cpu, 3));
         }
         println!();
     }
-    println!("\nRound trip in µs (p50, p99, the proxy's CPU), connections/s, KiB an idle one:");
-    println!("{:18} {:>21} {:>21} {:>21}", "bytes", 64, 1024, 16_384);
-    for start in start {
-        let Some(proxy) = start() else { continue };
-        if only.is_some_and(|name| name != proxy.name) {
+    println!(
+        "\nRound trips in µs: p50, p99, and the proxy's CPU for one. New connections a second, \
+         one after the other. KiB of the proxy's memory for each of {idle} idle connections.\n"
+    );
+    println!("| bytes | 64 | | | 1,024 | | | 16,384 | | | new/s | KiB |");
+    println!("|---|---|---|---|---|---|---|---|---|---|---|---|");
+    for name in &peers {
+        let Some(proxy) = start(name, &directory, server) else {
             continue;
-        }
-        print!("{:18}", proxy.name);
+        };
+        print!("| {} |", proxy.name);
         for size in [64, 1024, 16_384] {
             let (p50, p99, cpu) = latency(&proxy, size, time);
-            print!(" {p50:6.1} {p99:7.1} {cpu:6.1}");
+            print!(" {p50:.0} | {p99:.0} | {} |", cell(cpu, 1));
         }
-        println!(
-            " {:7.0} {:5.1}",
-            connects(&proxy, time),
-            idle_memory(&proxy, 400)
-        );
+        let rate = connects(&proxy, time);
+        println!(" {rate:.0} | {} |", cell(idle_memory(&proxy, idle), 1));
     }
     std::fs::remove_dir_all(&directory).unwrap();
 }

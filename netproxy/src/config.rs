@@ -41,10 +41,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::IpNet;
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize};
 use toml::Spanned;
 
 use crate::error::{Error, Result};
+use crate::site::{Forward, Translation};
 
 /// The version of the file's format.
 pub const VERSION: u32 = 1;
@@ -158,7 +159,7 @@ impl Default for Limits {
 }
 
 /// One guest.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct GuestConfig {
     /// Its name.
@@ -175,7 +176,7 @@ pub struct GuestConfig {
     /// The sites where it can be.
     pub sites: BTreeMap<String, Spanned<SiteConfig>>,
     /// Connections to it, in all.
-    #[serde(default = "all")]
+    #[serde(default = "all", skip_serializing_if = "is_all")]
     pub connections: usize,
     /// Its services.
     #[serde(default, rename = "service")]
@@ -186,8 +187,13 @@ fn all() -> usize {
     usize::MAX
 }
 
+#[allow(clippy::trivially_copy_pass_by_ref)]
+fn is_all(connections: &usize) -> bool {
+    *connections == all()
+}
+
 /// How a guest is reached at a site: `address` or `routed`.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct SiteConfig {
     /// The site's address, from which it translates to the guest's.
@@ -203,7 +209,7 @@ pub struct SiteConfig {
 }
 
 /// One service of a guest.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct ServiceConfig {
     /// Its name, for lists and metrics.
@@ -417,6 +423,46 @@ impl GuestConfig {
         })
     }
 
+    /// What `site` has to translate so that the guest is reached there. None where the guest's own
+    /// address is routed.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSite`]; [`Error::Config`] if the configuration does not say by which
+    /// address (`source`) this host is known there.
+    pub fn translation(&self, site: &str) -> Result<Option<Translation>> {
+        let guest = self.name.get_ref().clone();
+        let Some(settings) = self.sites.get(site) else {
+            let site = site.to_owned();
+            return Err(Error::UnknownSite { guest, site });
+        };
+        let Some(site_address) = settings.get_ref().address else {
+            return Ok(None);
+        };
+        let Some(edge) = self.source else {
+            return Err(Error::Config(format!(
+                "Guest {guest} has no `source`: its sites can't tell this host from others"
+            )));
+        };
+        let mut forwards: Vec<Forward> = Vec::new();
+        for service in &self.services {
+            let guest_port = *service.port.get_ref();
+            let forward = Forward {
+                site_port: service.site_port.unwrap_or(guest_port),
+                guest_port,
+            };
+            if !forwards.contains(&forward) {
+                forwards.push(forward);
+            }
+        }
+        Ok(Some(Translation {
+            guest,
+            site_address,
+            guest_address: self.address,
+            edges: vec![edge],
+            forwards,
+        }))
+    }
+
     /// Where to connect to learn the round trip time to a site, if the configuration says.
     #[must_use]
     pub fn probe(&self, site: &str) -> Option<SocketAddr> {
@@ -485,6 +531,28 @@ allow = ["203.0.113.0/24"]
     }
 
     #[test]
+    fn a_site_is_told_what_to_translate() {
+        let config = Config::parse(GOOD, "proxy.toml").unwrap();
+        let mut guest = config.guests[0].clone();
+        let translation = guest.translation("a").unwrap().unwrap();
+        assert_eq!(translation.edges, ["192.0.2.1".parse::<IpAddr>().unwrap()]);
+        assert_eq!(
+            translation.forwards,
+            [Forward {
+                site_port: 15900,
+                guest_port: 5900
+            }]
+        );
+        assert_eq!(guest.translation("b").unwrap(), None);
+        assert!(matches!(
+            guest.translation("c"),
+            Err(Error::UnknownSite { .. })
+        ));
+        guest.source = None;
+        assert!(matches!(guest.translation("a"), Err(Error::Config(_))));
+    }
+
+    #[test]
     fn errors_name_the_line() {
         let swap = |from: &str, to: &str| error(&GOOD.replace(from, to));
         assert_eq!(
@@ -519,6 +587,10 @@ allow = ["203.0.113.0/24"]
             .collect();
         assert!(example.contains("[[guest.service]]"));
         Config::parse(&example, "example").unwrap();
+        let guide = include_str!("../../docs/guide/proxy.md");
+        let mut parts = guide.split("```toml\n").skip(1);
+        let example = parts.next().unwrap().split("```").next().unwrap();
+        Config::parse(example, "guide").unwrap();
     }
 
     proptest! {

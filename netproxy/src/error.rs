@@ -85,6 +85,9 @@ pub enum Error {
         /// The step asked for.
         asked: &'static str,
     },
+    /// A move is not lent to anybody any more.
+    #[error("No lease of guest {0} can be renewed: its move has ended, or its lease has")]
+    LeaseOver(String),
     /// Something can't be done while a guest is moved.
     #[error("Guest {0} is being moved: finish or cancel that first")]
     Busy(String),
@@ -94,6 +97,9 @@ pub enum Error {
     /// The other end of the control socket broke the protocol.
     #[error("The control socket: {0}")]
     Protocol(String),
+    /// The proxy, asked through the control socket, did not answer in the time it was given.
+    #[error("The proxy does not answer in time")]
+    Timeout,
     /// The proxy, asked through the control socket, said no.
     #[error("The proxy refused: {0}")]
     Refused(String),

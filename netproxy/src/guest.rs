@@ -163,6 +163,37 @@ impl Shared {
         })
     }
 
+    /// Counts a connection that was taken over: it has its place already.
+    pub(crate) fn readmit(
+        self: &Arc<Self>,
+        id: u64,
+        guest: &Arc<Guest>,
+        client: IpAddr,
+    ) -> Admission {
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        *clients.entry(client).or_insert(0) += 1;
+        drop(clients);
+        self.open.fetch_add(1, Ordering::Relaxed);
+        guest.open.fetch_add(1, Ordering::Relaxed);
+        self.metrics.open.get_or_create(&guest.label).inc();
+        Admission {
+            id,
+            shared: Arc::clone(self),
+            guest: Arc::clone(guest),
+            client,
+        }
+    }
+
+    /// The number of the next connection.
+    pub(crate) fn next_id(&self) -> u64 {
+        self.next_id.load(Ordering::Relaxed)
+    }
+
+    /// Goes on counting connections where another program was.
+    pub(crate) fn set_next_id(&self, id: u64) {
+        self.next_id.store(id, Ordering::Relaxed);
+    }
+
     pub(crate) fn count_refusal(&self, reason: Refusal) {
         self.metrics
             .refused

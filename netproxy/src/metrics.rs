@@ -55,6 +55,7 @@ pub(crate) struct Metrics {
     pub move_failures: Family<OfGuest, Counter>,
     pub move_fallbacks: Family<OfGuest, Counter>,
     pub move_cancelled: Family<OfGuest, Counter>,
+    pub leases_ended: Family<OfGuest, Counter>,
     pub stall: Family<OfGuest, Histogram>,
     pub buffered: Gauge,
 }
@@ -116,6 +117,11 @@ impl Metrics {
             "Connections that went back",
             Family::default()
         );
+        let leases_ended = metric!(
+            "leases_ended",
+            "Moves given up because their caller died or took too long",
+            Family::default()
+        );
         let stall: Family<OfGuest, Histogram> =
             Family::new_with_constructor(stall_histogram as fn() -> Histogram);
         registry.register_with_unit(
@@ -142,6 +148,7 @@ impl Metrics {
             move_failures,
             move_fallbacks,
             move_cancelled,
+            leases_ended,
             stall,
             buffered,
         }

@@ -8,7 +8,7 @@
 
 use std::io;
 use std::mem::{MaybeUninit, size_of};
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use libc::{c_int, c_uint, c_ulong, c_void, socklen_t};
 
@@ -114,6 +114,16 @@ fn ioctl_int(fd: BorrowedFd<'_>, request: c_ulong) -> io::Result<u32> {
         value.assume_init()
     };
     u32::try_from(value).map_err(io::Error::other)
+}
+
+/// Takes over a descriptor that the program before left open for this one at an exec. It is not
+/// left open for the next.
+pub(crate) fn adopt(number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: fcntl takes any number, and refuses one that is not open.
+    check(unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) })?;
+    // SAFETY: it is open. The program before wrote each number down once, and left it open for
+    // nobody but who reads it there; nothing else in this process knows of it.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 /// Switches repair mode. Needs CAP_NET_ADMIN.

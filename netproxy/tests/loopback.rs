@@ -211,6 +211,144 @@ fn limits_refuse_the_newcomer_only() {
     exchange(&mut setup.connect(), b"room again");
 }
 
+/// A client with an address of its own.
+fn connect_from(from: &str, to: SocketAddr) -> TcpStream {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    let from: SocketAddr = format!("{from}:0").parse().unwrap();
+    socket.bind(&from.into()).unwrap();
+    socket.connect(&to.into()).unwrap();
+    let stream = TcpStream::from(socket);
+    stream
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .unwrap();
+    stream
+}
+
+#[test]
+fn a_flood_from_one_client_leaves_room_for_others() {
+    let setup = Setup::new("connections_per_client = 10", "");
+    let address = setup.address();
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let floods: Vec<_> = (0..2)
+        .map(|_| {
+            let stop = Arc::clone(&stop);
+            std::thread::spawn(move || {
+                let mut open = Vec::new();
+                while !stop.load(Ordering::Relaxed) {
+                    open.push(connect_from("127.0.0.2", address));
+                    // What was refused is reset.
+                    if open.len() > 100 {
+                        open.drain(..50);
+                    }
+                }
+            })
+        })
+        .collect();
+    for _ in 0..20 {
+        exchange(&mut connect_from("127.0.0.3", address), b"served");
+        let open = setup.proxy.list().unwrap().connections;
+        let of_flood = open
+            .iter()
+            .filter(|c| c.client.ip().to_string() == "127.0.0.2");
+        assert!(of_flood.count() <= 10);
+    }
+    stop.store(true, Ordering::Relaxed);
+    floods.into_iter().for_each(|flood| flood.join().unwrap());
+    wait_until(|| setup.proxy.open() == 0);
+    let metrics = setup.proxy.metrics();
+    assert!(metrics.contains("refused_total{reason=\"client_limit\"}"));
+}
+
+#[test]
+fn many_clients_that_do_not_read_hold_no_more_than_all_may() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let limits = "buffer = \"128KiB\"\nbuffer_total = \"512KiB\"";
+    let setup = Setup::with(
+        listener.local_addr().unwrap(),
+        limits,
+        "",
+        r#""127.0.0.1:0""#,
+    );
+    let mut pairs: Vec<(TcpStream, TcpStream)> = (0..30)
+        .map(|_| (setup.connect(), listener.accept().unwrap().0))
+        .collect();
+    for (_, guest) in &mut pairs {
+        guest.set_nonblocking(true).unwrap();
+    }
+    // Until nobody takes any more.
+    let mut quiet = 0;
+    while quiet < 20 {
+        let wrote = pairs
+            .iter_mut()
+            .any(|(_, guest)| guest.write(&[0; 65_536]).is_ok());
+        quiet = if wrote { 0 } else { quiet + 1 };
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let metrics = setup.proxy.metrics();
+    let line = metrics
+        .lines()
+        .find(|line| line.starts_with("netproxy_buffered_bytes "))
+        .unwrap();
+    let buffered: usize = line.rsplit(' ').next().unwrap().parse().unwrap();
+    assert!(buffered <= (512 << 10) + (16 << 10) * 2, "{buffered}");
+    // One that reads is served all the same, and in full.
+    let (mut client, mut guest) = (setup.connect(), listener.accept().unwrap().0);
+    let data: Vec<u8> = (0..3_000_000_u32)
+        .map(|i| u8::try_from(i % 249).unwrap())
+        .collect();
+    let sent = data.clone();
+    let writing = std::thread::spawn(move || guest.write_all(&sent).unwrap());
+    let mut got = Vec::new();
+    client.read_to_end(&mut got).unwrap();
+    writing.join().unwrap();
+    assert!(got == data);
+}
+
+#[test]
+fn a_guest_that_does_not_even_refuse_is_given_up() {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
+    socket.bind(&any.into()).unwrap();
+    socket.listen(0).unwrap();
+    let guest = socket.local_addr().unwrap().as_socket().unwrap();
+    // Its queue is full: who comes now hears nothing.
+    let _first = TcpStream::connect(guest).unwrap();
+    let setup = Setup::with(guest, "connect = \"300ms\"", "", r#""127.0.0.1:0""#);
+    let mut client = setup.connect();
+    assert!(refused(&mut client));
+    wait_until(|| setup.proxy.open() == 0);
+}
+
+#[test]
+fn one_that_has_half_ended_does_not_stay_for_ever() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let setup = Setup::with(
+        listener.local_addr().unwrap(),
+        "half_closed = \"50ms\"",
+        "",
+        r#""127.0.0.1:0""#,
+    );
+    let client = setup.connect();
+    let (mut guest, _) = listener.accept().unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    // The guest hears of that, and says nothing.
+    assert_eq!(guest.read(&mut [0]).unwrap(), 0);
+    wait_until(|| setup.proxy.open() == 0);
+    let metrics = setup.proxy.metrics();
+    assert!(metrics.contains("timeouts_total{guest=\"g\"} 1"));
+}
+
+#[test]
+fn a_slow_client_is_served_for_as_long_as_it_takes() {
+    let setup = Setup::new("idle = \"500ms\"", "");
+    let mut slow = setup.connect();
+    for byte in 0..60 {
+        exchange(&mut slow, &[byte]);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(setup.proxy.open(), 1);
+}
+
 #[test]
 fn only_those_the_configuration_names_get_through() {
     let setup = Setup::new("", "allow = [\"192.0.2.0/24\"]");

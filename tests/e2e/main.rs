@@ -6,6 +6,7 @@
 
 mod broken;
 mod changes;
+mod edge;
 mod empty;
 mod hostile;
 mod moves;

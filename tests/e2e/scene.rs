@@ -115,6 +115,15 @@ fn cleared(testbed: &Testbed, after: &str, right: impl Fn(&[SiteName]) -> bool) 
     }
 }
 
+/// Waits until it is so.
+pub fn wait_until(what: &str, mut so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + CLEARED;
+    while !so() {
+        assert!(Instant::now() < deadline, "Not in time: {what}");
+        thread::sleep(Duration::from_millis(500));
+    }
+}
+
 /// Checks that the guest goes on and all its memory is right. An empty one only goes on: what is
 /// right of its memory, the verify mode proves.
 pub fn alive(testbed: &Testbed, guest: &Guest, after: &str) {

@@ -21,7 +21,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::journal::{self, Role};
-use super::recovery::{Action, action, settle};
+use super::recovery::{Action, Settled, action, settle};
 use crate::directories::Directories;
 use crate::error::{Error, IoContext, Result, chain};
 
@@ -82,11 +82,12 @@ impl Guardian {
     }
 }
 
-/// The guardian itself: `vmshadow guard JOURNAL`, its standard input the worker's pipe.
+/// The guardian itself: `vmshadow guard JOURNAL`, its standard input the worker's pipe. What it
+/// settled; nothing where the worker had ended the move itself.
 ///
 /// # Errors
 /// What could not be settled; it is then up to `vmshadow resolve`.
-pub fn run(directories: &Directories, path: &Path) -> Result<()> {
+pub fn run(directories: &Directories, path: &Path) -> Result<Option<Settled>> {
     name_process(PROCESS_NAME);
     // The worker never writes: this returns when it ends.
     let mut nothing = Vec::new();
@@ -98,14 +99,14 @@ pub fn run(directories: &Directories, path: &Path) -> Result<()> {
     let start = Instant::now();
     loop {
         if !path.exists() {
-            return Ok(());
+            return Ok(None);
         }
         let entry = journal::read(path)?;
         if action(&entry) == Action::Nothing {
             if entry.begin.role == Role::Source {
                 fs::remove_file(path).context(|| format!("Can't remove {}", path.display()))?;
             }
-            return Ok(());
+            return Ok(None);
         }
         log::warn!(
             "{}: its worker is gone at {:?}",
@@ -115,7 +116,7 @@ pub fn run(directories: &Directories, path: &Path) -> Result<()> {
         match settle(directories, &entry, Duration::from_secs(10)) {
             Ok(settled) => {
                 log::warn!("{}: {}", settled.name, settled.what);
-                return Ok(());
+                return Ok(Some(settled));
             }
             Err(error) if start.elapsed() < ASKING => {
                 log::warn!("{}: {}", entry.begin.name, chain(&error));

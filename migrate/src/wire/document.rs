@@ -277,6 +277,9 @@ pub struct Acceptance {
     /// What the user should know, one line each.
     #[serde(default)]
     pub warnings: Vec<Text>,
+    /// What the destination is called at the edge that keeps the guest's connections.
+    #[serde(default)]
+    pub edge_site: Option<Text>,
 }
 
 /// Why a destination does not take a guest.

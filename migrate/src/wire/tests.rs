@@ -163,6 +163,7 @@ fn to_source() -> impl Strategy<Value = ToSource> {
         )
             .prop_map(|(xen, tsc_khz, warnings)| {
                 ToSource::Accept(Box::new(Acceptance {
+                    edge_site: Some(Text::new("dublin")),
                     xen,
                     tsc_khz,
                     warnings,

@@ -246,6 +246,7 @@ fn to_source() -> Vec<Vec<u8>> {
             xen,
             tsc_khz: Some(1),
             warnings,
+            edge_site: None,
         })),
         ToSource::Refuse(Refusal {
             code: RefusalCode::Memory,

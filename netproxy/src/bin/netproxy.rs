@@ -1,29 +1,41 @@
-//! Runs the proxy of a configuration file until SIGTERM or SIGINT; SIGHUP reads the file again.
+//! Runs the proxy of a configuration file until SIGTERM or SIGINT. SIGHUP reads the file again;
+//! SIGUSR2 lets a new program take over, connections and all. Or leads standard input and output
+//! to the control socket of one that runs, for callers on other hosts.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use netproxy::config::Config;
 use netproxy::{Proxy, Result};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
 use signal_hook::iterator::Signals;
 
 fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
-    let mut arguments = std::env::args_os().skip(1);
-    let (Some(file), None) = (arguments.next(), arguments.next()) else {
-        eprintln!("Usage: netproxy CONFIGURATION.toml");
-        return ExitCode::from(2);
+    let arguments: Vec<PathBuf> = std::env::args_os().skip(1).map(PathBuf::from).collect();
+    let file = match arguments.as_slice() {
+        [file] if !file.to_string_lossy().starts_with('-') => file,
+        [word, socket] if word.as_os_str() == "attach" => {
+            return outcome(netproxy::control::attach(socket));
+        }
+        _ => {
+            eprintln!("Usage: netproxy CONFIGURATION.toml\n       netproxy attach CONTROL-SOCKET");
+            return ExitCode::from(2);
+        }
     };
-    let file = PathBuf::from(file);
-    let signals = match Signals::new([SIGTERM, SIGINT, SIGHUP]) {
+    let signals = match Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR2]) {
         Ok(signals) => signals,
         Err(error) => {
             eprintln!("netproxy: Cannot take signals: {error}");
             return ExitCode::FAILURE;
         }
     };
-    match run(&file, signals) {
+    outcome(run(file, signals))
+}
+
+fn outcome(result: Result<()>) -> ExitCode {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("netproxy: {}", error.chain());
@@ -33,20 +45,33 @@ fn main() -> ExitCode {
 }
 
 fn run(file: &Path, mut signals: Signals) -> Result<()> {
-    let proxy = Proxy::start(Config::load(file)?, Some(file.to_owned()))?;
+    let Some(proxy) = Proxy::start_program(file)? else {
+        // It was only asked whether it can take over.
+        return Ok(());
+    };
+    announce(&proxy)?;
+    for signal in signals.forever() {
+        match signal {
+            SIGHUP => {
+                if let Err(error) = Config::load(file).and_then(|config| proxy.reload(config)) {
+                    log::error!("The configuration stays as it was: {}", error.chain());
+                }
+            }
+            SIGUSR2 => log::error!("No upgrade: {}", proxy.upgrade().chain()),
+            _ => break,
+        }
+    }
+    Ok(())
+}
+
+/// Says where clients may connect. Whether anybody reads that does not matter.
+fn announce(proxy: &Proxy) -> Result<()> {
+    let mut out = std::io::stdout();
     for guest in proxy.list()?.guests {
         for address in guest.listeners {
-            println!("{}: {address}", guest.name);
+            let _ = writeln!(out, "{}: {address}", guest.name);
         }
     }
-    println!("ready");
-    for signal in signals.forever() {
-        if signal != SIGHUP {
-            break;
-        }
-        if let Err(error) = Config::load(file).and_then(|config| proxy.reload(config)) {
-            log::error!("The configuration stays as it was: {}", error.chain());
-        }
-    }
+    let _ = writeln!(out, "ready");
     Ok(())
 }

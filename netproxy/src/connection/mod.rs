@@ -15,6 +15,7 @@
 //! guest had sent goes on to the client. Nothing is written to the guest. Frozen sockets hear
 //! nothing any more. In `Moved`, the new socket exists and has sent nothing.
 
+mod handing;
 mod moving;
 
 use std::io;
@@ -36,8 +37,10 @@ use crate::retarget::late::Late;
 use crate::splice::{End, Endpoint, Failure, Flow, PipePool, Turn, Workspace};
 use moving::{Moved, Proving};
 
-/// How long one turn of a flow may go on before the others have theirs, in bytes.
-const TURN: usize = 4 << 20;
+/// How long one turn of a flow may go on before the others have theirs, in bytes. With larger ones
+/// hundreds of busy connections wait so long for theirs that the kernel takes it for a long way,
+/// and grows their receive buffers until its memory for TCP is used up.
+const TURN: usize = 256 << 10;
 /// How often it is looked whether the guest has acknowledged the last bytes.
 const SETTLE: Duration = Duration::from_millis(20);
 
@@ -77,12 +80,17 @@ enum Upstream {
 #[derive(Debug)]
 enum Stage {
     Normal,
-    Held { frozen: bool },
+    Held {
+        frozen: bool,
+        /// It was released before, and the guest may still know more than its socket.
+        before: Option<Box<Proving>>,
+    },
     Moved(Box<Moved>),
     Unmovable(String),
     Proving(Box<Proving>),
 }
 
+pub(crate) use handing::Packed;
 pub(crate) use moving::Step;
 
 /// One line of a list.
@@ -317,11 +325,8 @@ impl Connection {
     }
 
     fn pump(&mut self, ctx: &mut Context<'_>) -> Next {
-        let (may_read, may_write) = match self.stage {
-            Stage::Normal | Stage::Proving(_) => (true, true),
-            Stage::Held { .. } => (true, false),
-            Stage::Moved(_) | Stage::Unmovable(_) => (false, false),
-        };
+        let may_read = !matches!(self.stage, Stage::Moved(_) | Stage::Unmovable(_));
+        let may_write = self.may_write();
         let mut work = Workspace {
             scratch: ctx.scratch,
             pool: ctx.pool,
@@ -416,7 +421,11 @@ impl Connection {
     /// Its deadline may have come.
     pub(crate) fn on_timer(&mut self, ctx: &mut Context<'_>) -> Next {
         if matches!(self.stage, Stage::Proving(_)) {
-            return self.check(ctx);
+            let could_write = self.may_write();
+            return match self.check(ctx) {
+                Next::Wait if !could_write && self.may_write() => self.advance(ctx),
+                next => next,
+            };
         }
         if let Upstream::Connecting(_, since) = &self.upstream {
             if ctx.now >= *since + ctx.limits.connect.0 {
@@ -450,14 +459,21 @@ impl Connection {
         if reset {
             let _ = SockRef::from(&self.client.stream).set_linger(Some(Duration::ZERO));
         }
-        if let Upstream::Open(endpoint) = &self.upstream {
+        let ended = self.ended();
+        if let Upstream::Open(mut endpoint) = self.upstream {
             if reset {
                 let _ = SockRef::from(&endpoint.stream).set_linger(Some(Duration::ZERO));
-            } else if self.moved_before && self.ended() {
+            } else if self.moved_before && ended {
                 // The kernel does not know which ends passed through an earlier socket, and
                 // would send another FIN. What it owes is an acknowledgement.
                 let _ = SockRef::from(&endpoint.stream).set_tcp_quickack(true);
                 let _ = repair::silence(&endpoint.stream);
+                let ends = (endpoint.stream.local_addr(), endpoint.stream.peer_addr());
+                if let (Ok(local), Ok(remote)) = ends
+                    && ctx.registry.deregister(&mut endpoint.stream).is_ok()
+                {
+                    ctx.late.keep(local, remote, endpoint.stream, ctx.now);
+                }
             }
         }
     }

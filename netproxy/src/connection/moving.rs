@@ -10,11 +10,14 @@ use crate::error::{Error, Result};
 use crate::repair::state::{Snapshot, TcpState, covers};
 use crate::repair::{self, RestoreOptions};
 use crate::splice::{End, Endpoint, Workspace};
+use crate::upgrade::state::{Micros, ProvingState};
 
 /// How often a released connection is looked at until the guest has answered.
 const CHECK: Duration = Duration::from_millis(5);
 /// How often one is looked at whose guest does not answer for long.
 const LATE_CHECK: Duration = Duration::from_millis(100);
+/// How long the first flight has, beyond two round trips, to reach all that the guest may know.
+const MARK: Duration = Duration::from_millis(20);
 /// How long before a probe is repeated at first; it doubles up to a second.
 const FIRST_PROBE: Duration = Duration::from_millis(40);
 /// After this, an answer is left to TCP's own timers.
@@ -25,6 +28,8 @@ pub(super) struct Moved {
     /// The old socket, in repair mode. None if the new one has the very same addresses.
     old: Option<TcpStream>,
     snapshot: Snapshot,
+    /// What the old one had to reach, if it had not yet when it was held.
+    before: Option<Box<Proving>>,
 }
 
 #[derive(Debug)]
@@ -39,7 +44,40 @@ pub(super) struct Proving {
     answered: bool,
     next_probe: Instant,
     probe_wait: Duration,
+    /// When it is left to ordinary retransmission what is not sent again by then.
+    next_mark: Instant,
     pub(super) next_check: Instant,
+}
+
+impl Proving {
+    pub(super) fn pack(&self, now: Instant) -> ProvingState {
+        ProvingState {
+            released: Micros::since(self.released, now),
+            in_flight: self.in_flight,
+            base: self.base,
+            rtt: Micros::of(self.rtt),
+            covered: self.covered,
+            answered: self.answered,
+            next_probe: Micros::until(self.next_probe, now),
+            probe_wait: Micros::of(self.probe_wait),
+            next_mark: Micros::until(self.next_mark, now),
+        }
+    }
+
+    pub(super) fn unpack(state: &ProvingState, now: Instant) -> Self {
+        Self {
+            released: state.released.ago(now),
+            in_flight: state.in_flight,
+            base: state.base,
+            rtt: state.rtt.time(),
+            covered: state.covered,
+            answered: state.answered,
+            next_probe: state.next_probe.ahead(now),
+            probe_wait: state.probe_wait.time(),
+            next_mark: state.next_mark.ahead(now),
+            next_check: now,
+        }
+    }
 }
 
 /// What a step of a move did to a connection.
@@ -68,23 +106,34 @@ impl Connection {
             .then(|| Duration::from_micros(u64::from(info.rtt_us) + u64::from(info.rtt_var_us)))
     }
 
+    /// The sequence numbers given to the new socket since the release.
+    fn written_since(&self, proving: &Proving) -> u32 {
+        let fin = u64::from(self.to_guest.end() == End::Told);
+        u32::try_from(self.to_guest.written() - proving.base + fin).unwrap_or(u32::MAX)
+    }
+
     /// From now on nothing is written to the guest.
     pub(crate) fn hold(&mut self) -> Step {
-        if let Stage::Proving(proving) = &self.stage
-            && !proving.covered
-            && let Upstream::Open(endpoint) = &self.upstream
-        {
-            // The guest may still know more than this socket: settle that before it is moved
-            // on.
-            let _ = repair::mark_as_sent(&endpoint.stream);
-        }
         if matches!(self.stage, Stage::Normal | Stage::Proving(_)) {
-            self.stage = Stage::Held { frozen: false };
+            let before = self.take_proving();
+            let frozen = false;
+            self.stage = Stage::Held { frozen, before };
         }
         if self.is_waiting() {
             Step::Waits
         } else {
             Step::Taken
+        }
+    }
+
+    /// Takes what is still to be proved of an earlier move out of the stage, which is replaced
+    /// next.
+    fn take_proving(&mut self) -> Option<Box<Proving>> {
+        match std::mem::replace(&mut self.stage, Stage::Normal) {
+            Stage::Proving(proving) => Some(proving),
+            Stage::Held { before, .. } => before,
+            Stage::Moved(moved) => moved.before,
+            Stage::Normal | Stage::Unmovable(_) => None,
         }
     }
 
@@ -101,9 +150,13 @@ impl Connection {
                     self.unmovable(error.chain());
                     return Step::Failed;
                 }
+                // Deaf, it would take the guest for dead, and reset it.
+                let _ = SockRef::from(&endpoint.stream).set_keepalive(false);
             }
         }
-        self.stage = Stage::Held { frozen: true };
+        let before = self.take_proving();
+        let frozen = true;
+        self.stage = Stage::Held { frozen, before };
         Step::Taken
     }
 
@@ -123,7 +176,7 @@ impl Connection {
             Stage::Moved(_) => return Step::Taken,
             _ => {}
         }
-        if !matches!(self.stage, Stage::Held { frozen: true }) {
+        if !matches!(self.stage, Stage::Held { frozen: true, .. }) {
             match self.freeze() {
                 Step::Taken => {}
                 other => return other,
@@ -202,7 +255,12 @@ impl Connection {
             Upstream::Open(endpoint) => Some(endpoint.stream),
             _ => None,
         };
-        self.stage = Stage::Moved(Box::new(Moved { old, snapshot }));
+        let before = self.take_proving();
+        self.stage = Stage::Moved(Box::new(Moved {
+            old,
+            snapshot,
+            before,
+        }));
         Ok(Step::Taken)
     }
 
@@ -212,7 +270,12 @@ impl Connection {
         let (Stage::Moved(_), Upstream::Open(endpoint)) = (&self.stage, &self.upstream) else {
             return None;
         };
-        if repair::tcp_info(&endpoint.stream).ok()?.segments_in > 0 {
+        let info = repair::tcp_info(&endpoint.stream).ok()?;
+        if !info.state.is_movable() {
+            // Somebody else answered, with a reset.
+            return None;
+        }
+        if info.segments_in > 0 {
             return Some(true);
         }
         repair::kick(&endpoint.stream).ok()?;
@@ -228,7 +291,7 @@ impl Connection {
             }
             Stage::Unmovable(why) => Err(why),
             // Not re-targeted: it goes on where it was.
-            Stage::Held { frozen } => self.go_back(frozen, ctx),
+            Stage::Held { frozen, before } => self.go_back(frozen, before, ctx),
             stage @ (Stage::Normal | Stage::Proving(_)) => {
                 self.stage = stage;
                 Ok(Step::Taken)
@@ -237,12 +300,23 @@ impl Connection {
     }
 
     fn proceed(&mut self, moved: Moved, ctx: &mut Context<'_>) {
-        let Moved { old, snapshot } = moved;
+        let Moved {
+            old,
+            snapshot,
+            before,
+        } = moved;
         if let Some(old) = old {
             ctx.late.keep(snapshot.local, snapshot.remote, old, ctx.now);
         }
         self.moved_before = true;
-        let in_flight = snapshot.in_flight();
+        // What the guest may know, from the first byte that it has not acknowledged on: all that
+        // the old socket had sent, or what that one itself had yet to reach.
+        let in_flight = before.map_or(0, |proving| {
+            let given = self.written_since(&proving);
+            let acknowledged = given.saturating_sub(snapshot.unacknowledged());
+            proving.in_flight.saturating_sub(acknowledged)
+        });
+        let in_flight = in_flight.max(snapshot.in_flight());
         let send_buffer = snapshot.send_buffer;
         let peer_ended = matches!(
             snapshot.info.state,
@@ -257,7 +331,16 @@ impl Connection {
             self.to_client.source_ended();
         }
         let pending = snapshot.send.len();
-        self.to_guest.push_front(snapshot.send, &ctx.shared.budget);
+        // What the guest may know goes first and by itself. A last segment that is cut too large
+        // for the window would not be sent, and the guest's answers not be understood.
+        let mut first = snapshot.send;
+        let rest = first.split_off((in_flight as usize).min(pending));
+        self.to_guest.push_front(rest, &ctx.shared.budget);
+        let base = self.to_guest.written();
+        if let Upstream::Open(endpoint) = &self.upstream {
+            self.to_guest
+                .write_apart(first, &endpoint.stream, &ctx.shared.budget);
+        }
         // Data asks as well as a probe.
         if pending == 0
             && let Upstream::Open(endpoint) = &self.upstream
@@ -265,36 +348,55 @@ impl Connection {
         {
             log::debug!("Connection {}: {}", self.admission.id, error.chain());
         }
+        let rtt = Duration::from_micros(u64::from(snapshot.info.rtt_us));
         self.stage = Stage::Proving(Box::new(Proving {
             released: ctx.now,
             in_flight,
-            base: self.to_guest.written(),
-            rtt: Duration::from_micros(u64::from(snapshot.info.rtt_us)),
+            base,
+            rtt,
             covered: in_flight == 0,
             answered: false,
             next_probe: ctx.now + FIRST_PROBE,
             probe_wait: FIRST_PROBE,
+            next_mark: ctx.now + rtt * 2 + MARK,
             next_check: ctx.now + CHECK,
         }));
         self.last_activity = ctx.now;
-        // What is pending goes out as a whole, and nothing new with it: the buffer that was made
-        // for it is not to be filled again.
+        // Mostly everything that was in flight is so again by now.
+        self.check(ctx);
+        // The rest goes out as a whole, and nothing new with it: the buffer that was made for it
+        // is not to be filled again.
+        let may_write = self.may_write();
+        let rest =
+            pending.saturating_sub(usize::try_from(self.to_guest.written() - base).unwrap_or(0));
         if let Upstream::Open(endpoint) = &mut self.upstream {
-            let mut work = Workspace {
-                scratch: ctx.scratch,
-                pool: ctx.pool,
-                budget: &ctx.shared.budget,
-                limit: 0,
-                turn: pending,
-            };
-            if let Err(failure) = self.to_guest.pump(None, Some(endpoint), &mut work) {
-                // The next turn meets it again.
-                log::debug!("Connection {}: {failure:?}", self.admission.id);
+            if may_write && rest > 0 {
+                let mut work = Workspace {
+                    scratch: ctx.scratch,
+                    pool: ctx.pool,
+                    budget: &ctx.shared.budget,
+                    limit: 0,
+                    turn: rest,
+                };
+                if let Err(failure) = self.to_guest.pump(None, Some(endpoint), &mut work) {
+                    // The next turn meets it again.
+                    log::debug!("Connection {}: {failure:?}", self.admission.id);
+                }
             }
             let _ = repair::relax(&endpoint.stream, send_buffer);
         }
-        // Mostly everything that was in flight is so again by now.
-        self.check(ctx);
+    }
+
+    /// Whether the guest may be written to. Not if it may know more than was sent to it and this
+    /// waits in the socket already: more would have to wait for a timeout with it.
+    pub(super) fn may_write(&self) -> bool {
+        match &self.stage {
+            Stage::Normal => true,
+            Stage::Proving(proving) => {
+                proving.covered || self.written_since(proving) < proving.in_flight
+            }
+            Stage::Held { .. } | Stage::Moved(_) | Stage::Unmovable(_) => false,
+        }
     }
 
     /// Goes back from the new socket to the old one, which is frozen still. Where there is no
@@ -310,6 +412,7 @@ impl Connection {
         let Some(mut old) = moved.old.take() else {
             return Step::Taken;
         };
+        let before = moved.before.take();
         let silenced = match &self.upstream {
             Upstream::Open(new) => repair::silence(&new.stream),
             _ => Ok(()),
@@ -319,7 +422,8 @@ impl Connection {
         self.upstream = Upstream::Waiting;
         let registered = self.register(&mut old, ctx);
         self.upstream = Upstream::Open(Endpoint::new(old));
-        self.stage = Stage::Held { frozen: true };
+        let frozen = true;
+        self.stage = Stage::Held { frozen, before };
         match (silenced, registered) {
             (Ok(()), Ok(())) => Step::Taken,
             (Err(error), _) => {
@@ -336,9 +440,9 @@ impl Connection {
     /// The move is off: the connection goes on at the old site.
     pub(crate) fn cancel(&mut self, ctx: &mut Context<'_>) -> std::result::Result<Step, String> {
         match std::mem::replace(&mut self.stage, Stage::Normal) {
-            Stage::Held { frozen } => self.go_back(frozen, ctx),
+            Stage::Held { frozen, before } => self.go_back(frozen, before, ctx),
             Stage::Unmovable(why) => match self.upstream {
-                Upstream::Open(_) => self.go_back(true, ctx),
+                Upstream::Open(_) => self.go_back(true, None, ctx),
                 _ => Err(why),
             },
             Stage::Moved(moved) if moved.old.is_some() => {
@@ -360,15 +464,20 @@ impl Connection {
     fn go_back(
         &mut self,
         frozen: bool,
+        before: Option<Box<Proving>>,
         ctx: &mut Context<'_>,
     ) -> std::result::Result<Step, String> {
         match &self.upstream {
             Upstream::Open(endpoint) => {
                 if frozen {
                     repair::thaw(&endpoint.stream).map_err(|error| error.chain())?;
+                    let _ = tune(SockRef::from(&endpoint.stream), ctx.limits);
                 }
                 if self.client_lost {
                     return Err("the client has gone".into());
+                }
+                if let Some(proving) = before {
+                    self.stage = Stage::Proving(proving);
                 }
                 Ok(Step::Taken)
             }
@@ -386,6 +495,10 @@ impl Connection {
     /// Looks after a released connection until the guest has answered and can't know more than
     /// the new socket does.
     pub(crate) fn check(&mut self, ctx: &mut Context<'_>) -> Next {
+        let written = match &self.stage {
+            Stage::Proving(proving) => self.written_since(proving),
+            _ => 0,
+        };
         let (Stage::Proving(proving), Upstream::Open(endpoint)) = (&mut self.stage, &self.upstream)
         else {
             return Next::Wait;
@@ -403,24 +516,23 @@ impl Connection {
                 .observe(age.as_secs_f64());
         }
         if !proving.covered {
-            let fin = u64::from(self.to_guest.end() == End::Told);
-            let written = self.to_guest.written() - proving.base + fin;
-            let written = u32::try_from(written).unwrap_or(u32::MAX);
             let unsent = repair::unsent(&endpoint.stream).unwrap_or(written);
             proving.covered = covers(proving.in_flight, written, unsent);
-            if !proving.covered && age > proving.rtt * 2 + Duration::from_millis(20) {
+            if !proving.covered && ctx.now >= proving.next_mark {
                 log::debug!(
                     "Connection {}: {} of {} bytes sent again",
                     self.admission.id,
                     written - unsent.min(written),
                     proving.in_flight
                 );
-                if repair::mark_as_sent(&endpoint.stream).is_ok() && written >= proving.in_flight {
+                // Rarely, as what is marked has to wait for a timeout.
+                proving.next_mark = ctx.now + age.max(MARK);
+                if repair::mark_as_sent(&endpoint.stream).is_ok() {
                     metrics
                         .move_fallbacks
                         .get_or_create(&self.guest.label)
                         .inc();
-                    proving.covered = true;
+                    proving.covered = written >= proving.in_flight;
                 }
             }
         }

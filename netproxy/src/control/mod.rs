@@ -10,12 +10,18 @@
 //! Every request has one answer, in order. A line is at most [`MAX_LINE`] bytes.
 
 mod client;
+mod guest_move;
 mod server;
+
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-pub use client::Client;
-pub(crate) use server::ControlServer;
+use crate::retarget::lease;
+
+pub use client::{Client, attach};
+pub use guest_move::Move;
+pub(crate) use server::{Attendant, ControlServer};
 
 /// The version of the protocol.
 pub const VERSION: u32 = 1;
@@ -34,11 +40,28 @@ pub enum Request {
         guest: String,
         /// Where it will go.
         site: String,
+        /// Cancel the move when this control connection closes before the hold.
+        #[serde(default)]
+        tied: bool,
     },
     /// The guest is suspended: freeze its connections.
     Hold {
         /// The guest.
         guest: String,
+        /// Cancel the move unless it is released within so many milliseconds, or renewed.
+        #[serde(default = "default_lease")]
+        lease_ms: u64,
+        /// Instead of a time: cancel the move when this control connection closes.
+        #[serde(default)]
+        tied: bool,
+    },
+    /// The move needs longer.
+    Renew {
+        /// The guest.
+        guest: String,
+        /// So many milliseconds from now.
+        #[serde(default = "default_lease")]
+        lease_ms: u64,
     },
     /// Make its connections anew, towards the new site.
     Retarget {
@@ -59,6 +82,20 @@ pub enum Request {
         /// The guest.
         guest: String,
     },
+    /// The guest runs at this site, however it came there: settle whatever is open.
+    Arrived {
+        /// The guest.
+        guest: String,
+        /// Where it is.
+        site: String,
+    },
+    /// What a site has to translate so that the guest is reached there.
+    Translation {
+        /// The guest.
+        guest: String,
+        /// The site.
+        site: String,
+    },
     /// Refuse new connections, or take them again.
     Drain {
         /// The guest; all guests if none.
@@ -69,8 +106,18 @@ pub enum Request {
     },
     /// Read the configuration file again.
     Reload,
+    /// Make way for the program that is now where this one was started from. That one answers.
+    Upgrade,
     /// The metrics, as Prometheus reads them.
     Metrics,
+}
+
+fn default_lease() -> u64 {
+    milliseconds(lease::DEFAULT)
+}
+
+fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn yes() -> bool {
@@ -148,6 +195,14 @@ mod tests {
             })
         );
         assert_eq!(
+            parse(r#"{"version":1,"command":"hold","guest":"g"}"#),
+            Ok(Request::Hold {
+                guest: "g".into(),
+                lease_ms: 120_000,
+                tied: false
+            })
+        );
+        assert_eq!(
             parse(r#"{"version":1,"command":"drain"}"#),
             Ok(Request::Drain {
                 guest: None,
@@ -168,6 +223,7 @@ mod tests {
         let request = Request::Prepare {
             guest: "g".into(),
             site: "b".into(),
+            tied: true,
         };
         let line = serde_json::to_string(&Envelope {
             version: VERSION,

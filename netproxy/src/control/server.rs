@@ -1,6 +1,7 @@
 //! The proxy's end of the control socket.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -17,31 +18,82 @@ const MAX_CLIENTS: usize = 32;
 /// How long a client may take to read an answer.
 const WRITE_LIMIT: Duration = Duration::from_secs(10);
 
-type Handler = dyn Fn(Request) -> std::result::Result<serde_json::Value, String> + Send + Sync;
+/// Who answers. A caller is a number that no other connection has.
+pub(crate) trait Attendant: Send + Sync {
+    /// Carries out a request.
+    fn request(
+        &self,
+        caller: u64,
+        stream: &UnixStream,
+        request: Request,
+    ) -> std::result::Result<serde_json::Value, String>;
+
+    /// A caller's connection has closed, or its process died.
+    fn closed(&self, caller: u64);
+}
 
 /// Serves the control socket until dropped.
 #[derive(Debug)]
 pub(crate) struct ControlServer {
     path: PathBuf,
+    listener: Arc<UnixListener>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl ControlServer {
-    pub(crate) fn start(path: &Path, handler: Arc<Handler>) -> Result<Self> {
+    /// Opens one. `caller` of another one waits for word that this one is open.
+    pub(crate) fn start(
+        path: &Path,
+        caller: Option<OwnedFd>,
+        attendant: Arc<dyn Attendant>,
+    ) -> Result<Self> {
         let failed = |source| Error::File {
             path: path.to_owned(),
             source,
         };
         let listener = listen(path).map_err(failed)?;
+        Self::serve(path, listener, caller.map(UnixStream::from), attendant)
+    }
+
+    /// Goes on serving one that another program has opened. `caller` waits for word that it was
+    /// taken over.
+    pub(crate) fn adopt(
+        path: &Path,
+        listener: OwnedFd,
+        caller: Option<OwnedFd>,
+        attendant: Arc<dyn Attendant>,
+    ) -> Result<Self> {
+        let caller = caller.map(UnixStream::from);
+        Self::serve(path, UnixListener::from(listener), caller, attendant)
+    }
+
+    /// A descriptor of the listener, for another program.
+    pub(crate) fn listener(&self) -> std::io::Result<OwnedFd> {
+        self.listener.try_clone().map(OwnedFd::from)
+    }
+
+    fn serve(
+        path: &Path,
+        listener: UnixListener,
+        caller: Option<UnixStream>,
+        attendant: Arc<dyn Attendant>,
+    ) -> Result<Self> {
+        let failed = |source| Error::File {
+            path: path.to_owned(),
+            source,
+        };
+        let listener = Arc::new(listener);
+        let shared = Arc::clone(&listener);
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread = std::thread::Builder::new()
             .name("control".into())
-            .spawn(move || serve(&listener, &handler, &stopped))
+            .spawn(move || serve(&shared, caller, &attendant, &stopped))
             .map_err(failed)?;
         Ok(Self {
             path: path.to_owned(),
+            listener,
             stop,
             thread: Some(thread),
         })
@@ -76,39 +128,62 @@ fn listen(path: &Path) -> std::io::Result<UnixListener> {
     result
 }
 
-fn serve(listener: &UnixListener, handler: &Arc<Handler>, stop: &AtomicBool) {
+fn serve(
+    listener: &UnixListener,
+    first: Option<UnixStream>,
+    attendant: &Arc<dyn Attendant>,
+    stop: &AtomicBool,
+) {
     let clients = Arc::new(AtomicUsize::new(0));
-    for stream in listener.incoming() {
-        if stop.load(Ordering::Acquire) {
-            return;
-        }
-        let Ok(stream) = stream else {
-            std::thread::sleep(Duration::from_millis(100));
-            continue;
-        };
+    let mut callers = 0..;
+    let mut welcome = |stream: UnixStream| {
+        let caller = callers.next().unwrap_or_default();
         if clients.fetch_add(1, Ordering::AcqRel) >= MAX_CLIENTS {
             clients.fetch_sub(1, Ordering::AcqRel);
-            continue;
+            return;
         }
-        let (handler, count) = (Arc::clone(handler), Arc::clone(&clients));
+        let (attendant, count) = (Arc::clone(attendant), Arc::clone(&clients));
         let started = std::thread::Builder::new()
             .name("control-client".into())
             .spawn(move || {
-                if let Err(error) = attend(&stream, &handler) {
+                if let Err(error) = attend(&stream, caller, &*attendant) {
                     log::debug!("A client of the control socket: {error}");
                 }
+                attendant.closed(caller);
                 count.fetch_sub(1, Ordering::AcqRel);
             });
         if started.is_err() {
             clients.fetch_sub(1, Ordering::AcqRel);
         }
+    };
+    if let Some(stream) = first
+        && answer(&stream, Ok(serde_json::json!({}))).is_ok()
+    {
+        welcome(stream);
+    }
+    for stream in listener.incoming() {
+        if stop.load(Ordering::Acquire) {
+            return;
+        }
+        match stream {
+            Ok(stream) => welcome(stream),
+            Err(_) => std::thread::sleep(Duration::from_millis(100)),
+        }
     }
 }
 
-fn attend(stream: &UnixStream, handler: &Arc<Handler>) -> std::io::Result<()> {
+fn answer(
+    mut stream: &UnixStream,
+    result: std::result::Result<serde_json::Value, String>,
+) -> std::io::Result<()> {
+    let mut answer = serde_json::to_string(&Answer::of(result))?;
+    answer.push('\n');
+    stream.write_all(answer.as_bytes())
+}
+
+fn attend(stream: &UnixStream, caller: u64, attendant: &dyn Attendant) -> std::io::Result<()> {
     stream.set_write_timeout(Some(WRITE_LIMIT))?;
     let mut reader = BufReader::new(stream);
-    let mut writer = stream;
     loop {
         let mut line = String::new();
         let read = reader
@@ -122,11 +197,9 @@ fn attend(stream: &UnixStream, handler: &Arc<Handler>) -> std::io::Result<()> {
         let result = if too_long {
             Err(format!("A request has at most {MAX_LINE} bytes"))
         } else {
-            parse(&line).and_then(|request| handler(request))
+            parse(&line).and_then(|request| attendant.request(caller, stream, request))
         };
-        let mut answer = serde_json::to_string(&Answer::of(result))?;
-        answer.push('\n');
-        writer.write_all(answer.as_bytes())?;
+        answer(stream, result)?;
         if too_long {
             return Ok(());
         }

@@ -25,7 +25,7 @@ const BACKLOG: i32 = 4096;
 /// One thread's listener on one address.
 #[derive(Debug)]
 pub(super) struct Listener {
-    socket: TcpListener,
+    pub socket: TcpListener,
     pub guest: Arc<Guest>,
     pub service: Arc<ServiceConfig>,
 }

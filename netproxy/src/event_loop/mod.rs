@@ -11,6 +11,7 @@
 //! turn was cut short.
 
 mod accept;
+mod handing;
 mod moves;
 
 use std::cmp::Reverse;
@@ -34,6 +35,7 @@ use crate::retarget::late::Late;
 use crate::splice::PipePool;
 use accept::Listener;
 pub(crate) use accept::open as open_listener;
+pub(crate) use handing::PackedWorker;
 use moves::{Canary, Freeze, Job};
 
 const WAKE: Token = Token(usize::MAX);
@@ -100,6 +102,11 @@ pub(crate) enum Command {
         wait: Duration,
         reply: Sender<Tally>,
     },
+    /// Probe once over a re-targeted connection: has the guest answered it?
+    Ask {
+        guest: String,
+        reply: Sender<bool>,
+    },
     /// Back from the new sockets to the old ones, frozen still.
     Undo {
         guest: String,
@@ -108,6 +115,12 @@ pub(crate) enum Command {
     Cancel {
         guest: String,
         reply: Sender<Tally>,
+    },
+    /// Take up what another thread put down.
+    Adopt(PackedWorker),
+    /// Put everything down, and end.
+    Pack {
+        reply: Sender<PackedWorker>,
     },
     Stop,
 }
@@ -239,6 +252,10 @@ impl Worker {
                 match self.inbox.try_recv() {
                     Ok(Command::Stop) | Err(TryRecvError::Disconnected) => {
                         self.shut_down();
+                        return;
+                    }
+                    Ok(Command::Pack { reply }) => {
+                        let _ = reply.send(self.pack());
                         return;
                     }
                     Ok(command) => self.obey(command),
@@ -423,9 +440,13 @@ impl Worker {
                 self.retarget(&guest, site, mark, reply);
             }
             Command::Release { guest, wait, reply } => self.release(guest, wait, reply),
+            Command::Ask { guest, reply } => {
+                let _ = reply.send(self.ask(&guest));
+            }
             Command::Undo { guest, reply } => self.undo(&guest, reply),
             Command::Cancel { guest, reply } => self.cancel(&guest, reply),
-            Command::Stop => {}
+            Command::Adopt(packed) => self.adopt(packed),
+            Command::Stop | Command::Pack { .. } => {}
         }
     }
 

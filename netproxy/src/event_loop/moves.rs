@@ -146,6 +146,12 @@ impl Worker {
         self.let_go(&guest, reply);
     }
 
+    /// Asks over the first connection that can tell.
+    pub(super) fn ask(&self, guest: &str) -> bool {
+        let mut own = self.live().filter(|(_, c)| c.guest.name == guest);
+        own.find_map(|(_, connection)| connection.ask()) == Some(true)
+    }
+
     fn let_go(&mut self, guest: &str, reply: Sender<Tally>) {
         self.held.remove(guest);
         self.start(guest, Work::Release, reply);

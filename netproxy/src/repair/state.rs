@@ -225,6 +225,13 @@ impl Snapshot {
         self.snd_nxt.wrapping_sub(self.snd_una)
     }
 
+    /// The sequence numbers that the peer has not acknowledged, sent or not (a FIN counts as one).
+    #[must_use]
+    pub fn unacknowledged(&self) -> u32 {
+        let bytes = u32::try_from(self.send.len()).unwrap_or(u32::MAX);
+        bytes.saturating_add(u32::from(self.fin_outstanding()))
+    }
+
     /// What the peer may still send: it was offered so much, and that can't be taken back.
     #[must_use]
     pub fn offered(&self) -> u32 {

@@ -1,9 +1,19 @@
 //! Old sockets, kept a little longer for what comes late.
 //!
 //! A segment of the guest that was queued somewhere on the way from the old site finds no socket
-//! once that is closed, and the kernel answers with a reset. Nobody is at the old site to hear
-//! it, unless the guest comes back soon. So an old socket stays for a while, deaf and in repair
-//! mode: it swallows what comes, and its end is silent.
+//! once that is closed, and the kernel answers with a reset. That reset takes the way back
+//! through the same queues. If the guest has come back to the old site when it arrives, and its
+//! client has sent nothing meanwhile, the reset carries the very sequence number that the guest
+//! expects, and ends a healthy connection.
+//!
+//! So an old socket stays, deaf and in repair mode: it swallows what comes, and its end is
+//! silent. It stays for as long as the kernel itself takes a segment to live in a network
+//! (TCP_TIMEWAIT_LEN). The guest's own retransmissions come from where it is now, and need no
+//! more than that. If the guest comes back before, the new socket takes the old one's place, with
+//! a [block](super::block) over the moment between.
+//!
+//! A socket that was made anew and has seen both ends stays too, but hears: the kernel keeps no
+//! TIME_WAIT for it, and a guest whose last segment was not acknowledged sends it again.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
@@ -11,8 +21,9 @@ use std::time::{Duration, Instant};
 
 use mio::net::TcpStream;
 
-/// How long an old socket is kept: longer than any queue on the way.
-pub(crate) const LATE: Duration = Duration::from_secs(3);
+/// How long an old socket is kept: TCP_TIMEWAIT_LEN, the kernel's own figure for how long a
+/// segment may live.
+pub(crate) const LATE: Duration = Duration::from_secs(60);
 
 type Ends = (SocketAddr, SocketAddr);
 
@@ -24,7 +35,7 @@ pub(crate) struct Late {
 }
 
 impl Late {
-    /// Keeps a socket that is deaf and in repair mode.
+    /// Keeps a socket that is in repair mode and not watched by any epoll set.
     pub(crate) fn keep(
         &mut self,
         local: SocketAddr,
@@ -32,7 +43,17 @@ impl Late {
         socket: TcpStream,
         now: Instant,
     ) {
-        let until = now + LATE;
+        self.keep_until(local, remote, socket, now + LATE);
+    }
+
+    /// The same, until a moment.
+    pub(crate) fn keep_until(
+        &mut self,
+        local: SocketAddr,
+        remote: SocketAddr,
+        socket: TcpStream,
+        until: Instant,
+    ) {
         self.sockets.insert((local, remote), (until, socket));
         self.order.push_back((until, (local, remote)));
     }
@@ -40,6 +61,13 @@ impl Late {
     /// Closes the socket with these addresses: another one needs them.
     pub(crate) fn forget(&mut self, local: SocketAddr, remote: SocketAddr) {
         self.sockets.remove(&(local, remote));
+    }
+
+    /// Gives them all away.
+    pub(crate) fn take(&mut self) -> impl Iterator<Item = (Ends, Instant, TcpStream)> {
+        self.order.clear();
+        let all = std::mem::take(&mut self.sockets).into_iter();
+        all.map(|(ends, (until, socket))| (ends, until, socket))
     }
 
     /// When the next one has been kept long enough.

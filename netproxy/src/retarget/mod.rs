@@ -13,8 +13,11 @@
 //! | retarget | during the downtime                    | each socket made anew               |
 //! | release  | the guest can be reached               | what is pending is sent             |
 //! | cancel   | any time before the release            | all goes on at the old site         |
+//!
+//! A hold is [lent](lease): when its time is over, or its caller dies, it is cancelled.
 
 pub(crate) mod block;
 pub(crate) mod late;
+pub mod lease;
 pub mod path;
 pub mod phase;

@@ -7,9 +7,27 @@
 //!
 //! The rules belong at the new site before the first packet comes there, and leave the old one
 //! only after the edge has switched.
+//!
+//! Connections that the guest has begun itself know the address of the site where they began:
+//! [`Detour`] leads them there, for a time.
 
 mod neighbour;
+mod outgoing;
 mod translation;
 
 pub use neighbour::Neighbour;
+pub use outgoing::{Detour, Flow, MAX_FLOWS, Protocol, Side, Tunnel, flows_of};
 pub use translation::{Forward, Translation, forwards_packets};
+
+/// The name of a guest's table: names that differ give tables that differ.
+fn table_name(kind: &str, guest: &str) -> String {
+    let mut name = format!("vmshadow_{kind}_");
+    for byte in guest.bytes() {
+        if byte.is_ascii_alphanumeric() {
+            name.push(char::from(byte));
+        } else {
+            name.push_str(&format!("_{byte:02x}"));
+        }
+    }
+    name
+}

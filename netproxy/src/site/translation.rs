@@ -8,11 +8,13 @@
 
 use std::net::IpAddr;
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Error, Result};
 use crate::program::run;
 
 /// One port of the site that stands for a port of the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Forward {
     /// The site's port.
     pub site_port: u16,
@@ -21,7 +23,7 @@ pub struct Forward {
 }
 
 /// The translation for one guest at one site.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Translation {
     /// The guest's name; the table is named after it.
     pub guest: String,
@@ -39,15 +41,11 @@ impl Translation {
     /// The family and name of its table.
     #[must_use]
     pub fn table(&self) -> String {
-        let mut name = String::from("vmshadow_");
-        for byte in self.guest.bytes() {
-            if byte.is_ascii_alphanumeric() {
-                name.push(char::from(byte));
-            } else {
-                name.push_str(&format!("_{byte:02x}"));
-            }
-        }
-        format!("{} {name}", self.family())
+        format!(
+            "{} {}",
+            self.family(),
+            super::table_name("inwards", &self.guest)
+        )
     }
 
     fn family(&self) -> &'static str {
@@ -184,7 +182,7 @@ mod tests {
     #[test]
     fn rules_of_both_directions() {
         let rules = translation().rules();
-        assert!(rules.contains("table ip vmshadow_my_20desktop {"));
+        assert!(rules.contains("table ip vmshadow_inwards_my_20desktop {"));
         assert!(rules.contains("elements = { 192.0.2.1 }"));
         assert!(rules.contains(
             "ip saddr @edges ip daddr 198.51.100.7 tcp dport 15900 notrack \

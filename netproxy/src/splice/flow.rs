@@ -8,11 +8,14 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use mio::net::TcpStream;
+use nix::sys::socket::{MsgFlags, send};
 
 use super::pipe::{Pipe, PipePool};
+use crate::upgrade::state::{FlowState, Handed, SegmentState};
 
 /// Reads of at least this are bulk.
 const LARGE: usize = 32 * 1024;
@@ -22,6 +25,8 @@ const SMALL: usize = 8 * 1024;
 const BULK_AFTER: u8 = 3;
 /// What is read at a time while all connections together hold too much.
 const CAREFUL: usize = 16 * 1024;
+/// The bytes at the end of a first flight that are written by themselves: less than any MSS.
+const LAST: usize = 500;
 
 /// A socket and what is known of it: epoll reports changes only.
 #[derive(Debug)]
@@ -42,7 +47,7 @@ impl Endpoint {
 }
 
 /// How far a direction's end has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) enum End {
     /// The source may send more.
     Open,
@@ -205,6 +210,30 @@ impl Flow {
         self.queue.push_front(Segment::Bytes { bytes, start: 0 });
     }
 
+    /// Writes bytes that are in front of all others, so that the kernel sends them to the last one
+    /// if the window takes them just so. What it does not take is put in front of the queue.
+    ///
+    /// The last few are a record of their own, and so is what is before them. A segment of more
+    /// than one MSS that just fills the window could else be kept until the window grows, and one
+    /// that was cut too large for it would be kept for certain.
+    pub(crate) fn write_apart(&mut self, mut bytes: Vec<u8>, sink: &TcpStream, budget: &Budget) {
+        let flags = MsgFlags::MSG_EOR | MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        let last = bytes.len().saturating_sub(LAST);
+        let mut start = 0;
+        while start < bytes.len() {
+            let end = if start < last { last } else { bytes.len() };
+            let part = bytes.get(start..end).unwrap_or(&[]);
+            match send(sink.as_raw_fd(), part, flags) {
+                Ok(written @ 1..) => start += written,
+                // An error is met again by the next turn.
+                _ => break,
+            }
+        }
+        self.written += start as u64;
+        bytes.drain(..start);
+        self.push_front(bytes, budget);
+    }
+
     /// Drops what is queued.
     pub(crate) fn clear(&mut self, pool: &mut PipePool, budget: &Budget) {
         for segment in self.queue.drain(..) {
@@ -214,6 +243,69 @@ impl Flow {
             }
         }
         self.queued = 0;
+    }
+
+    /// Puts it down for the next program.
+    pub(crate) fn pack(self, budget: &Budget) -> FlowState {
+        let segment = |segment| match segment {
+            Segment::Bytes { mut bytes, start } => {
+                bytes.drain(..start);
+                budget.release(bytes.len());
+                SegmentState::Bytes {
+                    length: bytes.len() as u64,
+                    bytes,
+                }
+            }
+            Segment::Pipe(pipe) => {
+                let (reader, writer, capacity, filled) = pipe.into_parts();
+                SegmentState::Pipe {
+                    reader: Handed(reader),
+                    writer: Handed(writer),
+                    capacity,
+                    filled,
+                }
+            }
+        };
+        FlowState {
+            end: self.end,
+            bulk: self.bulk,
+            may_splice: self.may_splice,
+            written: self.written,
+            segments: self.queue.into_iter().map(segment).collect(),
+        }
+    }
+
+    /// Takes up what was put down.
+    pub(crate) fn unpack(state: FlowState, pool: &mut PipePool, budget: &Budget) -> Self {
+        let mut flow = Self {
+            queue: VecDeque::new(),
+            queued: 0,
+            end: state.end,
+            bulk: state.bulk,
+            may_splice: state.may_splice,
+            written: state.written,
+        };
+        for segment in state.segments {
+            match segment {
+                SegmentState::Bytes { bytes, .. } => {
+                    budget.take(bytes.len());
+                    flow.queued += bytes.len();
+                    flow.queue.push_back(Segment::Bytes { bytes, start: 0 });
+                }
+                SegmentState::Pipe {
+                    reader,
+                    writer,
+                    capacity,
+                    filled,
+                } => {
+                    pool.adopt();
+                    flow.queued += filled;
+                    let pipe = Pipe::adopted(reader.0, writer.0, capacity, filled);
+                    flow.queue.push_back(Segment::Pipe(pipe));
+                }
+            }
+        }
+        flow
     }
 
     /// Moves what can be moved. A side that is `None` is not to be touched now: without a sink,
@@ -553,6 +645,34 @@ mod tests {
         let mut got = String::new();
         to.read_to_string(&mut got).unwrap();
         assert_eq!(got, "first second third");
+    }
+
+    #[test]
+    fn what_the_kernel_does_not_take_apart_stays_in_front() {
+        let (mut to, mut sink) = pair();
+        let mut bench = Bench::new(0, 100);
+        let mut flow = Flow::new();
+        flow.push_back(b"the end", &bench.budget);
+        let first: Vec<u8> = (0..30_000_000_u32)
+            .map(|i| u8::try_from(i % 241).unwrap())
+            .collect();
+        flow.write_apart(first.clone(), &sink.stream, &bench.budget);
+        // No window takes all of that.
+        assert!(flow.written() > 0 && flow.queued() > 7);
+        assert_eq!(flow.written() as usize + flow.queued(), first.len() + 7);
+        flow.source_ended();
+        let reader = std::thread::spawn(move || {
+            let mut got = Vec::new();
+            to.read_to_end(&mut got).unwrap();
+            got
+        });
+        while flow.end() != End::Told {
+            sink.writable = true;
+            flow.pump(None, Some(&mut sink), &mut bench.work()).unwrap();
+            std::thread::yield_now();
+        }
+        let got = reader.join().unwrap();
+        assert!(got[..first.len()] == first && &got[first.len()..] == b"the end");
     }
 
     #[test]

@@ -38,6 +38,26 @@ impl Pipe {
         })
     }
 
+    /// One that was taken over.
+    pub(crate) fn adopted(
+        reader: OwnedFd,
+        writer: OwnedFd,
+        capacity: usize,
+        filled: usize,
+    ) -> Self {
+        Self {
+            reader,
+            writer,
+            capacity,
+            filled,
+        }
+    }
+
+    /// Its ends, its capacity, and the bytes in it.
+    pub(crate) fn into_parts(self) -> (OwnedFd, OwnedFd, usize, usize) {
+        (self.reader, self.writer, self.capacity, self.filled)
+    }
+
     pub(crate) fn filled(&self) -> usize {
         self.filled
     }
@@ -113,6 +133,11 @@ impl PipePool {
         };
         self.leased += 1;
         Some(pipe)
+    }
+
+    /// Counts a pipe that was taken over among the leased ones.
+    pub(crate) fn adopt(&mut self) {
+        self.leased += 1;
     }
 
     /// Takes a pipe back. One that still holds bytes is closed instead.

@@ -3,6 +3,7 @@
 //! These tests need root, and fail without it.
 #![allow(missing_docs, clippy::unwrap_used)]
 
+mod detours;
 mod traffic;
 mod world;
 
@@ -15,11 +16,12 @@ use std::time::{Duration, Instant};
 
 use netproxy::Proxy;
 use netproxy::config::Config;
-use netproxy::control::Client;
+use netproxy::control::{Client, Move};
 use traffic::{Kind, Noise, Reads, Running, Sends, serve, start};
 use world::{EDGE, GUEST, PROBE_PORT, SITES, World};
 
 const LISTEN: &str = "10.1.0.1:5900";
+const LEASE: Duration = Duration::from_secs(120);
 
 fn configuration(control: &str, extra: &str, routed: bool) -> String {
     let mut text = format!(
@@ -84,7 +86,7 @@ impl Edge {
         let warmth = control.prepare("desktop", to).unwrap();
         assert!(warmth.warnings.is_empty(), "{warmth:?}");
         world.place(None);
-        control.hold("desktop").unwrap();
+        control.hold("desktop", LEASE).unwrap();
         if self.routed {
             world.route_guest(to);
         }
@@ -365,7 +367,7 @@ fn a_cancelled_move_leaves_everything_as_it_was() {
         let steps = round % 3;
         if steps > 0 {
             world.place(None);
-            control.hold("desktop").unwrap();
+            control.hold("desktop", LEASE).unwrap();
         }
         if steps > 1 {
             assert_eq!(control.retarget("desktop").unwrap().failed, 0);
@@ -383,6 +385,251 @@ fn a_cancelled_move_leaves_everything_as_it_was() {
     assert_eq!(edge.metric("netproxy_retargets_total"), 0);
 }
 
+/// Not a test: the caller that [`a_caller_that_is_killed_gives_its_move_up`] kills.
+#[test]
+#[ignore = "a process for another test"]
+fn be_a_caller() {
+    let control = std::env::var("NETPROXY_TEST_CONTROL").unwrap();
+    let steps: u32 = std::env::var("NETPROXY_TEST_STEPS")
+        .unwrap()
+        .parse()
+        .unwrap();
+    let mut client = Client::connect(std::path::Path::new(&control)).unwrap();
+    client.prepare_tied("desktop", "b").unwrap();
+    if steps > 0 {
+        client.hold_tied("desktop").unwrap();
+    }
+    if steps > 1 {
+        client.retarget("desktop").unwrap();
+    }
+    println!("so far");
+    std::thread::sleep(Duration::from_secs(600));
+}
+
+#[test]
+fn a_caller_that_is_killed_gives_its_move_up() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let rules = world.rules("edge");
+    let streams: Vec<Running> = all_kinds()
+        .into_iter()
+        .map(|kind| start(&world, listen(), kind))
+        .collect();
+    wait_until(|| edge.client().list().unwrap().connections.len() == streams.len());
+    for steps in 0..3 {
+        if steps > 0 {
+            world.place(None);
+        }
+        let mut caller = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "be_a_caller", "--ignored", "--nocapture"])
+            .env("NETPROXY_TEST_CONTROL", &edge.control)
+            .env("NETPROXY_TEST_STEPS", steps.to_string())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let said = std::io::BufReader::new(caller.stdout.take().unwrap());
+        let mut lines = std::io::BufRead::lines(said);
+        assert!(lines.any(|line| line.unwrap().contains("so far")));
+        let phase = || edge.client().list().unwrap().guests[0].phase.clone();
+        assert_eq!(phase().destination(), Some("b"));
+        caller.kill().unwrap();
+        caller.wait().unwrap();
+        wait_until(|| phase().destination().is_none());
+        world.place(Some("a"));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(edge.client().list().unwrap().guests[0].site, "a");
+    for stream in streams {
+        assert!(stream.finish() > 0);
+    }
+    assert_eq!(edge.metric("netproxy_leases_ended_total"), 3);
+    assert_eq!(edge.metric("netproxy_retargets_total"), 0);
+    assert_eq!(world.rules("edge"), rules);
+}
+
+#[test]
+fn a_hold_whose_time_is_over_is_given_up() {
+    let short = Duration::from_millis(200);
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let mut stream = echoing(&world);
+    exchange(&mut stream, b"before");
+    let mut control = edge.client();
+    control.prepare("desktop", "b").unwrap();
+    control.hold("desktop", short).unwrap();
+    control.renew("desktop", LEASE).unwrap();
+    std::thread::sleep(short * 2);
+    // Renewed in time, it is held still.
+    assert_eq!(control.retarget("desktop").unwrap().connections, 1);
+    control.renew("desktop", short).unwrap();
+    let settled = |site: &str| {
+        let guest = edge.client().list().unwrap().guests.remove(0);
+        guest.phase.destination().is_none() && guest.site == site
+    };
+    wait_until(|| settled("a"));
+    exchange(&mut stream, b"as ever");
+    for late in [
+        control.renew("desktop", LEASE).unwrap_err(),
+        control.release("desktop", Duration::ZERO).unwrap_err(),
+    ] {
+        assert!(matches!(late, netproxy::Error::Refused(_)), "{late}");
+    }
+    assert_eq!(edge.metric("netproxy_leases_ended_total"), 1);
+}
+
+/// The caller dies after the guest has started at the new site: it is there that it answers.
+#[test]
+fn a_guest_that_answers_at_the_new_site_is_not_sent_back() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let mut stream = echoing(&world);
+    exchange(&mut stream, b"before");
+    let mut caller = edge.client();
+    caller.prepare_tied("desktop", "b").unwrap();
+    world.place(None);
+    caller.hold_tied("desktop").unwrap();
+    stream.write_all(b"under way").unwrap();
+    caller.retarget("desktop").unwrap();
+    world.place(Some("b"));
+    drop(caller);
+    let mut answer = [0; 9];
+    stream.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"under way");
+    wait_until(|| edge.client().list().unwrap().guests[0].site == "b");
+    exchange(&mut echoing(&world), b"new");
+}
+
+/// As `vmshadow` does it, and from another host: through a program that leads to the socket.
+#[test]
+fn a_move_is_driven_from_another_host() {
+    let within = Duration::from_secs(20);
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let mut stream = echoing(&world);
+    exchange(&mut stream, b"before");
+    let connect = || {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_netproxy"));
+        Client::through(command.arg("attach").arg(&edge.control)).unwrap()
+    };
+    // The edge knows what its sites have to translate.
+    let translation = connect().translation("desktop", "b").unwrap();
+    assert_eq!(translation, Some(world::translation(SITES[1].1)));
+    let at = || {
+        let guest = edge.client().list().unwrap().guests.remove(0);
+        (guest.site, guest.phase.destination().is_some())
+    };
+    let (mut there, warmth) = Move::prepare(connect(), "desktop", "b", within).unwrap();
+    assert!(warmth.warnings.is_empty(), "{warmth:?}");
+    assert_eq!((there.guest(), there.site()), ("desktop", "b"));
+    world.place(None);
+    stream.write_all(b"under way").unwrap();
+    there.hold(within).unwrap();
+    assert_eq!(there.retarget(within).unwrap().connections, 1);
+    world.place(Some("b"));
+    assert_eq!(there.release(Duration::ZERO, within).unwrap().failed, 0);
+    let mut answer = [0; 9];
+    stream.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"under way");
+    assert_eq!(at(), ("b".into(), false));
+    // Back on purpose, and by being dropped.
+    for purpose in [true, false] {
+        let (mut given_up, _) = Move::prepare(connect(), "desktop", "a", within).unwrap();
+        given_up.hold(within).unwrap();
+        if purpose {
+            given_up.back(within).unwrap();
+        } else {
+            drop(given_up);
+            wait_until(|| at() == ("b".into(), false));
+        }
+        exchange(&mut stream, b"as ever");
+    }
+    // Nobody is there.
+    let mut nothing = std::process::Command::new("true");
+    let error = Move::prepare(
+        Client::through(&mut nothing).unwrap(),
+        "desktop",
+        "a",
+        within,
+    );
+    assert!(
+        matches!(error, Err(netproxy::Error::Protocol(_))),
+        "{error:?}"
+    );
+}
+
+#[test]
+fn an_answer_that_comes_too_late_is_nobodys() {
+    let world = World::new(Duration::from_millis(200));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let mut stream = echoing(&world);
+    exchange(&mut stream, b"before");
+    let within = Duration::from_secs(20);
+    let (mut moving, _) = Move::prepare(edge.client(), "desktop", "b", within).unwrap();
+    world.place(None);
+    // The freeze waits until all that the guest had sent is in.
+    let error = moving.hold(Duration::from_millis(10)).unwrap_err();
+    assert!(matches!(error, netproxy::Error::Timeout), "{error}");
+    let error = moving.retarget(within).unwrap_err();
+    assert!(matches!(error, netproxy::Error::Protocol(_)), "{error}");
+    drop(moving);
+    wait_until(|| {
+        edge.client().list().unwrap().guests[0]
+            .phase
+            .destination()
+            .is_none()
+    });
+    world.place(Some("a"));
+    exchange(&mut stream, b"as ever");
+}
+
+/// Whoever moved the guest died, or the proxy was told nothing: it is put right later, from any
+/// phase, and more than once does no harm.
+#[test]
+fn a_guest_that_arrived_is_followed() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let mut stream = echoing(&world);
+    exchange(&mut stream, b"before");
+    let mut control = edge.client();
+    for (round, (to, other)) in [("b", "a"), ("a", "b"), ("b", "a"), ("a", "b")]
+        .into_iter()
+        .enumerate()
+    {
+        if round > 0 {
+            // A move to where it goes, or to where it does not.
+            control
+                .prepare("desktop", if round == 2 { other } else { to })
+                .unwrap();
+        }
+        world.place(None);
+        stream.write_all(b"under way").unwrap();
+        if round > 1 {
+            control.hold("desktop", LEASE).unwrap();
+        }
+        if round > 2 {
+            control.retarget("desktop").unwrap();
+        }
+        world.place(Some(to));
+        control.arrived("desktop", to).unwrap();
+        control.arrived("desktop", to).unwrap();
+        let mut answer = [0; 9];
+        stream.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"under way");
+        let guest = control.list().unwrap().guests.remove(0);
+        assert_eq!((guest.site.as_str(), guest.phase.destination()), (to, None));
+    }
+    for (guest, site) in [("nobody", "a"), ("desktop", "nowhere")] {
+        let error = control.arrived(guest, site).unwrap_err();
+        assert!(matches!(error, netproxy::Error::Refused(_)), "{error}");
+    }
+}
+
 #[test]
 fn steps_out_of_order_change_nothing() {
     let world = World::new(Duration::from_millis(1));
@@ -391,7 +638,7 @@ fn steps_out_of_order_change_nothing() {
     let mut stream = echoing(&world);
     let mut control = edge.client();
     for refused in [
-        control.hold("desktop").unwrap_err(),
+        control.hold("desktop", LEASE).unwrap_err(),
         control.retarget("desktop").unwrap_err(),
         control.release("desktop", Duration::ZERO).unwrap_err(),
         control.cancel("desktop").unwrap_err(),
@@ -401,7 +648,7 @@ fn steps_out_of_order_change_nothing() {
         assert!(matches!(refused, netproxy::Error::Refused(_)), "{refused}");
     }
     control.prepare("desktop", "b").unwrap();
-    control.hold("desktop").unwrap();
+    control.hold("desktop", LEASE).unwrap();
     assert!(control.release("desktop", Duration::ZERO).is_err());
     assert!(control.prepare("desktop", "b").is_err());
     control.cancel("desktop").unwrap();
@@ -423,7 +670,7 @@ fn clients_who_come_or_go_during_a_move() {
     let mut control = edge.client();
     control.prepare("desktop", "b").unwrap();
     world.place(None);
-    control.hold("desktop").unwrap();
+    control.hold("desktop", LEASE).unwrap();
     let mut early = echoing(&world);
     early.write_all(b"early").unwrap();
     stays.write_all(b"while held").unwrap();
@@ -470,6 +717,14 @@ fn established(world: &World) -> usize {
     text.lines().count()
 }
 
+/// As [`wait_until`], without a pause: for what is only there for a moment.
+fn wait_until_soon(mut what: impl FnMut() -> bool) {
+    let limit = Instant::now() + Duration::from_secs(30);
+    while !what() {
+        assert!(Instant::now() < limit, "It did not happen");
+    }
+}
+
 fn wait_until(what: impl FnMut() -> bool) {
     let mut what = what;
     let limit = Instant::now() + Duration::from_secs(30);
@@ -497,7 +752,7 @@ fn lost_packets_at_the_release() {
         let mut control = edge.client();
         control.prepare("desktop", SITES[to].0).unwrap();
         world.place(None);
-        control.hold("desktop").unwrap();
+        control.hold("desktop", LEASE).unwrap();
         control.retarget("desktop").unwrap();
         // Nothing of what is sent at first arrives, the probe least of all.
         world.wires[to].cut.store(true, Ordering::Relaxed);
@@ -515,6 +770,42 @@ fn lost_packets_at_the_release() {
         .for_each(|carried| assert!(carried > 0));
 }
 
+/// Segments of the guest that are queued at the old site for many seconds come to the edge when
+/// the connection has long been at the new one. A reset in answer to them would be queued as
+/// long, and find the guest back at the old site, with the very sequence number that it expects:
+/// its client has ended, and sends nothing more.
+#[test]
+fn segments_that_come_very_late_are_not_answered_with_a_reset() {
+    const QUEUE: Duration = Duration::from_secs(8);
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let mut edge = Edge::new(&world, "");
+    let kind = Kind {
+        client: (Sends::Nothing, FAST),
+        guest: (Sends::Messages(600), FAST),
+    };
+    let stream = start(&world, listen(), kind);
+    std::thread::sleep(Duration::from_millis(200));
+    let usual = world.wires[0].delay_us.load(Ordering::Relaxed);
+    let long = u64::try_from(QUEUE.as_micros()).unwrap();
+    world.wires[0].delay_us.store(long, Ordering::Relaxed);
+    std::thread::sleep(Duration::from_millis(200));
+    edge.migrate(&world);
+    // What was under way arrives meanwhile, and its answers are queued.
+    std::thread::sleep(QUEUE + Duration::from_millis(500));
+    world.wires[0].delay_us.store(usual, Ordering::Relaxed);
+    let mut control = edge.client();
+    // The queue delays the probe too.
+    control.prepare("desktop", "a").unwrap();
+    world.place(None);
+    control.hold("desktop", LEASE).unwrap();
+    control.retarget("desktop").unwrap();
+    world.place(Some("a"));
+    control.release("desktop", Duration::ZERO).unwrap();
+    std::thread::sleep(QUEUE / 2);
+    assert!(stream.finish() > 0);
+}
+
 #[test]
 fn a_canary_finds_out_when_the_guest_can_be_reached() {
     let world = World::new(Duration::from_millis(6));
@@ -525,7 +816,7 @@ fn a_canary_finds_out_when_the_guest_can_be_reached() {
     let mut control = edge.client();
     control.prepare("desktop", "b").unwrap();
     world.place(None);
-    control.hold("desktop").unwrap();
+    control.hold("desktop", LEASE).unwrap();
     streams
         .iter_mut()
         .for_each(|stream| stream.write_all(b"held").unwrap());
@@ -616,7 +907,7 @@ fn an_ordinary_user_with_one_capability_is_enough() {
         assert!(warmth.warnings.is_empty(), "{warmth:?}");
         world.place(None);
         stream.write_all(b"under way").unwrap();
-        client.hold("desktop").unwrap();
+        client.hold("desktop", LEASE).unwrap();
         assert_eq!(client.retarget("desktop").unwrap().connections, 1);
         world.place(Some(to));
         assert_eq!(
@@ -654,7 +945,7 @@ fn an_end_that_is_lost_on_the_way_is_told_again() {
     std::thread::sleep(Duration::from_millis(20));
     for to in ["b", "a"] {
         control.prepare("desktop", to).unwrap();
-        control.hold("desktop").unwrap();
+        control.hold("desktop", LEASE).unwrap();
         assert_eq!(control.retarget("desktop").unwrap().failed, 0);
         // Only the last time the guest is there again.
         if to == "a" {
@@ -698,7 +989,7 @@ fn killed_in_the_middle_nothing_is_left_behind() {
         assert_ne!(world.rules("edge"), rules, "A move has a routing rule");
         if steps > 0 {
             world.place(None);
-            client.hold("desktop").unwrap();
+            client.hold("desktop", LEASE).unwrap();
         }
         if steps > 1 {
             client.retarget("desktop").unwrap();
@@ -715,6 +1006,113 @@ fn killed_in_the_middle_nothing_is_left_behind() {
         });
         assert!(!table.contains("initcwnd"), "{table}");
     }
+    std::fs::remove_dir_all(&directory).unwrap();
+}
+
+/// Another program takes over between the moves, when some connections are not proved yet and old
+/// sockets are kept still; during a move it may not.
+#[test]
+fn upgrades_between_moves() {
+    let world = World::new(Duration::from_millis(8));
+    serve(&world, 5900);
+    let directory = std::env::temp_dir().join(format!("netproxy-upgrade-{}", world.ns("x")));
+    std::fs::create_dir_all(&directory).unwrap();
+    let control = directory.join("control");
+    let file = directory.join("proxy.toml");
+    let text = configuration(&control.display().to_string(), "", false);
+    std::fs::write(&file, text).unwrap();
+    let rules = world.rules("edge");
+    let mut child = start_program(&world, &file);
+    let streams: Vec<Running> = all_kinds()
+        .into_iter()
+        .map(|kind| start(&world, listen(), kind))
+        .collect();
+    let connect = || Client::connect(&control).unwrap();
+    wait_until(|| connect().list().unwrap().connections.len() == streams.len());
+    for round in 0..12 {
+        let to = if round % 2 == 0 { "b" } else { "a" };
+        let mut client = connect();
+        client.prepare("desktop", to).unwrap();
+        world.place(None);
+        client.hold("desktop", LEASE).unwrap();
+        let refused = client.upgrade().unwrap_err().to_string();
+        assert!(refused.contains("desktop"), "{refused}");
+        assert_eq!(client.retarget("desktop").unwrap().failed, 0);
+        world.place(Some(to));
+        let released = client.release("desktop", Duration::ZERO).unwrap();
+        assert_eq!(released.failed, 0);
+        client.upgrade().unwrap();
+        assert_eq!(connect().list().unwrap().guests[0].site, to);
+        std::thread::sleep(Duration::from_millis(40));
+    }
+    for stream in streams {
+        assert!(stream.finish() > 0);
+    }
+    assert_eq!(world.rules("edge"), rules);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    std::fs::remove_dir_all(&directory).unwrap();
+}
+
+/// On the way back soon after, sockets with the same addresses have to go first, and a rule stands
+/// in for them. The program is killed while that rule is there.
+#[test]
+fn killed_while_sockets_are_replaced_nothing_is_left_behind() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let directory = std::env::temp_dir().join(format!("netproxy-kill-{}", world.ns("x")));
+    std::fs::create_dir_all(&directory).unwrap();
+    let write = |name: &str, text: &dyn Fn(&str) -> String| {
+        let control = directory.join(format!("{name}.control"));
+        let file = directory.join(format!("{name}.toml"));
+        std::fs::write(&file, text(&control.display().to_string())).unwrap();
+        (file, control)
+    };
+    // Another proxy on the same edge, with another guest, who lives with the client.
+    let (other, _) = write("other", &|control| {
+        format!(
+            "version = 1\n[proxy]\ncontrol = {control:?}\nmark = 7\ntable = 7\n[[guest]]\n\
+             name = \"other\"\naddress = \"10.1.0.2\"\nsite = \"a\"\n[guest.sites.a]\n\
+             routed = true\n[[guest.service]]\nname = \"echo\"\n\
+             listen = [\"10.1.0.1:5901\"]\nport = 7000\n"
+        )
+    });
+    let listener = world.in_namespace("client", || {
+        std::net::TcpListener::bind("10.1.0.2:7000").unwrap()
+    });
+    let mut bystander = start_program(&world, &other);
+    let mut outer = world.in_namespace("client", || TcpStream::connect("10.1.0.1:5901").unwrap());
+    let (mut inner, _) = listener.accept().unwrap();
+    exchange_with(&mut outer, &mut inner, b"before");
+
+    let (file, control) = write("proxy", &|control| configuration(control, "", false));
+    let rules = world.rules("edge");
+    for _ in 0..3 {
+        world.place(Some("a"));
+        let mut child = start_program(&world, &file);
+        let mut streams = many_echoing(&world, 300);
+        exchange_all(&mut streams, b"before");
+        let mut client = Client::connect(&control).unwrap();
+        client.prepare("desktop", "b").unwrap();
+        world.place(None);
+        client.hold("desktop", LEASE).unwrap();
+        client.retarget("desktop").unwrap();
+        world.place(Some("b"));
+        client.release("desktop", Duration::ZERO).unwrap();
+        exchange_all(&mut streams, b"there");
+        client.prepare("desktop", "a").unwrap();
+        world.place(None);
+        client.hold("desktop", LEASE).unwrap();
+        let replacing = std::thread::spawn(move || client.retarget("desktop"));
+        wait_until_soon(|| world.rules("edge").contains("table inet netproxy_"));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let _ = replacing.join().unwrap();
+        wait_until(|| world.rules("edge") == rules);
+        exchange_with(&mut outer, &mut inner, b"still there");
+    }
+    bystander.kill().unwrap();
+    bystander.wait().unwrap();
     std::fs::remove_dir_all(&directory).unwrap();
 }
 
@@ -749,7 +1147,7 @@ fn one_that_can_not_be_moved_is_closed_alone() {
     let mut control = edge.client();
     control.prepare("desktop", "b").unwrap();
     world.place(None);
-    control.hold("desktop").unwrap();
+    control.hold("desktop", LEASE).unwrap();
     heavy.write_all(&[1; 200_000]).unwrap();
     wait_until(|| {
         control
@@ -780,7 +1178,7 @@ fn a_guest_that_gives_up_during_a_move_is_seen_to() {
     let mut control = edge.client();
     control.prepare("desktop", "b").unwrap();
     world.place(None);
-    control.hold("desktop").unwrap();
+    control.hold("desktop", LEASE).unwrap();
     // The guest's end is gone, and nobody hears of it.
     world.in_namespace("guest", || world::run("ss", &["-K", "sport", "=", ":5900"]));
     control.retarget("desktop").unwrap();
@@ -794,6 +1192,23 @@ fn a_guest_that_gives_up_during_a_move_is_seen_to() {
     exchange(&mut next, b"next");
     edge.migrate(&world);
     exchange(&mut next, b"moved");
+}
+
+/// Neither an end nor a reset comes from a client whose line is cut.
+#[test]
+fn a_client_that_vanishes_does_not_hold_the_guest_for_ever() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let edge = Edge::new(
+        &world,
+        "[limits]\nkeepalive = \"1s\"\nkeepalive_interval = \"1s\"\nkeepalive_probes = 2",
+    );
+    let mut stream = echoing(&world);
+    exchange(&mut stream, b"before");
+    assert_eq!(established(&world), 1);
+    world.ip("client", "link set c0 down");
+    wait_until(|| edge.client().list().unwrap().connections.is_empty());
+    wait_until(|| established(&world) == 0);
 }
 
 #[test]
@@ -870,50 +1285,4 @@ fn exchange_with(one: &mut TcpStream, two: &mut TcpStream, text: &[u8]) {
     two.write_all(text).unwrap();
     one.read_exact(&mut got).unwrap();
     assert_eq!(got, text);
-}
-
-/// Not a test: prints how long clients wait from the moment when the guest can be reached.
-#[test]
-#[ignore = "a measurement: run it with --ignored --nocapture, in a release build"]
-fn measure_stalls() {
-    println!("RTT ms, connections: first answer ms, last answer ms (with data under way)");
-    for rtt in [10, 40, 200] {
-        for count in [1, 100, 1000] {
-            let world = World::new(Duration::from_millis(rtt));
-            serve(&world, 5900);
-            let edge = Edge::new(&world, "");
-            let mut streams = many_echoing(&world, count);
-            exchange_all(&mut streams, b"before");
-            let mut figures = Vec::new();
-            for to in ["b", "a", "b"] {
-                std::thread::sleep(Duration::from_millis(500));
-                let mut control = edge.client();
-                control.prepare("desktop", to).unwrap();
-                // Lost on the way to the guest: what the guest itself lost is its own to repeat.
-                world.place(None);
-                for stream in &mut streams {
-                    stream.write_all(b"on its way").unwrap();
-                }
-                std::thread::sleep(Duration::from_millis(20));
-                control.hold("desktop").unwrap();
-                control.retarget("desktop").unwrap();
-                world.place(Some(to));
-                let reachable = Instant::now();
-                control.release("desktop", Duration::ZERO).unwrap();
-                let mut first = None;
-                for stream in &mut streams {
-                    stream.read_exact(&mut [0; 10]).unwrap();
-                    first.get_or_insert(reachable.elapsed());
-                }
-                let last = reachable.elapsed();
-                let first = first.unwrap_or_default();
-                figures.push(format!(
-                    "{:.1} {:.1}",
-                    first.as_secs_f64() * 1e3,
-                    last.as_secs_f64() * 1e3
-                ));
-            }
-            println!("{rtt:4} {count:5}: {}", figures.join("   "));
-        }
-    }
 }

@@ -251,11 +251,10 @@ impl Running {
         self.plan.stop.store(true, Ordering::Relaxed);
         let limit = std::time::Instant::now() + Duration::from_secs(60);
         while !self.thread.is_finished() {
-            assert!(
-                std::time::Instant::now() < limit,
-                "A stream is stuck: {:?}",
-                self.plan
-            );
+            if std::time::Instant::now() >= limit {
+                crate::world::show_sockets();
+                panic!("A stream is stuck: {:?}", self.plan);
+            }
             std::thread::sleep(Duration::from_millis(10));
         }
         let Self { plan, thread } = self;

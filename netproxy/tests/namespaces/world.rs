@@ -78,7 +78,23 @@ fn remove_stale() {
     }
 }
 
-fn translation(site: &str) -> Translation {
+/// Prints all that the kernel knows of the connections, when something went wrong with one.
+pub fn show_sockets() {
+    for place in ["client", "edge", "guest"] {
+        let suffix = format!("-{place}");
+        let own = format!("{PREFIX}{}-", std::process::id());
+        let names = std::fs::read_dir("/run/netns").into_iter().flatten();
+        for name in names.flatten().map(|entry| entry.file_name()) {
+            let name = name.to_string_lossy().into_owned();
+            if name.starts_with(&own) && name.ends_with(&suffix) {
+                let all = ["netns", "exec", &name, "ss", "-tanoeim"];
+                eprintln!("{place}:\n{}", run("ip", &all));
+            }
+        }
+    }
+}
+
+pub fn translation(site: &str) -> Translation {
     Translation {
         guest: "desktop".into(),
         site_address: site.parse().unwrap(),

@@ -1,7 +1,7 @@
 //! Test guests: Debian's kernel with `testbed-guest` as its only process, or a kernel that leaves
 //! its memory zero.
 
-use crate::{Error, Result};
+use crate::{Error, Result, edge};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::net::Ipv4Addr;
@@ -80,6 +80,10 @@ pub struct Guest {
     /// Size of the disk /dev/xvda in MiB: a raw file, of this name at both sites.
     /// 0: no disk.
     pub disk_mib: u32,
+    /// Whether it is on its site's own network, with 10.7.0.X as its address, and its clients reach
+    /// it by the edge: see [`Edge`](crate::Edge).
+    #[serde(default)]
+    pub behind_edge: bool,
     /// More lines for the domain's configuration.
     pub extra: Vec<String>,
 }
@@ -99,14 +103,24 @@ impl Guest {
             address,
             run: Vec::new(),
             disk_mib: 0,
+            behind_edge: false,
             extra: Vec::new(),
         }
     }
 
-    /// The address on the WAN.
+    /// The address on the WAN: its own, or that of the edge for it.
     #[must_use]
     pub fn address(&self) -> Ipv4Addr {
         Ipv4Addr::new(10, 77, 0, self.address)
+    }
+
+    /// The address that the guest gives its interface.
+    #[must_use]
+    pub fn own_address(&self) -> Ipv4Addr {
+        match self.behind_edge {
+            true => Ipv4Addr::new(10, 7, 0, self.address),
+            false => self.address(),
+        }
     }
 
     /// The file of the disk.
@@ -128,8 +142,13 @@ impl Guest {
             format!("maxmem = {}", self.maximum_mib.max(self.memory_mib)),
             format!("vcpus = {}", self.vcpus),
             format!(
-                "vif = [\"mac=00:16:3e:4d:00:{:02x},bridge=xenbr0\"]",
-                self.address
+                "vif = [\"mac=00:16:3e:4d:00:{:02x},bridge={}\"]",
+                self.address,
+                if self.behind_edge {
+                    edge::BRIDGE
+                } else {
+                    "xenbr0"
+                }
             ),
         ]);
         if let Some(cpus) = &self.cpus {
@@ -152,13 +171,17 @@ impl Guest {
             .iter()
             .map(|command| command.replace(' ', ","))
             .collect();
+        let gateway = match self.behind_edge {
+            true => format!(" testbed.gateway={}", edge::GATEWAY),
+            false => String::new(),
+        };
         vec![
             format!("kernel = \"{DIRECTORY}/vmlinux\""),
             format!("ramdisk = \"{DIRECTORY}/guest.initrd\""),
             format!(
-                "extra = \"console=hvc0 testbed.name={} testbed.address={}/24 testbed.run={}\"",
+                "extra = \"console=hvc0 testbed.name={} testbed.address={}/24{gateway} testbed.run={}\"",
                 self.name,
-                self.address(),
+                self.own_address(),
                 run.join(";")
             ),
         ]

@@ -31,6 +31,7 @@
 //! # }
 //! ```
 
+pub mod edge;
 pub mod guest;
 pub mod image;
 pub mod initramfs;
@@ -44,6 +45,7 @@ mod site;
 mod sites;
 mod watch;
 
+pub use edge::Edge;
 pub use guest::{Guest, Kind};
 pub use image::Hypervisor;
 pub use link::Link;

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, bail, ensure};
 use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
-use testbed::{Guest, Hypervisor, Kind, Link, Options, SiteName, Testbed};
+use testbed::{Edge, Guest, Hypervisor, Kind, Link, Options, SiteName, Testbed};
 
 /// What a site takes of the other's guests.
 const POLICY: &str = "[site]\nkernel_directories = [\"/\"]\ndisk_directories = [\"/\"]\n\
@@ -39,15 +39,22 @@ pub fn demo() -> Result<()> {
         "Two Xen sites come up, without shadow paging: stock tools can't move a PV guest there."
     );
     let testbed = sites(Hypervisor::Security)?;
-    println!("A link of 50 Mbit/s and 40 ms joins them. A guest of 128 MiB starts at site a.");
+    println!(
+        "A link of 50 Mbit/s and 40 ms joins them, and each has a network of its own for its \
+         guests.\nA guest of 128 MiB starts at site a. Clients reach it by the edge, at 10.77.0.101."
+    );
     let guest = Guest {
         run: vec!["rewrite 4 2".into(), "random 8".into(), "text 8".into()],
+        behind_edge: true,
         ..Guest::new("g1", 101)
     };
+    Edge::set_up(&testbed, &[&guest])?;
     testbed.start_guest(SiteName::A, &guest)?;
     let before = testbed.status(SiteName::A, &guest)?;
     let watch = testbed.watch(SiteName::A, &guest)?;
-    println!("A client has a TCP connection open to it. site a# vmshadow migrate g1 10.77.0.12");
+    println!("A client has a TCP connection open to it.");
+    println!("site a# vmshadow proxy list\n{}", list(&testbed)?);
+    println!("site a# vmshadow migrate g1 10.77.0.12");
     let said = testbed
         .site(SiteName::A)
         .run("vmshadow migrate g1 10.77.0.12 --verify 2>&1")?;
@@ -56,8 +63,9 @@ pub fn demo() -> Result<()> {
     let seen = watch.finish()?;
     let after = testbed.status(SiteName::A, &guest)?;
     println!(
-        "The guest is at site b: {}",
-        testbed.site(SiteName::B).run("xl list g1")?
+        "The guest is at site b, behind another address: {}\n{}",
+        testbed.site(SiteName::B).run("xl list g1")?,
+        list(&testbed)?
     );
     println!(
         "The client's connection is {}: {} bytes sent, {} came back, each in its place.",
@@ -66,8 +74,8 @@ pub fn demo() -> Result<()> {
         seen.echo.received
     );
     println!(
-        "Longest silence, by pings: {:.2} s. The guest's counter went from {} to {} and never back.",
-        seen.ping.longest_silence, before.counter, after.counter
+        "Its longest wait was {:.2} s. The guest's counter went from {} to {} and never back.",
+        seen.echo.longest_gap, before.counter, after.counter
     );
     ensure!(seen.intact().is_ok(), "The client saw something break");
     ensure!(
@@ -76,6 +84,12 @@ pub fn demo() -> Result<()> {
     );
     testbed.down()?;
     Ok(())
+}
+
+/// What the edge says.
+fn list(testbed: &Testbed) -> Result<String> {
+    let list = testbed.site(SiteName::A).run("vmshadow proxy list")?;
+    Ok(list.trim_end().to_owned())
 }
 
 /// What a move took.

@@ -389,7 +389,7 @@ impl Testbed {
     }
 
     /// Starts a guest, and waits until it answers. Its disk is made at both sites,
-    /// empty.
+    /// empty. The path from an edge to one behind it is opened.
     ///
     /// # Errors
     /// When it does not start.
@@ -409,6 +409,10 @@ impl Testbed {
             site.write(&config, guest.config().as_bytes())?;
         }
         self.site(at).run(&format!("xl create {config}"))?;
+        if guest.behind_edge {
+            let open = format!("vmshadow proxy open {}", guest.name);
+            self.site(at).run(&open)?;
+        }
         self.wait_for_guest(at, guest)
     }
 

@@ -7,7 +7,7 @@
 //! testbed.name=g1 testbed.address=10.77.0.101/24 testbed.run=rewrite,8;random,40
 //! ```
 //! `testbed.run` holds commands of the control port, `;` between them and `,`
-//! for spaces.
+//! for spaces. `testbed.gateway` may name a gateway.
 //!
 //! The same program is /sbin/poweroff and /sbin/reboot, for the kernel runs
 //! these when the toolstack asks.

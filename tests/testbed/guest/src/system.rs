@@ -14,6 +14,8 @@ pub struct Settings {
     pub name: String,
     /// Address and prefix length of eth0.
     pub address: String,
+    /// Where everything else is reached through; empty if nothing is.
+    pub gateway: String,
     /// Commands to run at boot.
     pub run: Vec<String>,
 }
@@ -33,6 +35,7 @@ impl Settings {
         Self {
             name: setting("testbed.name").to_owned(),
             address: setting("testbed.address").to_owned(),
+            gateway: setting("testbed.gateway").to_owned(),
             run: setting("testbed.run")
                 .split(';')
                 .filter(|command| !command.is_empty())
@@ -100,7 +103,11 @@ pub fn configure_network(settings: &Settings) -> Result<(), String> {
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
     run(&format!("ip address add {} dev eth0", settings.address))?;
-    run("ip link set eth0 up")
+    run("ip link set eth0 up")?;
+    match settings.gateway.as_str() {
+        "" => Ok(()),
+        gateway => run(&format!("ip route add default via {gateway}")),
+    }
 }
 
 /// Runs a busybox command.
@@ -168,6 +175,7 @@ mod tests {
         let settings = Settings::parse(line);
         assert_eq!(settings.name, "g1");
         assert_eq!(settings.address, "10.77.0.101/24");
+        assert_eq!(settings.gateway, "");
         assert_eq!(settings.run, ["rewrite 8", "random 40"]);
         assert!(Settings::parse("quiet").run.is_empty());
     }

@@ -1,28 +1,35 @@
 //! The proxy as a whole: threads, listeners, and the steps of moves.
 
+mod desk;
+mod moves;
+mod upgrade;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, GuestConfig, ServiceConfig};
 use crate::connection::ConnectionInfo;
-use crate::control::{ControlServer, Request};
+use crate::control::ControlServer;
 use crate::error::{Error, Result};
 use crate::event_loop::{self, Command, Tally, WorkerHandle};
 use crate::guest::{Guest, Shared};
 use crate::metrics::MetricsServer;
 use crate::repair;
-use crate::retarget::block::Block;
-use crate::retarget::late::LATE;
-use crate::retarget::path::{self, Paths, Warmth};
-use crate::retarget::phase::{Asked, Phase};
+use crate::retarget::lease::Leases;
+use crate::retarget::path::Paths;
+use crate::retarget::phase::Phase;
 use crate::state_file;
+use crate::upgrade::Program;
+use crate::upgrade::state::State;
+use desk::Desk;
 
 /// How long the threads may take for one step.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -77,12 +84,20 @@ pub struct Proxy {
     moves: Mutex<BTreeMap<String, Arc<Mutex<Phase>>>>,
     /// When each guest last left a site.
     left: Mutex<BTreeMap<(String, String), Instant>>,
+    /// What is lent, and a bell that rings when that changes.
+    leases: Arc<(Mutex<Leases>, Condvar)>,
+    watch: Mutex<Option<JoinHandle<()>>>,
     blocks: AtomicU64,
     paths: Paths,
     mark: u32,
     grace: Duration,
+    /// How many pipes, and their size.
+    pipes: (usize, usize),
     state: Option<PathBuf>,
+    control: PathBuf,
     file: Option<PathBuf>,
+    /// What takes this program's place at an upgrade.
+    program: Option<Program>,
     servers: Mutex<(Option<ControlServer>, Option<MetricsServer>)>,
 }
 
@@ -98,6 +113,15 @@ impl Proxy {
     /// # Errors
     /// When a listener or socket can't be had, or the state file is not understood.
     pub fn start(config: Config, file: Option<PathBuf>) -> Result<Arc<Self>> {
+        Self::begin(config, file, None, None)
+    }
+
+    fn begin(
+        config: Config,
+        file: Option<PathBuf>,
+        program: Option<Program>,
+        state: Option<State>,
+    ) -> Result<Arc<Self>> {
         if let Err(error) = repair::probe_permission() {
             log::warn!(
                 "Connections can't be re-targeted without CAP_NET_ADMIN: {}",
@@ -106,40 +130,61 @@ impl Proxy {
         }
         raise_descriptor_limit();
         let settings = config.proxy.clone();
-        let shared = Arc::new(Shared::new(config.limits.clone()));
-        let threads = match settings.threads {
-            0 => std::thread::available_parallelism().map_or(1, usize::from),
-            threads => threads,
+        let threads = match (&state, settings.threads) {
+            // Each has its listeners, with clients in their queues.
+            (Some(state), _) => state.workers.len(),
+            (None, 0) => std::thread::available_parallelism().map_or(1, usize::from),
+            (None, threads) => threads,
         };
-        let pipes = settings.pipes.div_ceil(threads);
-        let workers = (0..threads)
-            .map(|index| event_loop::spawn(index, Arc::clone(&shared), pipes, settings.pipe_size.0))
-            .collect::<Result<Vec<_>>>()?;
         let proxy = Arc::new(Self {
-            shared,
-            workers: Mutex::new(workers),
+            shared: Arc::new(Shared::new(config.limits.clone())),
+            workers: Mutex::default(),
             listeners: Mutex::default(),
             moves: Mutex::default(),
             left: Mutex::default(),
+            leases: Arc::default(),
+            watch: Mutex::default(),
             blocks: AtomicU64::new(0),
             paths: Paths::new(settings.mark, settings.table),
             mark: settings.mark,
             grace: settings.grace.0,
+            pipes: (settings.pipes, settings.pipe_size.0),
             state: settings.state.clone(),
+            control: settings.control.clone(),
             file,
+            program,
             servers: Mutex::default(),
         });
-        proxy.apply(config)?;
-        let weak = Arc::downgrade(&proxy);
-        let control = ControlServer::start(
-            &settings.control,
-            Arc::new(move |request| Self::handle(&weak, request)),
-        )?;
-        lock(&proxy.servers).0 = Some(control);
+        let workers = proxy.spawn_workers(threads)?;
+        *lock(&proxy.workers) = workers;
+        let taken_over = state.is_some();
+        // Whoever has live connections does not give up for less.
+        let unless_live = |result: Result<()>| match result {
+            Err(error) if taken_over => {
+                log::error!("After taking over: {}", error.chain());
+                Ok(())
+            }
+            result => result,
+        };
+        let seed = match state {
+            Some(state) => Some(proxy.take_over(state)?),
+            None => None,
+        };
+        unless_live(proxy.apply(config))?;
+        *lock(&proxy.watch) = Some(moves::watch(&proxy)?);
+        let control = || -> Result<()> {
+            let desk = Desk(Arc::downgrade(&proxy));
+            let server = proxy.start_control(seed, desk)?;
+            lock(&proxy.servers).0 = Some(server);
+            Ok(())
+        };
+        unless_live(control())?;
         if let Some(address) = settings.metrics {
             let weak = Arc::downgrade(&proxy);
             let render = move || weak.upgrade().map_or_else(String::new, |p| p.metrics());
-            lock(&proxy.servers).1 = Some(MetricsServer::start(address, render)?);
+            let serve = MetricsServer::start(address, render)
+                .map(|server| lock(&proxy.servers).1 = Some(server));
+            unless_live(serve)?;
         }
         Ok(proxy)
     }
@@ -282,213 +327,6 @@ impl Proxy {
             .ok_or_else(|| Error::UnknownGuest(name.to_owned()))
     }
 
-    fn phase(&self, guest: &str) -> Arc<Mutex<Phase>> {
-        Arc::clone(lock(&self.moves).entry(guest.to_owned()).or_default())
-    }
-
-    /// Warms the path to a site, ahead of a move there.
-    ///
-    /// # Errors
-    /// When there is no such guest or site, or its move is past this step.
-    pub fn prepare(&self, guest: &str, site: &str) -> Result<Warmth> {
-        let known = self.guest(guest)?;
-        let settings = known.settings();
-        if !settings.sites.contains_key(site) {
-            let (guest, site) = (guest.to_owned(), site.to_owned());
-            return Err(Error::UnknownSite { guest, site });
-        }
-        repair::probe_permission()?;
-        let phase = self.phase(guest);
-        let mut phase = lock(&phase);
-        let next = phase.after(guest, &Asked::Prepare(site.to_owned()))?;
-        let mut warmth = Warmth::default();
-        match settings.probe(site) {
-            Some(remote) => match path::probe(remote, settings.source) {
-                Ok(time) => warmth.connect_ms = Some(time.as_secs_f64() * 1000.0),
-                Err(error) => warmth.warnings.push(error.chain()),
-            },
-            None => warmth.warnings.push(format!(
-                "Site {site} has no probe_port: the round trip time is not known ahead"
-            )),
-        }
-        let remote = settings
-            .services
-            .iter()
-            .find_map(|s| settings.upstream(site, s));
-        if let Some(remote) = remote {
-            match self.paths.open(guest, remote.ip(), settings.source) {
-                Ok(()) => {
-                    warmth.window = true;
-                    self.shared.mark.store(true, Ordering::Release);
-                }
-                Err(error) => warmth.warnings.push(error.chain()),
-            }
-        }
-        for warning in &warmth.warnings {
-            log::warn!("Preparing {guest} for {site}: {warning}");
-        }
-        *phase = next;
-        Ok(warmth)
-    }
-
-    /// Freezes all connections of a guest that has been suspended. Returns when everything that
-    /// it had sent is in.
-    ///
-    /// # Errors
-    /// When the guest is unknown, or was not prepared.
-    pub fn hold(&self, guest: &str) -> Result<Tally> {
-        self.guest(guest)?;
-        let phase = self.phase(guest);
-        let mut phase = lock(&phase);
-        let next = phase.after(guest, &Asked::Hold)?;
-        *phase = next;
-        self.tally(|reply| Command::Hold {
-            guest: guest.to_owned(),
-            grace: self.grace,
-            reply,
-        })
-    }
-
-    /// Makes all connections of a held guest anew, towards the site it was prepared for.
-    ///
-    /// # Errors
-    /// When the guest is unknown or not held.
-    pub fn retarget(&self, guest: &str) -> Result<Tally> {
-        let known = self.guest(guest)?;
-        let phase = self.phase(guest);
-        let mut phase = lock(&phase);
-        let next = phase.after(guest, &Asked::Retarget)?;
-        let site = phase.destination().unwrap_or_default().to_owned();
-        let block = self.block(&known, &site)?;
-        let tally = self.tally(|reply| Command::Retarget {
-            guest: guest.to_owned(),
-            site: site.clone(),
-            mark: self.mark,
-            reply,
-        })?;
-        drop(block);
-        *phase = next;
-        Ok(tally)
-    }
-
-    /// Where sockets with the new addresses are still there, they go first, and for a moment the
-    /// connection has none: nothing may come in then.
-    fn block(&self, guest: &Guest, site: &str) -> Result<Option<Block>> {
-        let (settings, from) = (guest.settings(), guest.site());
-        let back = lock(&self.left)
-            .get(&(guest.name.clone(), site.to_owned()))
-            .is_some_and(|left| left.elapsed() < LATE + Duration::from_secs(1));
-        let remotes: Vec<SocketAddr> = settings
-            .services
-            .iter()
-            .filter_map(|service| {
-                let remote = settings.upstream(site, service)?;
-                let same = settings.upstream(&from, service) == Some(remote);
-                (same || back).then_some(remote)
-            })
-            .collect();
-        if remotes.is_empty() {
-            return Ok(None);
-        }
-        let number = self.blocks.fetch_add(1, Ordering::Relaxed);
-        Block::new(
-            &format!("netproxy_{}_{number}", std::process::id()),
-            &remotes,
-        )
-        .map(Some)
-    }
-
-    /// Lets all connections go on at the new site. With a `wait`, one connection of each thread
-    /// asks the guest until it answers, at most so long, before anything pending is sent.
-    ///
-    /// # Errors
-    /// When the guest is unknown or not re-targeted.
-    pub fn release(&self, guest: &str, wait: Duration) -> Result<Tally> {
-        let known = self.guest(guest)?;
-        let phase = self.phase(guest);
-        let mut phase = lock(&phase);
-        let next = phase.after(guest, &Asked::Release)?;
-        let site = phase.destination().unwrap_or_default().to_owned();
-        lock(&self.left).insert((guest.to_owned(), known.site()), Instant::now());
-        known.set_site(&site);
-        let tally = self.tally(|reply| Command::Release {
-            guest: guest.to_owned(),
-            wait,
-            reply,
-        })?;
-        *phase = next;
-        drop(phase);
-        // After what is urgent.
-        self.end_move(guest);
-        if let Err(error) = self.remember() {
-            // The connections are where they should be; only a restart would not know.
-            log::error!(
-                "Where {guest} is could not be written down: {}",
-                error.chain()
-            );
-        }
-        Ok(tally)
-    }
-
-    /// Lets all connections go on at the old site.
-    ///
-    /// The old sockets have waited for answers in vain, longer each time, and would go on waiting.
-    /// So frozen ones are made anew too, as for a move that ends where it began.
-    ///
-    /// # Errors
-    /// When the guest is unknown or no move is under way.
-    pub fn cancel(&self, guest: &str) -> Result<Tally> {
-        let known = self.guest(guest)?;
-        let phase = self.phase(guest);
-        let mut phase = lock(&phase);
-        let next = phase.after(guest, &Asked::Cancel)?;
-        if !matches!(*phase, Phase::Prepared { .. })
-            && let Err(error) = self.renew(&known)
-        {
-            // They go on as they are, a little later.
-            log::warn!("Cancelling the move of {guest}: {}", error.chain());
-        }
-        let tally = self.tally(|reply| Command::Cancel {
-            guest: guest.to_owned(),
-            reply,
-        })?;
-        *phase = next;
-        drop(phase);
-        self.end_move(guest);
-        Ok(tally)
-    }
-
-    /// Makes the frozen sockets of a guest anew, towards the site where it is.
-    fn renew(&self, guest: &Guest) -> Result<()> {
-        let name = || guest.name.clone();
-        let site = guest.site();
-        self.tally(|reply| Command::Undo {
-            guest: name(),
-            reply,
-        })?;
-        let settings = guest.settings();
-        let remote = settings
-            .services
-            .iter()
-            .find_map(|s| settings.upstream(&site, s));
-        if let Some(remote) = remote {
-            self.paths.open(&guest.name, remote.ip(), settings.source)?;
-        }
-        let _block = self.block(guest, &site)?;
-        let mark = self.mark;
-        self.tally(|reply| Command::Retarget {
-            guest: name(),
-            site: site.clone(),
-            mark,
-            reply,
-        })?;
-        Ok(())
-    }
-
-    fn end_move(&self, guest: &str) {
-        self.paths.close(guest);
-    }
-
     /// Writes down where each guest is.
     fn remember(&self) -> Result<()> {
         let Some(path) = &self.state else {
@@ -533,7 +371,11 @@ impl Proxy {
     /// [`Error::Busy`] while a guest is moved; or why a new listener can't be had. Then nothing
     /// has changed.
     pub fn reload(&self, config: Config) -> Result<()> {
-        // No move may start meanwhile.
+        self.while_settled(|| self.apply(config))
+    }
+
+    /// Does something while no guest is moved, and no move can start.
+    fn while_settled<T>(&self, what: impl FnOnce() -> Result<T>) -> Result<T> {
         let moves = lock(&self.moves);
         let mut phases = Vec::new();
         for (name, phase) in moves.iter() {
@@ -543,7 +385,7 @@ impl Proxy {
             }
             phases.push(guard);
         }
-        self.apply(config)
+        what()
     }
 
     fn reload_file(&self) -> Result<()> {
@@ -615,40 +457,6 @@ impl Proxy {
     pub fn open(&self) -> usize {
         self.shared.open()
     }
-
-    fn handle(
-        weak: &Weak<Self>,
-        request: Request,
-    ) -> std::result::Result<serde_json::Value, String> {
-        let proxy = weak.upgrade().ok_or("The proxy is ending")?;
-        proxy.carry_out(request).map_err(|error| error.chain())
-    }
-
-    fn carry_out(&self, request: Request) -> Result<serde_json::Value> {
-        fn value(result: impl Serialize) -> Result<serde_json::Value> {
-            serde_json::to_value(result).map_err(|error| Error::Protocol(error.to_string()))
-        }
-        let nothing = || Ok(serde_json::json!({}));
-        match request {
-            Request::List => value(self.list()?),
-            Request::Prepare { guest, site } => value(self.prepare(&guest, &site)?),
-            Request::Hold { guest } => value(self.hold(&guest)?),
-            Request::Retarget { guest } => value(self.retarget(&guest)?),
-            Request::Release { guest, wait_ms } => {
-                value(self.release(&guest, Duration::from_millis(wait_ms))?)
-            }
-            Request::Cancel { guest } => value(self.cancel(&guest)?),
-            Request::Drain { guest, on } => {
-                self.drain(guest.as_deref(), on)?;
-                nothing()
-            }
-            Request::Reload => {
-                self.reload_file()?;
-                nothing()
-            }
-            Request::Metrics => Ok(serde_json::json!({ "text": self.metrics() })),
-        }
-    }
 }
 
 /// A connection takes two descriptors. The limit that a shell gives is for old programs that
@@ -683,6 +491,13 @@ fn keys_of(guest: &GuestConfig) -> Vec<((String, String, SocketAddr), Arc<Servic
 impl Drop for Proxy {
     fn drop(&mut self) {
         *lock(&self.servers) = (None, None);
+        lock(&self.leases.0).close();
+        self.leases.1.notify_all();
+        if let Some(watch) = lock(&self.watch).take()
+            && watch.thread().id() != std::thread::current().id()
+        {
+            let _ = watch.join();
+        }
         for worker in lock(&self.workers).iter_mut() {
             worker.stop();
         }

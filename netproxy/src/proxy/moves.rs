@@ -1,0 +1,398 @@
+//! The steps of a guest's move, over all threads, and what happens when its lease is over.
+
+use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::{Proxy, lock};
+use crate::error::{Error, Result};
+use crate::event_loop::{Command, Tally};
+use crate::guest::Guest;
+use crate::repair;
+use crate::retarget::block::Block;
+use crate::retarget::late::LATE;
+use crate::retarget::lease::{self, Leases, Term};
+use crate::retarget::path::{self, Warmth};
+use crate::retarget::phase::{Asked, Phase};
+
+/// How long a guest whose move was given up is asked whether it is at the new site already.
+const LAST_QUESTION: Duration = Duration::from_secs(1);
+
+impl Proxy {
+    pub(super) fn phase(&self, guest: &str) -> Arc<Mutex<Phase>> {
+        Arc::clone(lock(&self.moves).entry(guest.to_owned()).or_default())
+    }
+
+    /// Warms the path to a site, ahead of a move there.
+    ///
+    /// # Errors
+    /// When there is no such guest or site, or its move is past this step.
+    pub fn prepare(&self, guest: &str, site: &str) -> Result<Warmth> {
+        self.prepare_for(guest, site, None)
+    }
+
+    pub(super) fn prepare_for(
+        &self,
+        guest: &str,
+        site: &str,
+        term: Option<Term>,
+    ) -> Result<Warmth> {
+        let known = self.guest(guest)?;
+        let settings = known.settings();
+        if !settings.sites.contains_key(site) {
+            let (guest, site) = (guest.to_owned(), site.to_owned());
+            return Err(Error::UnknownSite { guest, site });
+        }
+        repair::probe_permission()?;
+        let phase = self.phase(guest);
+        let mut phase = lock(&phase);
+        let next = phase.after(guest, &Asked::Prepare(site.to_owned()))?;
+        let mut warmth = Warmth::default();
+        match settings.probe(site) {
+            Some(remote) => match path::probe(remote, settings.source) {
+                Ok(time) => warmth.connect_ms = Some(time.as_secs_f64() * 1000.0),
+                Err(error) => warmth.warnings.push(error.chain()),
+            },
+            None => warmth.warnings.push(format!(
+                "Site {site} has no probe_port: the round trip time is not known ahead"
+            )),
+        }
+        let remote = settings
+            .services
+            .iter()
+            .find_map(|s| settings.upstream(site, s));
+        if let Some(remote) = remote {
+            match self.paths.open(guest, remote.ip(), settings.source) {
+                Ok(()) => {
+                    warmth.window = true;
+                    self.shared.mark.store(true, Ordering::Release);
+                }
+                Err(error) => warmth.warnings.push(error.chain()),
+            }
+        }
+        for warning in &warmth.warnings {
+            log::warn!("Preparing {guest} for {site}: {warning}");
+        }
+        *phase = next;
+        match term {
+            Some(term) => self.lend(guest, term),
+            None => lock(&self.leases.0).end(guest),
+        }
+        Ok(warmth)
+    }
+
+    /// Freezes all connections of a guest that has been suspended. Returns when everything that
+    /// it had sent is in. The move is cancelled if it is not released within `lease`, or
+    /// [renewed](Self::renew).
+    ///
+    /// # Errors
+    /// When the guest is unknown, or was not prepared.
+    pub fn hold(&self, guest: &str, lease: Duration) -> Result<Tally> {
+        self.hold_for(guest, Term::within(lease, Instant::now()))
+    }
+
+    pub(super) fn hold_for(&self, guest: &str, term: Term) -> Result<Tally> {
+        self.guest(guest)?;
+        let phase = self.phase(guest);
+        let mut phase = lock(&phase);
+        let next = phase.after(guest, &Asked::Hold)?;
+        *phase = next;
+        self.lend(guest, term);
+        self.tally(|reply| Command::Hold {
+            guest: guest.to_owned(),
+            grace: self.grace,
+            reply,
+        })
+    }
+
+    /// Makes all connections of a held guest anew, towards the site it was prepared for.
+    ///
+    /// # Errors
+    /// When the guest is unknown or not held.
+    pub fn retarget(&self, guest: &str) -> Result<Tally> {
+        let known = self.guest(guest)?;
+        let phase = self.phase(guest);
+        let mut phase = lock(&phase);
+        let next = phase.after(guest, &Asked::Retarget)?;
+        let site = phase.destination().unwrap_or_default().to_owned();
+        let block = self.block(&known, &site)?;
+        let tally = self.tally(|reply| Command::Retarget {
+            guest: guest.to_owned(),
+            site: site.clone(),
+            mark: self.mark,
+            reply,
+        })?;
+        drop(block);
+        *phase = next;
+        Ok(tally)
+    }
+
+    /// Where sockets with the new addresses are still there, they go first, and for a moment the
+    /// connection has none: nothing may come in then. Twice the time that they are kept: a thread
+    /// that is late to close them does no harm.
+    fn block(&self, guest: &Guest, site: &str) -> Result<Option<Block>> {
+        let (settings, from) = (guest.settings(), guest.site());
+        let back = lock(&self.left)
+            .get(&(guest.name.clone(), site.to_owned()))
+            .is_some_and(|left| left.elapsed() < LATE * 2);
+        let remotes: Vec<SocketAddr> = settings
+            .services
+            .iter()
+            .filter_map(|service| {
+                let remote = settings.upstream(site, service)?;
+                let same = settings.upstream(&from, service) == Some(remote);
+                (same || back).then_some(remote)
+            })
+            .collect();
+        if remotes.is_empty() {
+            return Ok(None);
+        }
+        let number = self.blocks.fetch_add(1, Ordering::Relaxed);
+        Block::new(
+            &format!("netproxy_{}_{number}", std::process::id()),
+            &remotes,
+        )
+        .map(Some)
+    }
+
+    /// Lets all connections go on at the new site. With a `wait`, one connection of each thread
+    /// asks the guest until it answers, at most so long, before anything pending is sent.
+    ///
+    /// # Errors
+    /// When the guest is unknown or not re-targeted.
+    pub fn release(&self, guest: &str, wait: Duration) -> Result<Tally> {
+        let known = self.guest(guest)?;
+        let phase = self.phase(guest);
+        let mut phase = lock(&phase);
+        self.release_now(&known, &mut phase, wait)
+    }
+
+    fn release_now(&self, known: &Guest, phase: &mut Phase, wait: Duration) -> Result<Tally> {
+        let guest = known.name.as_str();
+        let next = phase.after(guest, &Asked::Release)?;
+        let site = phase.destination().unwrap_or_default().to_owned();
+        lock(&self.left).insert((guest.to_owned(), known.site()), Instant::now());
+        known.set_site(&site);
+        let tally = self.tally(|reply| Command::Release {
+            guest: guest.to_owned(),
+            wait,
+            reply,
+        })?;
+        *phase = next;
+        // After what is urgent.
+        self.end_move(guest);
+        if let Err(error) = self.remember() {
+            // The connections are where they should be; only a restart would not know.
+            log::error!(
+                "Where {guest} is could not be written down: {}",
+                error.chain()
+            );
+        }
+        Ok(tally)
+    }
+
+    /// Lets all connections go on at the old site.
+    ///
+    /// The old sockets have waited for answers in vain, longer each time, and would go on waiting.
+    /// So frozen ones are made anew too, as for a move that ends where it began.
+    ///
+    /// # Errors
+    /// When the guest is unknown or no move is under way.
+    pub fn cancel(&self, guest: &str) -> Result<Tally> {
+        let known = self.guest(guest)?;
+        let phase = self.phase(guest);
+        let mut phase = lock(&phase);
+        self.cancel_now(&known, &mut phase)
+    }
+
+    fn cancel_now(&self, known: &Guest, phase: &mut Phase) -> Result<Tally> {
+        let guest = known.name.as_str();
+        let next = phase.after(guest, &Asked::Cancel)?;
+        if !matches!(*phase, Phase::Prepared { .. })
+            && let Err(error) = self.make_anew(known)
+        {
+            // They go on as they are, a little later.
+            log::warn!("Cancelling the move of {guest}: {}", error.chain());
+        }
+        let tally = self.tally(|reply| Command::Cancel {
+            guest: guest.to_owned(),
+            reply,
+        })?;
+        *phase = next;
+        self.end_move(guest);
+        Ok(tally)
+    }
+
+    /// The guest runs at `site` now, however it came there: settles whatever is open. New
+    /// connections go there, and those that are open are re-targeted, late as it may be. Does
+    /// nothing if all is so already.
+    ///
+    /// # Errors
+    /// When there is no such guest or site, or another caller moves the guest meanwhile.
+    pub fn arrived(&self, guest: &str, site: &str) -> Result<Tally> {
+        let known = self.guest(guest)?;
+        let phase = self.phase(guest);
+        {
+            let mut phase = lock(&phase);
+            match &*phase {
+                Phase::Settled if known.site() == site => return Ok(Tally::default()),
+                Phase::Settled => {}
+                Phase::Retargeted { to } if to == site => {
+                    return self.release_now(&known, &mut phase, Duration::ZERO);
+                }
+                _ => {
+                    let tally = self.cancel_now(&known, &mut phase)?;
+                    if known.site() == site {
+                        return Ok(tally);
+                    }
+                }
+            }
+        }
+        self.prepare(guest, site)?;
+        self.hold(guest, lease::DEFAULT)?;
+        self.retarget(guest)?;
+        self.release(guest, Duration::ZERO)
+    }
+
+    /// The move of a held guest may take until `lease` from now.
+    ///
+    /// # Errors
+    /// When the guest is unknown, or nothing is lent: the move has ended, or its lease has.
+    pub fn renew(&self, guest: &str, lease: Duration) -> Result<()> {
+        self.guest(guest)?;
+        let (leases, bell) = &*self.leases;
+        if !lock(leases).renew(guest, lease, Instant::now()) {
+            return Err(Error::LeaseOver(guest.to_owned()));
+        }
+        bell.notify_all();
+        Ok(())
+    }
+
+    fn lend(&self, guest: &str, term: Term) {
+        let (leases, bell) = &*self.leases;
+        lock(leases).grant(guest, term);
+        bell.notify_all();
+    }
+
+    /// Gives a move up, if its lease is over still: `over` is looked at when nobody else can
+    /// take a step of it.
+    ///
+    /// The caller may have died when the guest ran at the new site already. So a re-targeted one
+    /// is asked there for a moment, and goes on there if it answers.
+    pub(super) fn give_up(&self, guest: &str, why: &str, over: impl Fn(&Leases) -> bool) {
+        let phase = self.phase(guest);
+        let mut phase = lock(&phase);
+        if !over(&lock(&self.leases.0)) {
+            return;
+        }
+        let Ok(known) = self.guest(guest) else {
+            lock(&self.leases.0).end(guest);
+            return;
+        };
+        let ended = self.shared.metrics.leases_ended.get_or_create(&known.label);
+        ended.inc();
+        let answers = matches!(*phase, Phase::Retargeted { .. }) && self.answers(guest);
+        let (result, site) = if answers {
+            let to = phase.destination().unwrap_or_default().to_owned();
+            (self.release_now(&known, &mut phase, Duration::ZERO), to)
+        } else {
+            (self.cancel_now(&known, &mut phase), known.site())
+        };
+        match result {
+            Ok(tally) => log::warn!(
+                "{why}: {} connections of {guest} go on at {site}, {} failed",
+                tally.connections,
+                tally.failed
+            ),
+            Err(error) => log::error!("{why}: giving up {guest}: {}", error.chain()),
+        }
+        // Whatever came of it, it is not tried for ever.
+        lock(&self.leases.0).end(guest);
+    }
+
+    /// Whether a re-targeted guest answers at the new site.
+    fn answers(&self, guest: &str) -> bool {
+        let until = Instant::now() + LAST_QUESTION;
+        loop {
+            let ask = |reply| Command::Ask {
+                guest: guest.to_owned(),
+                reply,
+            };
+            match self.ask_all(ask) {
+                Ok(answers) if answers.contains(&true) => return true,
+                Ok(_) if Instant::now() < until => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                _ => return false,
+            }
+        }
+    }
+
+    /// Makes the frozen sockets of a guest anew, towards the site where it is.
+    fn make_anew(&self, guest: &Guest) -> Result<()> {
+        let name = || guest.name.clone();
+        let site = guest.site();
+        self.tally(|reply| Command::Undo {
+            guest: name(),
+            reply,
+        })?;
+        let settings = guest.settings();
+        let remote = settings
+            .services
+            .iter()
+            .find_map(|s| settings.upstream(&site, s));
+        if let Some(remote) = remote {
+            self.paths.open(&guest.name, remote.ip(), settings.source)?;
+        }
+        let _block = self.block(guest, &site)?;
+        let mark = self.mark;
+        self.tally(|reply| Command::Retarget {
+            guest: name(),
+            site: site.clone(),
+            mark,
+            reply,
+        })?;
+        Ok(())
+    }
+
+    fn end_move(&self, guest: &str) {
+        lock(&self.leases.0).end(guest);
+        self.paths.close(guest);
+    }
+}
+
+/// Starts the thread that waits for leases to end.
+pub(super) fn watch(proxy: &Arc<Proxy>) -> Result<JoinHandle<()>> {
+    let (weak, shared) = (Arc::downgrade(proxy), Arc::clone(&proxy.leases));
+    let wait = move || {
+        let (leases, bell) = &*shared;
+        let mut lent = lock(leases);
+        while !lent.is_closed() {
+            let now = Instant::now();
+            let due = lent.due(now);
+            if due.is_empty() {
+                let idle = Duration::from_secs(3600);
+                let wait = lent.next().map_or(idle, |at| at - now);
+                lent = bell
+                    .wait_timeout(lent, wait)
+                    .map_or_else(|broken| broken.into_inner().0, |(lent, _)| lent);
+                continue;
+            }
+            drop(lent);
+            let Some(proxy) = weak.upgrade() else { return };
+            for guest in due {
+                proxy.give_up(&guest, "The lease of a move is over", |leases| {
+                    leases.due(Instant::now()).contains(&guest)
+                });
+            }
+            drop(proxy);
+            lent = lock(leases);
+        }
+    };
+    std::thread::Builder::new()
+        .name("leases".into())
+        .spawn(wait)
+        .map_err(crate::error::system("Starting a thread"))
+}

@@ -1,0 +1,332 @@
+//! Another program takes over, connections and all: on the loopback interface, unprivileged.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use netproxy::control::Client;
+use netproxy::{Error, Overview};
+
+/// Held while a program is written, and while one is started: a process that is forked while the
+/// file is open for writing keeps it so until it runs its own program, and a file that is being
+/// written can't be run.
+static PROGRAMS: Mutex<()> = Mutex::new(());
+
+/// The program under a path of its own, where another one can be put in its place.
+struct Program {
+    child: Child,
+    lines: std::io::Lines<BufReader<ChildStdout>>,
+    directory: PathBuf,
+    guest: SocketAddr,
+}
+
+impl Program {
+    fn start(guest: SocketAddr) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let directory =
+            std::env::temp_dir().join(format!("netproxy-up-{}-{number}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        let writing = PROGRAMS.lock().unwrap_or_else(PoisonError::into_inner);
+        std::fs::copy(env!("CARGO_BIN_EXE_netproxy"), directory.join("netproxy")).unwrap();
+        configure(&directory, guest, r#""127.0.0.1:0""#);
+        let mut child = Command::new(directory.join("netproxy"))
+            .arg(directory.join("proxy.toml"))
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        drop(writing);
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut program = Self {
+            child,
+            lines,
+            directory,
+            guest,
+        };
+        program.wait_until_ready();
+        program
+    }
+
+    /// It says so each time it has started or taken over.
+    fn wait_until_ready(&mut self) {
+        assert!(self.lines.any(|line| line.unwrap() == "ready"));
+    }
+
+    fn client(&self) -> Client {
+        Client::connect(&self.directory.join("control")).unwrap()
+    }
+
+    fn overview(&self) -> Overview {
+        self.client().list().unwrap()
+    }
+
+    fn address(&self) -> SocketAddr {
+        self.overview().guests[0].listeners[0]
+    }
+
+    fn upgrade(&mut self) {
+        self.client().upgrade().unwrap();
+        self.wait_until_ready();
+    }
+
+    /// Puts a script where the program is.
+    fn replace_by(&self, script: &str) {
+        let _writing = PROGRAMS.lock().unwrap_or_else(PoisonError::into_inner);
+        let (new, path) = (self.directory.join("new"), self.directory.join("netproxy"));
+        std::fs::write(&new, script).unwrap();
+        std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o755)).unwrap();
+        std::fs::rename(new, path).unwrap();
+    }
+
+    fn restore(&self) {
+        let _writing = PROGRAMS.lock().unwrap_or_else(PoisonError::into_inner);
+        let new = self.directory.join("new");
+        std::fs::copy(env!("CARGO_BIN_EXE_netproxy"), &new).unwrap();
+        std::fs::rename(new, self.directory.join("netproxy")).unwrap();
+    }
+
+    fn connect(&self) -> TcpStream {
+        connect(self.address())
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
+
+fn configure(directory: &Path, guest: SocketAddr, listen: &str) {
+    let control = directory.join("control");
+    let text = format!(
+        "version = 1\n[proxy]\ncontrol = {control:?}\nthreads = 2\n\
+         [[guest]]\nname = \"g\"\naddress = \"127.0.0.1\"\nsite = \"a\"\n\
+         [guest.sites.a]\nrouted = true\n\
+         [[guest.service]]\nname = \"echo\"\nlisten = [{listen}]\nport = {}\n",
+        guest.port(),
+    );
+    std::fs::write(directory.join("proxy.toml"), text).unwrap();
+}
+
+fn connect(address: SocketAddr) -> TcpStream {
+    let stream = TcpStream::connect(address).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(30)))
+        .unwrap();
+    stream
+}
+
+fn exchange(stream: &mut TcpStream, data: &[u8]) {
+    stream.write_all(data).unwrap();
+    let mut answer = vec![0; data.len()];
+    stream.read_exact(&mut answer).unwrap();
+    assert!(answer == data);
+}
+
+fn listen() -> (TcpListener, SocketAddr) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    (listener, address)
+}
+
+/// A guest that echoes.
+fn echo_server() -> SocketAddr {
+    let (listener, address) = listen();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            std::thread::spawn(move || {
+                let mut other = stream.try_clone().unwrap();
+                let _ = std::io::copy(&mut stream, &mut other);
+                let _ = other.shutdown(Shutdown::Write);
+            });
+        }
+    });
+    address
+}
+
+fn bytes(length: u32) -> Vec<u8> {
+    (0..length)
+        .map(|i| u8::try_from((i ^ (i >> 9)) % 251).unwrap())
+        .collect()
+}
+
+#[test]
+fn connections_go_on_in_the_new_program() {
+    let mut program = Program::start(echo_server());
+    let (mut idle, mut second) = (program.connect(), program.connect());
+    exchange(&mut idle, b"before");
+    exchange(&mut second, b"before");
+    // One that ended its own direction has bytes to come still.
+    let mut half = program.connect();
+    exchange(&mut half, b"before");
+    // Bulk through pipes, to a reader that stops now and then.
+    let bulk = program.connect();
+    let data = bytes(60_000_000);
+    let (mut writer, sent) = (bulk.try_clone().unwrap(), data.clone());
+    let writing = std::thread::spawn(move || {
+        writer.write_all(&sent).unwrap();
+        writer.shutdown(Shutdown::Write).unwrap();
+    });
+    let reading = std::thread::spawn(move || {
+        let (mut got, mut bulk, mut part) = (Vec::new(), bulk, vec![0; 1 << 16]);
+        loop {
+            let length = bulk.read(&mut part).unwrap();
+            if length == 0 {
+                return got;
+            }
+            if got.len() / (1 << 20) != (got.len() + length) / (1 << 20) {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            got.extend_from_slice(&part[..length]);
+        }
+    });
+    // Clients who come while nobody accepts wait in the listeners' queues.
+    let stop = Arc::new(AtomicBool::new(false));
+    let (stopped, address) = (Arc::clone(&stop), program.address());
+    let coming = std::thread::spawn(move || {
+        let mut count = 0;
+        while !stopped.load(Ordering::Relaxed) {
+            exchange(&mut connect(address), b"hello");
+            count += 1;
+        }
+        count
+    });
+    let before = program.overview();
+    for round in 0..8 {
+        if round % 2 == 0 {
+            program.upgrade();
+        } else {
+            let id = nix::unistd::Pid::from_raw(program.child.id().try_into().unwrap());
+            nix::sys::signal::kill(id, nix::sys::signal::SIGUSR2).unwrap();
+            program.wait_until_ready();
+        }
+        exchange(&mut idle, format!("round {round}").as_bytes());
+        if round == 4 {
+            half.write_all(b"last words").unwrap();
+            half.shutdown(Shutdown::Write).unwrap();
+        }
+    }
+    stop.store(true, Ordering::Relaxed);
+    assert!(coming.join().unwrap() > 0);
+    let mut rest = Vec::new();
+    half.read_to_end(&mut rest).unwrap();
+    assert_eq!(rest, b"last words");
+    assert!(reading.join().unwrap() == data);
+    writing.join().unwrap();
+    exchange(&mut second, b"after");
+    // What a list shows goes on too.
+    let after = program.overview();
+    for stream in [&idle, &second] {
+        let client = stream.local_addr().unwrap();
+        let find = |overview: &Overview| {
+            let mut all = overview.connections.iter();
+            let found = all.find(|connection| connection.client == client).unwrap();
+            (found.id, found.to_guest, found.seconds)
+        };
+        let (was, is) = (find(&before), find(&after));
+        assert_eq!(was.0, is.0);
+        assert!(is.1 > was.1 && is.2 > was.2);
+    }
+    assert!(program.child.try_wait().unwrap().is_none());
+}
+
+#[test]
+fn what_nobody_reads_is_handed_over_too() {
+    let (listener, guest) = listen();
+    let mut program = Program::start(guest);
+    let mut client = program.connect();
+    let (mut inner, _) = listener.accept().unwrap();
+    inner
+        .set_write_timeout(Some(Duration::from_millis(300)))
+        .unwrap();
+    // Until every buffer on the way is full, pipes included.
+    let data = bytes(40_000_000);
+    let mut sent = 0;
+    while let Ok(length) = inner.write(&data[sent..(sent + 100_000).min(data.len())]) {
+        sent += length;
+    }
+    let held = program.overview().connections[0].held;
+    assert!(held > 0);
+    program.upgrade();
+    program.upgrade();
+    assert!(program.overview().connections[0].held >= held);
+    inner.shutdown(Shutdown::Write).unwrap();
+    let mut got = Vec::new();
+    client.read_to_end(&mut got).unwrap();
+    assert!(got == data[..sent]);
+    // The other direction as ever.
+    client.write_all(b"goes on").unwrap();
+    let mut answer = [0; 7];
+    inner.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"goes on");
+}
+
+#[test]
+fn the_new_program_reads_the_configuration_anew() {
+    let mut program = Program::start(echo_server());
+    let mut stream = program.connect();
+    let first = program.address();
+    exchange(&mut stream, b"before");
+    configure(
+        &program.directory,
+        program.guest,
+        r#""127.0.0.1:0", "127.0.0.2:0""#,
+    );
+    program.upgrade();
+    let listeners = program.overview().guests[0].listeners.clone();
+    assert!(listeners.len() == 2 && listeners.contains(&first));
+    for address in listeners {
+        exchange(&mut connect(address), b"hello");
+    }
+    exchange(&mut stream, b"after");
+    // Nothing happens with a wrong one, and the line is named.
+    std::fs::write(
+        program.directory.join("proxy.toml"),
+        "version = 1\n\nnonsense = 2\n",
+    )
+    .unwrap();
+    let error = program.client().upgrade().unwrap_err().to_string();
+    assert!(error.contains("proxy.toml:3:"), "{error}");
+    exchange(&mut stream, b"as ever");
+    exchange(&mut program.connect(), b"as ever");
+}
+
+#[test]
+fn a_program_that_can_not_take_over_is_given_nothing() {
+    let mut program = Program::start(echo_server());
+    let mut stream = program.connect();
+    exchange(&mut stream, b"before");
+    let answer = "echo netproxy takes over state version";
+    for (script, why) in [
+        ("#!/bin/sh\nexit 1\n".to_owned(), "can't take over"),
+        ("#!/bin/sh\ncat >/dev/null\n".to_owned(), "can't take over"),
+        (format!("#!/bin/sh\n{answer} 999\n"), "can't take over"),
+        ("no program".to_owned(), "Exec format"),
+        // It says that it can, and is gone when it should: all was put down by then.
+        (
+            format!("#!/bin/sh\n{answer} 1\nrm \"$0\"\n"),
+            "No such file",
+        ),
+    ] {
+        program.replace_by(&script);
+        let error = program.client().upgrade().unwrap_err();
+        assert!(
+            matches!(&error, Error::Refused(message) if message.contains(why)),
+            "{script}: {error}"
+        );
+        exchange(&mut stream, b"goes on");
+        exchange(&mut program.connect(), b"new ones too");
+    }
+    program.restore();
+    program.upgrade();
+    exchange(&mut stream, b"after");
+}

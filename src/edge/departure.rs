@@ -1,0 +1,179 @@
+//! The connections of a guest that leaves: what [`migrate`] says when, told to the proxy.
+
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use anyhow::{Context, anyhow};
+use migrate::connections::{Connections, Kept};
+use netproxy::control::{Client, Move};
+
+use super::{Edge, refused};
+
+/// How long warming the path may take, while the guest runs.
+const PREPARE: Duration = Duration::from_secs(20);
+
+/// How long a step may take, while it is silent.
+const STEP: Duration = Duration::from_secs(20);
+
+/// How long the guest may take to answer at the other site: until its interface is connected.
+const REACHED: Duration = Duration::from_secs(20);
+
+/// The connections of one guest at the edge.
+pub struct Departure {
+    edge: Edge,
+    guest: String,
+    state: State,
+}
+
+enum State {
+    /// The edge does not know the guest, or the move has not come so far.
+    Idle,
+    /// They could follow to this site.
+    Accepted { client: Client, site: String },
+    /// The path there is warm.
+    Prepared(Move),
+    /// They are frozen and made anew, in the background.
+    Moving {
+        site: String,
+        steps: JoinHandle<(Move, netproxy::Result<()>)>,
+    },
+}
+
+impl Departure {
+    /// The connections of `guest`, by its name.
+    pub fn new(edge: Edge, guest: &str) -> Self {
+        Departure {
+            edge,
+            guest: guest.to_owned(),
+            state: State::Idle,
+        }
+    }
+
+    fn take(&mut self) -> State {
+        std::mem::replace(&mut self.state, State::Idle)
+    }
+
+    fn accept(&mut self, site: Option<&str>) -> anyhow::Result<()> {
+        let mut client = self.edge.connect()?;
+        let Some(now) = self.edge.whereabouts(&mut client, &self.guest)? else {
+            log::info!("The edge does not know {}", self.guest);
+            return Ok(());
+        };
+        if now != self.edge.site {
+            return Err(anyhow!(
+                "The edge has {} at the site {now}, and this is {}; run: vmshadow proxy arrived {}",
+                self.guest,
+                self.edge.site,
+                self.guest
+            ));
+        }
+        let site = site.context("The destination does not say what the edge calls it")?;
+        if site == now {
+            return Err(anyhow!(
+                "The destination calls itself {site} at the edge, and so does this host"
+            ));
+        }
+        // It knows the site, or says so.
+        client.translation(&self.guest, site)?;
+        self.state = State::Accepted {
+            client,
+            site: site.to_owned(),
+        };
+        Ok(())
+    }
+
+    /// Waits for the steps, and releases the connections at the new site.
+    fn release(
+        &self,
+        site: &str,
+        steps: JoinHandle<(Move, netproxy::Result<()>)>,
+    ) -> anyhow::Result<Kept> {
+        let released = steps
+            .join()
+            .map_err(|_| anyhow!("A step of the move at the edge has panicked"))
+            .and_then(|(connections, stepped)| {
+                stepped?;
+                Ok(connections.release(REACHED, STEP)?)
+            });
+        let tally = match released {
+            Ok(tally) => tally,
+            Err(error) => {
+                log::warn!("{error:#}");
+                // Late is better than never: the proxy takes along what is still open.
+                self.edge
+                    .connect()
+                    .and_then(|mut client| Ok(client.arrived(&self.guest, site)?))
+                    .with_context(|| {
+                        format!(
+                            "The edge still has {} here; run at the destination: \
+                             vmshadow proxy arrived {}",
+                            self.guest, self.guest
+                        )
+                    })?
+            }
+        };
+        Ok(Kept {
+            kept: tally.connections as u64,
+            closed: tally.failed as u64,
+        })
+    }
+}
+
+impl Connections for Departure {
+    fn accepted(&mut self, site: Option<&str>) -> migrate::error::Result<()> {
+        self.accept(site).map_err(|error| {
+            refused(&error.context(format!(
+                "Connections to {} could not follow (--no-edge leaves them)",
+                self.guest
+            )))
+        })
+    }
+
+    fn prepare(&mut self) -> migrate::error::Result<()> {
+        let State::Accepted { client, site } = self.take() else {
+            return Ok(());
+        };
+        let (prepared, warmth) =
+            Move::prepare(client, &self.guest, &site, PREPARE).map_err(|error| {
+                refused(&anyhow!(error).context("The edge can't prepare for the move"))
+            })?;
+        for warning in warmth.warnings {
+            log::warn!("{warning}");
+        }
+        self.state = State::Prepared(prepared);
+        Ok(())
+    }
+
+    fn suspended(&mut self) {
+        let State::Prepared(mut connections) = self.take() else {
+            return;
+        };
+        self.state = State::Moving {
+            site: connections.site().to_owned(),
+            steps: thread::spawn(move || {
+                let stepped = connections
+                    .hold(STEP)
+                    .and_then(|_| connections.retarget(STEP))
+                    .map(drop);
+                (connections, stepped)
+            }),
+        };
+    }
+
+    fn moved(&mut self) -> Option<migrate::error::Result<Kept>> {
+        let State::Moving { site, steps } = self.take() else {
+            return None;
+        };
+        Some(self.release(&site, steps).map_err(|error| refused(&error)))
+    }
+
+    fn stayed(&mut self) {
+        // Dropped before its end, the proxy takes everything back by itself.
+        if let State::Moving { steps, .. } = self.take()
+            && let Ok((connections, _)) = steps.join()
+            && let Err(error) = connections.back(STEP)
+        {
+            log::warn!("{}", error.chain());
+        }
+    }
+}

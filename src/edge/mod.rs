@@ -1,0 +1,143 @@
+//! The edge: a proxy that keeps clients' connections while guests move between sites.
+//!
+//! ```text
+//!  vmshadow migrate ──── departure: hold, retarget, release ────▶ netproxy, here or by ssh
+//!  vmshadow receive ──── what does this site have to translate? ─▶
+//!        └── path: translation and neighbour entry, in this host's kernel
+//! ```
+
+mod departure;
+mod path;
+
+pub use departure::Departure;
+pub use path::Paths;
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::Context;
+use migrate::directories::Directories;
+use migrate::handover::recovery::Settled;
+use netproxy::control::Client;
+use serde::Deserialize;
+
+use crate::policy;
+
+/// How long the edge may take to answer: ssh, across a WAN.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// `[edge]` of the configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Edge {
+    /// What the edge calls this site.
+    pub site: String,
+    /// The host where the proxy runs, reached by ssh with a key: `[user@]host`. This one, if not
+    /// given.
+    pub host: Option<String>,
+    /// The command that stands for ssh.
+    #[serde(default = "default_ssh")]
+    pub ssh: Vec<String>,
+    /// The proxy's control socket.
+    #[serde(default = "default_control")]
+    pub control: PathBuf,
+}
+
+fn default_ssh() -> Vec<String> {
+    vec!["ssh".into()]
+}
+
+fn default_control() -> PathBuf {
+    "/run/vmshadow/netproxy.sock".into()
+}
+
+impl Edge {
+    /// Connects to the proxy.
+    ///
+    /// # Errors
+    /// Where it can't be reached; over ssh that may show in the first call.
+    pub fn connect(&self) -> anyhow::Result<Client> {
+        let client = match &self.host {
+            None => Client::connect(&self.control),
+            Some(host) => {
+                // `ssh` reads a host that begins with a dash as an option.
+                anyhow::ensure!(!host.starts_with('-'), "{host:?} is no host");
+                let (program, options) = self
+                    .ssh
+                    .split_first()
+                    .context("The ssh of the edge is empty")?;
+                Client::through(
+                    Command::new(program)
+                        .args(options)
+                        .args(["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", host])
+                        .args(["netproxy", "attach"])
+                        .arg(&self.control),
+                )
+            }
+        };
+        let mut client = client.with_context(|| self.unreachable())?;
+        client.set_patience(PATIENCE)?;
+        Ok(client)
+    }
+
+    /// The beginning of an error.
+    fn unreachable(&self) -> String {
+        format!(
+            "The edge at {} can't be reached",
+            self.host.as_deref().unwrap_or("this host")
+        )
+    }
+
+    /// Where the edge has the guest; none where it does not know it.
+    ///
+    /// # Errors
+    /// Where the edge can't be reached.
+    pub fn whereabouts(&self, client: &mut Client, guest: &str) -> anyhow::Result<Option<String>> {
+        let overview = client.list().with_context(|| self.unreachable())?;
+        Ok(overview
+            .guests
+            .into_iter()
+            .find(|known| known.name == guest)
+            .map(|known| known.site))
+    }
+
+    /// Tells the edge that the guest is here, whatever was before. Nothing is said of a guest that
+    /// it does not know.
+    ///
+    /// # Errors
+    /// Where the edge can't be reached.
+    pub fn claim(&self, guest: &str) -> anyhow::Result<()> {
+        let mut client = self.connect()?;
+        if self.whereabouts(&mut client, guest)?.is_some() {
+            client.arrived(guest, &self.site)?;
+        }
+        Ok(())
+    }
+}
+
+/// After a move was settled: the edge follows the guest, and the path to it is here or not. What
+/// can't be done is logged.
+pub fn follow(directories: &Directories, settled: &Settled) {
+    let paths = Paths::new(directories);
+    let result = match settled.place {
+        "there" => paths.close(&settled.name).map(drop),
+        "here" => policy::read().and_then(|policy| match policy.edge {
+            Some(edge) => edge.claim(&settled.name),
+            None => Ok(()),
+        }),
+        _ => Ok(()),
+    };
+    if let Err(error) = result {
+        log::warn!(
+            "Connections to {} may not have followed: {error:#}",
+            settled.name
+        );
+    }
+    paths.tidy(directories);
+}
+
+/// The engine's error for a failure at the edge.
+fn refused(error: &anyhow::Error) -> migrate::Error {
+    migrate::Error::Refused(format!("{error:#}"))
+}

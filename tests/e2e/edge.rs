@@ -1,0 +1,113 @@
+//! Guests behind an edge: their sites have networks of their own, and a move changes the address
+//! behind which they are reached.
+
+use std::thread;
+use std::time::Duration;
+
+use serde_json::Value;
+use testbed::{Edge, Guest, Hypervisor, SiteName, Testbed};
+
+use crate::scene::{
+    alive, hold_at, move_guest, said, settled, sites, small_guest, wait_until, with,
+};
+
+/// Two sites, the edge, and a guest behind it at site a.
+fn behind_an_edge() -> (Testbed, Guest, Edge) {
+    let testbed = sites(with(Hypervisor::Release));
+    let guest = Guest {
+        behind_edge: true,
+        ..small_guest()
+    };
+    let edge = Edge::set_up(&testbed, &[&guest]).unwrap();
+    testbed.start_guest(SiteName::A, &guest).unwrap();
+    (testbed, guest, edge)
+}
+
+/// The tables and neighbour entries for guests at a site.
+fn paths(testbed: &Testbed, site: SiteName) -> String {
+    testbed
+        .site(site)
+        .run("nft list tables; ip neighbour show nud permanent dev xenbr1; ls /run/vmshadow/paths 2>/dev/null || true")
+        .unwrap()
+}
+
+fn only_path_is_at(testbed: &Testbed, site: SiteName) {
+    let here = paths(testbed, site);
+    assert!(here.contains("g1") && here.contains("10.7.0.101"), "{here}");
+    assert_eq!(paths(testbed, site.other()).trim(), "");
+}
+
+/// There and back while a client watches by the edge: its connection lives.
+#[test]
+fn connections_outlive_moves_between_networks() {
+    let (testbed, guest, edge) = behind_an_edge();
+    // From the site without the edge: across the WAN, as most clients.
+    let watch = testbed.watch(SiteName::B, &guest).unwrap();
+    for trip in 1..=2 {
+        for from in [SiteName::A, SiteName::B] {
+            let text = move_guest(&testbed, from, "--json");
+            let report: Value = serde_json::from_str(&text[text.find('{').unwrap()..]).unwrap();
+            let connections = &report["connections"];
+            assert!(connections["kept"].as_u64() >= Some(1), "{text}");
+            assert_eq!(connections["closed"], 0, "{text}");
+            let at = settled(&testbed, &guest, &format!("trip {trip} from {from:?}"));
+            assert_eq!(at, from.other());
+            only_path_is_at(&testbed, at);
+        }
+    }
+    thread::sleep(Duration::from_secs(2));
+    let seen = watch.finish().unwrap();
+    seen.intact().unwrap();
+    let log = edge.log(&testbed).unwrap();
+    assert!(!log.contains("ERROR"), "{log}");
+    let list = testbed
+        .site(SiteName::B)
+        .run("vmshadow proxy list")
+        .unwrap();
+    assert!(list.contains("g1"), "{list}");
+}
+
+/// A move that fails, however late, leaves connections and paths where they were; one whose worker
+/// is killed after the commit takes them along.
+#[test]
+fn connections_stay_with_the_guest() {
+    let (testbed, guest, _edge) = behind_an_edge();
+    let watch = testbed.watch(SiteName::A, &guest).unwrap();
+    let here = testbed.site(SiteName::A);
+    for point in ["recopying", "ready"] {
+        let (moved, text) = hold_at(&testbed, SiteName::A, SiteName::A, point, |pid| {
+            here.run(&format!("kill -TERM {pid}")).unwrap();
+        });
+        assert!(!moved, "{text}");
+        assert_eq!(settled(&testbed, &guest, point), SiteName::A);
+        only_path_is_at(&testbed, SiteName::A);
+    }
+    let (moved, text) = hold_at(&testbed, SiteName::A, SiteName::A, "ready", |pid| {
+        here.run(&format!("kill -KILL {pid}")).unwrap();
+    });
+    assert!(!moved, "{text}");
+    assert_eq!(settled(&testbed, &guest, "a kill"), SiteName::A);
+    wait_until("the path is closed", || {
+        paths(&testbed, SiteName::B).trim().is_empty()
+    });
+    let (_, text) = hold_at(&testbed, SiteName::A, SiteName::A, "acknowledged", |pid| {
+        here.run(&format!("kill -KILL {pid}")).unwrap();
+    });
+    assert_eq!(settled(&testbed, &guest, &text), SiteName::B);
+    wait_until("the path is closed", || {
+        paths(&testbed, SiteName::A).trim().is_empty()
+    });
+    thread::sleep(Duration::from_secs(2));
+    watch.finish().unwrap().intact().unwrap();
+    alive(&testbed, &guest, "all");
+
+    // Who has no edge to speak to does not lose connections unasked.
+    let there = testbed.site(SiteName::B);
+    there
+        .run("sed -i 's/^host.*/host = \"10.77.0.99\"/' /etc/vmshadow/vmshadow.toml")
+        .unwrap();
+    let refused = there.output("vmshadow migrate g1 10.77.0.11").unwrap();
+    assert_eq!(refused.status.code(), Some(1), "{}", said(&refused));
+    assert!(said(&refused).contains("--no-edge"), "{}", said(&refused));
+    assert_eq!(settled(&testbed, &guest, "the refusal"), SiteName::B);
+}
