@@ -74,7 +74,7 @@ fn connections_stay_with_the_guest() {
     let (testbed, guest, _edge) = behind_an_edge();
     let watch = testbed.watch(SiteName::A, &guest).unwrap();
     let here = testbed.site(SiteName::A);
-    for point in ["recopying", "ready"] {
+    for point in ["recopying", "final-sent"] {
         let (moved, text) = hold_at(&testbed, SiteName::A, SiteName::A, point, |pid| {
             here.run(&format!("kill -TERM {pid}")).unwrap();
         });
