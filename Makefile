@@ -51,6 +51,7 @@ test: unit deb oracle
 	$(E2E) $(ONLY)
 
 test-full: unit deb oracle
+	$(CARGO) test --release --locked -p netproxy --test namespaces
 	$(E2E) --include-ignored
 
 # What compares our image of a guest with the stock saver's.
@@ -62,7 +63,7 @@ unit: packages
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	$(CARGO) test $(WORKSPACE) --exclude netproxy --locked
-	$(CARGO) test -p netproxy --locked --lib --bins --tests
+	$(CARGO) test -p netproxy --locked --lib --test loopback --test upgrade
 	$(CARGO) test -p netproxy --locked --doc
 
 bench-xl: deb
