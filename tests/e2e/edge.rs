@@ -8,12 +8,12 @@ use serde_json::Value;
 use testbed::{Edge, Guest, Hypervisor, SiteName, Testbed};
 
 use crate::scene::{
-    alive, hold_at, move_guest, said, settled, sites, small_guest, wait_until, with,
+    alive, hold_at, move_guest, new_sites, said, settled, small_guest, wait_until, with,
 };
 
 /// Two sites, the edge, and a guest behind it at site a.
 fn behind_an_edge() -> (Testbed, Guest, Edge) {
-    let testbed = sites(with(Hypervisor::Release));
+    let testbed = new_sites(with(Hypervisor::Release));
     let guest = Guest {
         behind_edge: true,
         ..small_guest()

@@ -1,8 +1,9 @@
 //! A real guest moves between two real Xen sites: what must hold, and what happens when it is
 //! broken on purpose.
 //!
-//! `make test` runs it, with the Debian package in `VMSHADOW_DEB`. Each test brings up sites of its
-//! own. Every move runs in verify mode: all memory is compared at both sites.
+//! `make test` runs it, with the Debian package in `VMSHADOW_DEB`. A test has its sites for itself;
+//! one that passes leaves them to the next. Every move runs in verify mode: all memory is compared
+//! at both sites.
 
 mod broken;
 mod changes;

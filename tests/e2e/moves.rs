@@ -139,7 +139,7 @@ fn a_tracker_can_be_forced_and_stock_fails_where_ours_works() {
     let report = move_guest(&testbed, SiteName::A, "--json --tracker scan");
     assert!(report.contains("\"tracker\": \"scan\""), "{report}");
     assert_eq!(settled(&testbed, &guest, "a forced scan"), SiteName::B);
-    testbed.down().unwrap();
+    drop(testbed);
 
     let testbed = sites(with(Hypervisor::Security));
     testbed.start_guest(SiteName::A, &guest).unwrap();

@@ -1,11 +1,13 @@
 //! Two sites with the package installed, and what the tests do there.
 
+use std::ops::Deref;
 use std::path::PathBuf;
 use std::process::Output;
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use testbed::{Guest, Hypervisor, Kind, Options, SiteName, Testbed};
+use testbed::{Guest, Hypervisor, Kind, Link, Options, SiteName, Testbed};
 
 /// What both sites take of each other's guests.
 const POLICY: &str = "[site]\nkernel_directories = [\"/\"]\ndisk_directories = [\"/\"]\n\
@@ -14,8 +16,75 @@ const POLICY: &str = "[site]\nkernel_directories = [\"/\"]\ndisk_directories = [
 /// How long what a broken move left behind may take to be cleared away.
 const CLEARED: Duration = Duration::from_secs(120);
 
-/// Brings two sites up with the package installed.
-pub fn sites(options: Options) -> Testbed {
+/// How many testbeds stay up for the tests to come: one for each hypervisor.
+const WAITING: usize = 2;
+
+/// Testbeds that a test has finished with, the longest there first. They end with this process.
+static READY: Mutex<Vec<Testbed>> = Mutex::new(Vec::new());
+
+/// Two sites that are a test's alone. The next test with the same options has them after it, if it
+/// passed and left nothing there: what one move leaves behind shows in the next.
+pub struct Sites(Option<Testbed>);
+
+impl Deref for Sites {
+    type Target = Testbed;
+
+    fn deref(&self) -> &Testbed {
+        self.0.as_ref().expect("only dropping takes it")
+    }
+}
+
+impl Drop for Sites {
+    fn drop(&mut self) {
+        // Dropped while it panics, a testbed keeps its logs.
+        let Some(testbed) = self.0.take().filter(|_| !thread::panicking()) else {
+            return;
+        };
+        match tidy(&testbed) {
+            Ok(left) if left.is_empty() => {
+                let mut ready = READY.lock().unwrap_or_else(PoisonError::into_inner);
+                if ready.len() == WAITING {
+                    ready.remove(0);
+                }
+                ready.push(testbed);
+            }
+            Ok(left) => eprintln!("These sites are not used again: {left:?}"),
+            Err(error) => eprintln!("These sites are not used again: {error}"),
+        }
+    }
+}
+
+/// Ends the guests of a test and mends the link. What is left even so.
+fn tidy(testbed: &Testbed) -> testbed::Result<Vec<String>> {
+    testbed.set_link(&Link::default())?;
+    for guest in testbed.guests()? {
+        testbed.stop_guest(&guest.name)?;
+    }
+    for site in testbed.sites() {
+        site.run("rm -rf /tmp/*")?;
+    }
+    let seen = look(testbed)?;
+    Ok(seen.into_iter().flat_map(|seen| seen.lines).collect())
+}
+
+/// Two sites with the package installed: new ones, or those of a test before.
+pub fn sites(options: Options) -> Sites {
+    let alike = |testbed: &Testbed| {
+        Options {
+            name: String::new(),
+            ..testbed.options().clone()
+        } == options
+    };
+    let mut ready = READY.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(place) = ready.iter().position(alike) {
+        return Sites(Some(ready.remove(place)));
+    }
+    drop(ready);
+    Sites(Some(new_sites(options)))
+}
+
+/// Brings two sites up with the package installed, which no other test has.
+pub fn new_sites(options: Options) -> Testbed {
     let package = PathBuf::from(
         std::env::var_os("VMSHADOW_DEB").expect("VMSHADOW_DEB names the package: see `make test`"),
     );
@@ -71,15 +140,39 @@ pub fn said(output: &Output) -> String {
     )
 }
 
-/// What a move must not leave behind at one site; empty when it is clean.
-fn left_behind(testbed: &Testbed, site: SiteName) -> String {
+/// What is at a site.
+struct Seen {
+    /// Whether there is a domain g1.
+    guest: bool,
+    /// What a move must not leave behind.
+    lines: Vec<String>,
+}
+
+/// Looks for g1, and for what a move must not leave behind, at both sites at once.
+fn look(testbed: &Testbed) -> testbed::Result<Vec<Seen>> {
     // Comm names of our own processes are exact: a keeper may stay.
-    let script = "xl list | awk 'NR > 2 && $1 != \"g1\" { print \"domain \" $1 }'; \
+    const SCRIPT: &str = "xl list | awk 'NR > 2 { print \"domain \" $1 }'; \
         ls /var/lib/vmshadow/incoming 2>/dev/null | sed 's/^/file /'; \
         for j in /var/lib/vmshadow/moves/*.journal; do [ ! -e $j ] || grep -q '\"end\"' $j || echo open $j; done; \
-        for p in /proc/[0-9]*; do c=$(cat $p/comm 2>/dev/null); case $c in \
-        vmshadow|vmshadow-guard|libxl-save-help*) echo process $c ${p#/proc/};; esac; done";
-    testbed.site(site).run(script).unwrap()
+        grep -xE 'vmshadow|vmshadow-guard|libxl-save-help.*' /proc/[0-9]*/comm 2>/dev/null || true";
+    thread::scope(|scope| {
+        let asked = testbed
+            .sites()
+            .each_ref()
+            .map(|site| scope.spawn(|| site.run(SCRIPT)));
+        let mut seen = Vec::new();
+        for answer in asked {
+            let text = answer.join().expect("it does not panic")?;
+            let (guest, lines) = text
+                .lines()
+                .partition::<Vec<_>, _>(|line| *line == "domain g1");
+            seen.push(Seen {
+                guest: !guest.is_empty(),
+                lines: lines.into_iter().map(str::to_owned).collect(),
+            });
+        }
+        Ok(seen)
+    })
 }
 
 /// Waits until exactly one guest runs, intact, and nothing else is left at either site. Where it is.
@@ -98,12 +191,11 @@ pub fn nothing_left(testbed: &Testbed, after: &str) {
 fn cleared(testbed: &Testbed, after: &str, right: impl Fn(&[SiteName]) -> bool) -> Vec<SiteName> {
     let deadline = Instant::now() + CLEARED;
     loop {
-        let left: Vec<String> = SiteName::BOTH
-            .into_iter()
-            .map(|site| left_behind(testbed, site))
-            .filter(|left| !left.trim().is_empty())
-            .collect();
-        let places = testbed.where_is("g1").unwrap();
+        let seen = look(testbed).unwrap();
+        let mut places = SiteName::BOTH.to_vec();
+        let mut there = seen.iter().map(|seen| seen.guest);
+        places.retain(|_| there.next() == Some(true));
+        let left: Vec<_> = seen.iter().flat_map(|seen| &seen.lines).collect();
         if left.is_empty() && right(&places) {
             return places;
         }
