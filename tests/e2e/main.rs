@@ -7,9 +7,11 @@
 
 mod broken;
 mod changes;
+mod desktop;
 mod edge;
 mod empty;
 mod hostile;
+mod keeper;
 mod moves;
 mod oracle;
 mod refused;

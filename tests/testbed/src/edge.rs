@@ -20,7 +20,6 @@ use crate::guest::Guest;
 use crate::site::{Site, SiteName};
 use crate::sites::Testbed;
 use crate::{Error, Result};
-use testbed_guest::{CONTROL_PORT, ECHO_PORT};
 
 /// The bridge of a site's own network.
 pub const BRIDGE: &str = "xenbr1";
@@ -147,7 +146,7 @@ fn configuration(guests: &[&Guest]) -> String {
                 site.address()
             );
         }
-        for (name, port) in [("echo", ECHO_PORT), ("control", CONTROL_PORT)] {
+        for (name, port) in guest.services() {
             let _ = write!(
                 text,
                 "[[guest.service]]\nname = \"{name}\"\nlisten = [\"{}:{port}\"]\nport = {port}\n\

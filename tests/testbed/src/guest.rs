@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::net::Ipv4Addr;
 use std::str::FromStr;
+use testbed_guest::{CONTROL_PORT, ECHO_PORT, SSH_PORT, VNC_PORT};
 
 /// Where a site keeps what guests need: the same paths at both, for the guest is
 /// to reboot wherever it is.
@@ -84,6 +85,9 @@ pub struct Guest {
     /// it by the edge: see [`Edge`](crate::Edge).
     #[serde(default)]
     pub behind_edge: bool,
+    /// Whether it serves a desktop by VNC, and ssh. That takes 32 MiB more.
+    #[serde(default)]
+    pub desktop: bool,
     /// More lines for the domain's configuration.
     pub extra: Vec<String>,
 }
@@ -104,6 +108,7 @@ impl Guest {
             run: Vec::new(),
             disk_mib: 0,
             behind_edge: false,
+            desktop: false,
             extra: Vec::new(),
         }
     }
@@ -166,18 +171,21 @@ impl Guest {
         if self.kind == Kind::Empty {
             return vec![format!("kernel = \"{DIRECTORY}/empty-guest\"")];
         }
-        let run: Vec<String> = self
+        let mut run: Vec<String> = self
             .run
             .iter()
             .map(|command| command.replace(' ', ","))
             .collect();
+        if self.desktop {
+            run.push("desktop".to_owned());
+        }
         let gateway = match self.behind_edge {
             true => format!(" testbed.gateway={}", edge::GATEWAY),
             false => String::new(),
         };
         vec![
             format!("kernel = \"{DIRECTORY}/vmlinux\""),
-            format!("ramdisk = \"{DIRECTORY}/guest.initrd\""),
+            format!("ramdisk = \"{}\"", self.initrd()),
             format!(
                 "extra = \"console=hvc0 testbed.name={} testbed.address={}/24{gateway} testbed.run={}\"",
                 self.name,
@@ -185,6 +193,30 @@ impl Guest {
                 run.join(";")
             ),
         ]
+    }
+
+    /// Its initial RAM disk.
+    fn initrd(&self) -> String {
+        match self.desktop {
+            true => format!("{DIRECTORY}/desktop-guest.initrd"),
+            false => format!("{DIRECTORY}/guest.initrd"),
+        }
+    }
+
+    /// The command that puts in place at a site what only some guests need.
+    pub(crate) fn provide(&self) -> Option<String> {
+        let initrd = self.initrd();
+        self.desktop
+            .then(|| format!("cat {DIRECTORY}/guest.initrd {DIRECTORY}/desktop.initrd > {initrd}"))
+    }
+
+    /// The TCP ports of its services, with their names.
+    pub(crate) fn services(&self) -> Vec<(&'static str, u16)> {
+        let mut services = vec![("echo", ECHO_PORT), ("control", CONTROL_PORT)];
+        if self.desktop {
+            services.extend([("ssh", SSH_PORT), ("vnc", VNC_PORT)]);
+        }
+        services
     }
 
     /// Refuses what would break the configuration's quoting.

@@ -187,6 +187,9 @@ enum GuestCommand {
         /// Size of a disk
         #[arg(long, default_value_t = 0, value_name = "MIB")]
         disk: u32,
+        /// Serve a desktop by VNC, and ssh
+        #[arg(long)]
+        desktop: bool,
         /// A line for the domain's configuration
         #[arg(long, value_name = "LINE")]
         extra: Vec<String>,
@@ -359,6 +362,7 @@ fn guest(testbed: &Testbed, command: GuestCommand) -> testbed::Result<()> {
             address,
             run,
             disk,
+            desktop,
             extra,
         } => {
             let guest = Guest {
@@ -369,6 +373,7 @@ fn guest(testbed: &Testbed, command: GuestCommand) -> testbed::Result<()> {
                 cpus,
                 run,
                 disk_mib: disk,
+                desktop,
                 extra,
                 ..Guest::new(&name, address)
             };

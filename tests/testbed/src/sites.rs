@@ -404,6 +404,9 @@ impl Testbed {
                 guest.disk_mib
             ))?;
         }
+        if let Some(provide) = guest.provide() {
+            self.on_both(&provide)?;
+        }
         let config = format!("/etc/xen/{}.cfg", guest.name);
         for site in &self.sites {
             site.write(&config, guest.config().as_bytes())?;

@@ -92,6 +92,7 @@ fn carry_out(guest: &Arc<Guest>, line: &str) -> Result<Value, String> {
         ["drop"] => Ok(memory::stop(guest)),
         ["disk", path, mib] => disk::start(guest, path, number(mib)?),
         ["balloon", mib] => system::balloon(number(mib)?).map(|()| json!({})),
+        ["desktop"] => system::start_desktop().map(|()| json!({})),
         ["online"] => system::online_vcpus().map(|()| json!({})),
         ["reboot"] => leave(|| system::reboot()),
         ["poweroff"] => leave(|| system::power_off()),

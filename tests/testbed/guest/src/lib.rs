@@ -22,6 +22,12 @@ pub const ECHO_PORT: u16 = 7;
 /// Port of the control server.
 pub const CONTROL_PORT: u16 = 7000;
 
+/// Port of the ssh server of a desktop.
+pub const SSH_PORT: u16 = 22;
+
+/// Port of the VNC server of a desktop: display 0.
+pub const VNC_PORT: u16 = 5900;
+
 /// What a guest knows of itself: the answer to `status`.
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 pub struct Status {

@@ -8,6 +8,10 @@ use std::ffi::CString;
 use std::fs;
 use std::path::Path;
 use std::process::{self, Command};
+use testbed_guest::{SSH_PORT, VNC_PORT};
+
+/// The fonts that the VNC server can't do without.
+const FONTS: &str = "/usr/share/fonts/testbed";
 
 /// The part of the kernel's command line that is ours.
 pub struct Settings {
@@ -120,6 +124,29 @@ pub fn run(command: &str) -> Result<(), String> {
         Ok(status) => Err(format!("{command}: {status}")),
         Err(error) => Err(format!("{command}: {error}")),
     }
+}
+
+/// Starts the servers of a desktop: VNC and ssh.
+pub fn start_desktop() -> Result<(), String> {
+    let (vnc, ssh) = (VNC_PORT, SSH_PORT);
+    let screen = format!("-geometry 640x480 -depth 24 -fp {FONTS} -ac -rfbport {vnc}");
+    serve(&format!("/usr/bin/Xtightvnc :0 {screen}"))?;
+    // -R: makes its host key when it is first asked for.
+    serve(&format!("/usr/sbin/dropbear -F -E -R -p {ssh}"))
+}
+
+/// Starts a program that goes on, and says when it ends.
+fn serve(command: &str) -> Result<(), String> {
+    let mut words = command.split_whitespace();
+    let program = words.next().unwrap_or_default().to_owned();
+    let mut child = Command::new(&program)
+        .args(words)
+        .env("PATH", "/usr/bin:/bin")
+        .spawn()
+        .map_err(|error| format!("{program}: {error}"))?;
+    crate::spawn("server", move || {
+        println!("testbed: {program} ended: {:?}", child.wait());
+    })
 }
 
 /// Brings every vCPU online that the toolstack has given.

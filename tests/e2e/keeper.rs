@@ -1,0 +1,56 @@
+//! What happens to a guest that stops after its move: as its configuration says, though the `xl`
+//! that started it is gone.
+
+use testbed::{Guest, Hypervisor, SiteName, Testbed};
+
+use crate::scene::{
+    alive, hold_at, move_guest, nothing_left, settled, sites, small_guest, wait_until, with,
+};
+
+/// The guest crashes, and comes up again where it was.
+fn crashes_and_restarts(testbed: &Testbed, guest: &Guest, at: SiteName, after: &str) {
+    let before = testbed.status(SiteName::A, guest).unwrap();
+    testbed.ask(SiteName::A, guest, "crash").unwrap();
+    wait_until(&format!("{after}: up again"), || {
+        testbed
+            .status(SiteName::A, guest)
+            .is_ok_and(|status| status.boot_id != before.boot_id)
+    });
+    assert_eq!(settled(testbed, guest, after), at);
+}
+
+/// After an arrival, after a move that failed once the guest was suspended, and after a restart;
+/// a guest that powers off is gone, and its keeper too.
+#[test]
+fn a_guest_that_stops_after_its_move() {
+    let testbed = sites(with(Hypervisor::Release));
+    let guest = Guest {
+        extra: vec![
+            "on_crash = \"restart\"".into(),
+            "on_poweroff = \"destroy\"".into(),
+        ],
+        ..small_guest()
+    };
+    testbed.start_guest(SiteName::A, &guest).unwrap();
+    let (moved, said) = hold_at(&testbed, SiteName::A, SiteName::B, "restored", |worker| {
+        let kill = format!("kill -9 {worker}");
+        testbed.site(SiteName::B).run(&kill).unwrap();
+    });
+    assert!(!moved, "{said}");
+    assert_eq!(settled(&testbed, &guest, "a failed move"), SiteName::A);
+    crashes_and_restarts(&testbed, &guest, SiteName::A, "a crash after a failed move");
+
+    move_guest(&testbed, SiteName::A, "");
+    assert_eq!(settled(&testbed, &guest, "the move"), SiteName::B);
+    crashes_and_restarts(&testbed, &guest, SiteName::B, "a crash after the arrival");
+    alive(&testbed, &guest, "the second boot");
+
+    testbed.ask(SiteName::A, &guest, "poweroff").unwrap();
+    nothing_left(&testbed, "the end of the guest");
+    wait_until("the keeper ends with its guest", || {
+        SiteName::BOTH.into_iter().all(|site| {
+            let keepers = "grep -x vmshadow-keeper /proc/[0-9]*/comm || true";
+            testbed.site(site).run(keepers).unwrap().is_empty()
+        })
+    });
+}
