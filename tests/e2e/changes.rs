@@ -34,12 +34,12 @@ fn balloon(testbed: &Testbed, site: SiteName, mib: u32) {
 }
 
 /// Memory that comes and goes between two rounds.
-fn ballooned_on_the_way(options: Options) {
+fn ballooned_on_the_way(options: Options, sizes: &[u32]) {
     let testbed = sites(options);
     let guest = growing_guest();
     testbed.start_guest(SiteName::A, &guest).unwrap();
     let mut at = SiteName::A;
-    for mib in [88, 136, 96, 128] {
+    for &mib in sizes {
         let (moved, said) = hold_at(&testbed, at, at, "recopying", |_| {
             balloon(&testbed, at, mib);
         });
@@ -52,12 +52,12 @@ fn ballooned_on_the_way(options: Options) {
 
 #[test]
 fn ballooned_on_the_way_with_log_dirty() {
-    ballooned_on_the_way(with(Hypervisor::Release));
+    ballooned_on_the_way(with(Hypervisor::Release), &[88, 136, 96, 128]);
 }
 
 #[test]
 fn ballooned_on_the_way_with_scan() {
-    ballooned_on_the_way(with(Hypervisor::Security));
+    ballooned_on_the_way(with(Hypervisor::Security), &[88, 136]);
 }
 
 #[test]
