@@ -13,6 +13,7 @@
 //! [`outgoing`] and [`incoming`] put the pieces together for a real guest; [`keeper`] watches it
 //! afterwards. The protocol ([`wire`]), the codec and the policies are pure.
 
+pub mod arrival;
 mod bytes;
 pub mod codec;
 pub mod configuration;
@@ -23,6 +24,7 @@ pub mod directories;
 pub mod error;
 pub mod guest;
 pub mod handover;
+pub mod held;
 mod hexadecimal;
 mod hold;
 pub mod image;
