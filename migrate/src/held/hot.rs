@@ -96,12 +96,14 @@ impl HotPages {
             return None;
         }
         let round = self.round;
-        let (cold, _) = self
+        let cold = self
             .pages
             .range(self.looked_at..pfn)
-            .find(|(_, hot)| hot.sent + u32::from(hot.again) < round)?;
-        let cold = *cold;
-        self.looked_at = cold;
+            .find(|(_, hot)| hot.sent + u32::from(hot.again) < round)
+            .map(|(cold, _)| *cold);
+        // No page is looked at twice in a round, however many ask for room.
+        self.looked_at = cold.unwrap_or(pfn);
+        let cold = cold?;
         self.pages.remove(&cold).map(|hot| hot.content)
     }
 }
@@ -144,6 +146,7 @@ mod tests {
         round(&mut hot, 0..150, false);
         for _ in 0..5 {
             assert_eq!(round(&mut hot, 0..150, true), 100);
+            assert_eq!(hot.looked_at, 149);
         }
     }
 
