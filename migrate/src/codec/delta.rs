@@ -12,8 +12,8 @@
 //! as many old ones. The delta ends where the page does, so the last skip is left out where the
 //! page's last byte changed.
 //!
-//! The bytes are the new ones, not their difference from the old ones. Where a byte changed the
-//! difference tells no more, and whole new words and texts compress better beside other pages.
+//! The bytes are the new ones, not their XOR with the old ones. Where a byte changed that tells no
+//! more, and new words and texts compress better beside other pages (measured: docs/benchmarks.md).
 
 use crate::bytes::{Bytes, Malformed, push_varint};
 use crate::pages::{PAGE_SIZE, Page};
