@@ -55,7 +55,7 @@ impl Observer for Lines {
                 };
                 tell!(
                     "{at:7.1} s  round {number}: {} of {} pages sent, {} on the wire, {left} left",
-                    round.raw + round.zero + round.no_data,
+                    round.sent(),
                     round.pages,
                     HumanBytes(round.wire_bytes),
                 );

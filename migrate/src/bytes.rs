@@ -69,6 +69,17 @@ impl<'a> Bytes<'a> {
         }
         Err(Malformed)
     }
+
+    /// A signed number as a varint, the sign in its lowest bit.
+    pub(crate) fn signed(&mut self) -> Result<i64, Malformed> {
+        let value = self.varint()?;
+        Ok((value >> 1) as i64 ^ -((value & 1) as i64))
+    }
+}
+
+/// Appends a number as [`Bytes::signed`] reads it.
+pub(crate) fn push_signed(to: &mut Vec<u8>, value: i64) {
+    push_varint(to, ((value << 1) ^ (value >> 63)) as u64);
 }
 
 /// Appends a number as [`Bytes::varint`] reads it.
@@ -150,6 +161,17 @@ mod tests {
             push_varint(&mut bytes, value);
             let mut from = Bytes::new(&bytes);
             prop_assert_eq!(from.varint(), Ok(value));
+            prop_assert!(from.is_empty());
+        }
+
+        #[test]
+        fn signed_numbers_come_back(value: i64, shift in 0u32..64) {
+            let value = value >> shift;
+            let mut bytes = Vec::new();
+            push_signed(&mut bytes, value);
+            prop_assert!((-64..64).contains(&value) == (bytes.len() == 1));
+            let mut from = Bytes::new(&bytes);
+            prop_assert_eq!(from.signed(), Ok(value));
             prop_assert!(from.is_empty());
         }
     }

@@ -17,20 +17,20 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use crate::codec::{BatchDecoder, Content};
+use crate::arrival::Arrival;
+use crate::codec::BatchDecoder;
 use crate::digest::{Digester, MemoryDigest};
 use crate::directories::Directories;
 use crate::error::{Error, Result, chain};
+use crate::guest::Destination;
 use crate::guest::xen::stream::state::GuestState;
-use crate::guest::{Destination, PageState};
 use crate::handover::guardian::Guardian;
 use crate::handover::journal::{Journal, Outcome, Phase};
 use crate::handover::lock::GuestLock;
 use crate::hold::hold;
-use crate::image::{Arrived, Image};
+use crate::image::Image;
 use crate::keeper;
 use crate::link::Conversation;
-use crate::pages::Page;
 use crate::report::rounded;
 use crate::wire::{
     Acceptance, Message, Offer, Part, Readiness, Refusal, RefusalCode, Text, ToDestination,
@@ -121,6 +121,7 @@ struct Receiving<'a> {
     offer: Offer,
     acceptance: Acceptance,
     decoder: BatchDecoder,
+    arrival: Arrival,
     /// A page became a hole in this round.
     vanished: bool,
     /// The journal may say that the guest is ours.
@@ -162,6 +163,7 @@ impl<'a> Receiving<'a> {
                 edge_site: prepared.edge_site.as_deref().map(Text::new),
             },
             decoder: BatchDecoder::new(),
+            arrival: Arrival::default(),
             vanished: false,
             owning: false,
         }
@@ -253,30 +255,22 @@ impl<'a> Receiving<'a> {
 
     /// Puts a batch into the image; how many pages it had.
     fn store(&mut self, batch: &[u8]) -> Result<u64> {
+        let broken = |what: String| Error::Protocol {
+            peer: self.peer.peer().to_owned(),
+            what,
+        };
         let batch = self
             .decoder
             .decode(batch, self.offer.pages)
-            .map_err(|error| Error::Protocol {
-                peer: self.peer.peer().to_owned(),
-                what: error.to_string(),
-            })?;
-        let digester = &self.digester;
-        let mut arrived = Vec::with_capacity(batch.len());
-        for page in batch.iter() {
-            let (digest, content): (_, Option<&Page>) = match page.content {
-                Content::None => (digester.hole(page.page_type), None),
-                Content::Zero => (digester.zero(page.page_type), None),
-                Content::Raw(content) => (digester.page(page.page_type, content), Some(content)),
-            };
-            arrived.push(Arrived {
-                pfn: page.pfn,
-                state: PageState {
-                    page_type: page.page_type,
-                    digest,
-                },
-                content,
-            });
-        }
+            .map_err(|error| broken(error.to_string()))?;
+        // Only this thread stores: what is held stays so until it does. The feeder reads meanwhile.
+        let image = lock(&self.image)?;
+        let resolved = self
+            .arrival
+            .resolve(batch, |pfn| image.held(pfn))
+            .map_err(|error| broken(error.to_string()))?;
+        drop(image);
+        let arrived = resolved.digest(&self.digester);
         let mut image = lock(&self.image)?;
         let mut changed = Vec::with_capacity(arrived.len());
         for page in &arrived {

@@ -87,6 +87,24 @@ impl fmt::Debug for PageDigest {
     }
 }
 
+/// The digest of a page's normalised content, whatever its type.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ContentDigest(u128);
+
+impl ContentDigest {
+    /// Some bits of it, as good as random.
+    #[must_use]
+    pub const fn bits(self) -> u64 {
+        self.0 as u64
+    }
+}
+
+impl fmt::Debug for ContentDigest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hexadecimal::format(&self.0.to_le_bytes()))
+    }
+}
+
 /// The digest of all of a guest's memory.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -169,6 +187,22 @@ impl Digester {
     #[must_use]
     pub fn zero(&self, page_type: PageType) -> PageDigest {
         self.page(page_type, &[0; crate::pages::PAGE_SIZE])
+    }
+
+    /// What a page's digest says of its content alone, for a type that has one.
+    #[must_use]
+    pub fn content(&self, page_type: PageType, digest: PageDigest) -> ContentDigest {
+        let mask = self.masks[usize::from(page_type.bits())];
+        ContentDigest(u128::from_le_bytes(digest.0) ^ mask)
+    }
+
+    /// The digest of a page of that content.
+    #[must_use]
+    pub fn with_type(&self, content: ContentDigest, page_type: PageType) -> PageDigest {
+        if !page_type.has_data() {
+            return self.hole(page_type);
+        }
+        self.mix(page_type, content.0)
     }
 
     fn mix(&self, page_type: PageType, digest: u128) -> PageDigest {
@@ -255,6 +289,28 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn content_keeps_its_digest_through_types() {
+        let digester = digester();
+        let tables: Vec<_> = PageType::ALL
+            .into_iter()
+            .filter(|page_type| page_type.has_data())
+            .collect();
+        let (one, other) = ([1; PAGE_SIZE], [2; PAGE_SIZE]);
+        let content = digester.content(PageType::Normal, digester.page(PageType::Normal, &one));
+        for page_type in tables {
+            let digest = digester.page(page_type, &one);
+            assert_eq!(digester.content(page_type, digest), content);
+            assert_eq!(digester.with_type(content, page_type), digest);
+            let digest = digester.page(page_type, &other);
+            assert_ne!(digester.content(page_type, digest), content);
+        }
+        assert_eq!(
+            digester.with_type(content, PageType::Invalid),
+            digester.hole(PageType::Invalid)
+        );
     }
 
     #[test]

@@ -20,6 +20,7 @@ use memmap2::MmapMut;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::uio::pwritev;
 
+use crate::arrival::HeldPage;
 use crate::error::{Error, IoContext, Result};
 use crate::guest::{PageState, PageTable};
 use crate::pages::{PAGE_SIZE, Page, PageSet};
@@ -34,8 +35,19 @@ pub struct Arrived<'a> {
     pub pfn: u64,
     /// What it is.
     pub state: PageState,
-    /// Its content; none where it is all zero, or has none.
-    pub content: Option<&'a Page>,
+    /// Its content.
+    pub content: Arriving<'a>,
+}
+
+/// What is to be done with a page's content.
+#[derive(Debug, Clone, Copy)]
+pub enum Arriving<'a> {
+    /// It is all zero, or there is none.
+    Nothing,
+    /// It stays as it is here.
+    Kept,
+    /// It is this.
+    Content(&'a Page),
 }
 
 /// The arriving memory of one guest.
@@ -117,7 +129,7 @@ impl Image {
         let mut run: Vec<IoSlice<'_>> = Vec::with_capacity(RUN);
         let mut first = 0;
         for page in pages {
-            if let Some(content) = page.content {
+            if let Arriving::Content(content) = page.content {
                 if run.len() == RUN || first + run.len() as u64 != page.pfn {
                     self.write(first, &mut run)?;
                     first = page.pfn;
@@ -128,9 +140,14 @@ impl Image {
         self.write(first, &mut run)?;
         for page in pages {
             match page.content {
-                Some(_) => self.zero.remove(page.pfn),
-                None => self.zero.insert(page.pfn),
-            };
+                Arriving::Content(_) => {
+                    self.zero.remove(page.pfn);
+                }
+                Arriving::Nothing => {
+                    self.zero.insert(page.pfn);
+                }
+                Arriving::Kept => {}
+            }
             self.table.set(page.pfn, page.state);
         }
         Ok(())
@@ -165,6 +182,14 @@ impl Image {
             return Some(&ZERO);
         }
         self.map.as_chunks::<PAGE_SIZE>().0.get(pfn as usize)
+    }
+
+    /// The page at `pfn`, if it has arrived and has content.
+    pub fn held(&self, pfn: u64) -> Option<HeldPage<'_>> {
+        let state = self.table.get(pfn)?;
+        let content = self.content(pfn)?;
+        let held = HeldPage { state, content };
+        state.page_type.has_data().then_some(held)
     }
 
     /// Removes the file.
@@ -209,12 +234,13 @@ mod tests {
         };
         let (seven, eight) = ([7; PAGE_SIZE], [8; PAGE_SIZE]);
         let arrived = [
-            page(0, Some(&eight)),
-            page(1, None),
-            page(2, Some(&eight)),
-            page(3, Some(&seven)),
+            page(0, Arriving::Content(&eight)),
+            page(1, Arriving::Nothing),
+            page(2, Arriving::Content(&eight)),
+            page(3, Arriving::Content(&seven)),
         ];
         image.store(&arrived[..1]).unwrap();
+        assert!(image.held(0).is_some() && image.held(1).is_none());
         assert_eq!(image.content(0), Some(&eight));
         assert_eq!(image.table().get(2), None);
         image.store(&arrived[2..]).unwrap();
@@ -223,14 +249,39 @@ mod tests {
         assert_eq!(image.content(1), Some(&[0; PAGE_SIZE]));
         assert_eq!(image.content(3), Some(&[7; PAGE_SIZE]));
         assert_eq!(image.table().get(3), Some(state));
-        image.store(&[page(3, None)]).unwrap();
+        let retyped = PageState {
+            page_type: PageType::L1,
+            digest: PageDigest([2; 16]),
+        };
+        let kept = Arrived {
+            pfn: 3,
+            state: retyped,
+            content: Arriving::Kept,
+        };
+        image.store(&[kept]).unwrap();
+        let held = image.held(3).unwrap();
+        assert_eq!((held.state, held.content), (retyped, &seven));
+        image.store(&[page(3, Arriving::Nothing)]).unwrap();
         assert_eq!(
             image.content(3),
             Some(&[0; PAGE_SIZE]),
             "zero hides what was there before"
         );
-        assert!(image.store(&[page(4, Some(&seven))]).is_err());
+        let hole = PageState {
+            page_type: PageType::Invalid,
+            digest: PageDigest([3; 16]),
+        };
+        let gone = Arrived {
+            pfn: 3,
+            state: hole,
+            content: Arriving::Nothing,
+        };
+        image.store(&[gone]).unwrap();
+        assert!(image.held(3).is_none(), "a hole has no content");
+        let beyond = page(4, Arriving::Content(&seven));
+        assert!(image.store(&[beyond]).is_err());
         assert_eq!(image.content(4), None);
+        assert!(image.held(4).is_none());
         image.remove().unwrap();
         assert!(!path.exists());
         image.remove().unwrap();

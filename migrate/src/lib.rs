@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!            source site                                        destination site
+//!                            held                                   arrival
 //!   guest/xen/pv  --pages-->  source  --codec, wire-->  link  -->  destination  -->  image
 //!        ^                      |                                      |               |
 //!   log-dirty, scan          rounds                                    |       guest/xen/restore
@@ -11,8 +12,10 @@
 //! ```
 //!
 //! [`outgoing`] and [`incoming`] put the pieces together for a real guest; [`keeper`] watches it
-//! afterwards. The protocol ([`wire`]), the codec and the policies are pure.
+//! afterwards. The protocol ([`wire`]), the codec, what each end knows of what is there already
+//! ([`held`], [`arrival`]) and the policies are pure.
 
+pub mod arrival;
 mod bytes;
 pub mod codec;
 pub mod configuration;
@@ -23,6 +26,7 @@ pub mod directories;
 pub mod error;
 pub mod guest;
 pub mod handover;
+pub mod held;
 mod hexadecimal;
 mod hold;
 pub mod image;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::codec::PagesByTechnique;
+use crate::codec::{Class, PagesByTechnique};
 use crate::connections::Kept;
 use crate::rounds::{Stop, seconds};
 
@@ -31,15 +31,21 @@ impl std::fmt::Display for TrackerKind {
 /// One pass over the dirty pages.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub struct Round {
-    /// Pages looked at.
+    /// Pages looked at. What follows, but for `compressed`, adds up to them.
     pub pages: u64,
     /// Of these, not sent: the destination has them already.
-    pub unchanged: u64,
+    pub same: u64,
+    /// Of these, sent as a new type: it has the content already.
+    pub retyped: u64,
     /// Of these, all zero.
     pub zero: u64,
+    /// Of these, sent as the number of another page with that content.
+    pub reference: u64,
+    /// Of these, sent as what changed in them.
+    pub delta: u64,
     /// Of these, sent with their content.
     pub raw: u64,
-    /// Of these with content, how many each technique wrote.
+    /// Of the raw pages and deltas, how many each technique wrote.
     pub compressed: PagesByTechnique,
     /// Of these, holes and other pages without content.
     pub no_data: u64,
@@ -51,6 +57,27 @@ pub struct Round {
     /// How long it took.
     #[serde(rename = "seconds", with = "seconds")]
     pub took: Duration,
+}
+
+impl Round {
+    /// Counts a page that was sent.
+    pub(crate) const fn count(&mut self, class: Class) {
+        let count = match class {
+            Class::None => &mut self.no_data,
+            Class::Zero => &mut self.zero,
+            Class::Raw => &mut self.raw,
+            Class::Same => &mut self.retyped,
+            Class::Reference => &mut self.reference,
+            Class::Delta => &mut self.delta,
+        };
+        *count += 1;
+    }
+
+    /// Pages that were sent, in whatever form.
+    #[must_use]
+    pub const fn sent(&self) -> u64 {
+        self.no_data + self.zero + self.raw + self.retyped + self.reference + self.delta
+    }
 }
 
 /// The guest's silence and what it went into.
@@ -115,7 +142,7 @@ pub struct Report {
 }
 
 /// The version of [`Report`]'s format.
-pub const REPORT_VERSION: u32 = 1;
+pub const REPORT_VERSION: u32 = 2;
 
 /// Times phases one after the other.
 #[derive(Debug)]

@@ -20,9 +20,10 @@ use crate::connections::Connections;
 use crate::digest::{Digester, MemoryDigest};
 use crate::directories::Directories;
 use crate::error::{Error, Result, chain};
-use crate::guest::{Batch, Found, Moment, PageTable, Source};
+use crate::guest::{Batch, Found, Moment, Source};
 use crate::handover::journal::{Journal, Outcome, Phase};
 use crate::handover::recovery::{self, Owner};
+use crate::held::{HOT_BYTES, Held};
 use crate::hold::hold;
 use crate::keeper;
 use crate::link::{Conversation, Received};
@@ -102,7 +103,7 @@ struct Session<'a> {
     go: Move<'a>,
     watch: Stopwatch,
     report: Report,
-    known: PageTable,
+    held: Held,
     dirty: PageSet,
     encoder: AdaptiveEncoder,
     history: Vec<RoundFacts>,
@@ -166,7 +167,7 @@ impl<'a> Session<'a> {
             connections: None,
         };
         Session {
-            known: PageTable::new(facts.pages),
+            held: Held::nothing(facts.pages, go.digester.clone(), HOT_BYTES),
             dirty: PageSet::new(facts.pages),
             encoder: AdaptiveEncoder::default(),
             go,
@@ -248,7 +249,7 @@ impl<'a> Session<'a> {
             let before = dirty.len();
             self.go.guest.next_dirty(&mut dirty, Moment::Live)?;
             let scans = self.report.tracker == Some(crate::report::TrackerKind::Scan);
-            let sent = round.raw + round.zero + round.no_data;
+            let sent = round.sent();
             // A scan can't know what is dirty before it looks: expect as much as it found this
             // time, which is what one pass's time makes dirty.
             let left = match (scans, number) {
@@ -305,11 +306,12 @@ impl<'a> Session<'a> {
         };
         let bytes_before = self.go.peer.bytes().0;
         self.go.peer.send(&ToDestination::P2mFrames {
-            max_pfn: self.known.pages().saturating_sub(1),
+            max_pfn: self.held.table().pages().saturating_sub(1),
             populated: self.go.guest.populated(),
             frames: self.go.guest.p2m_frames().to_vec(),
         })?;
         let mut encoded = Vec::new();
+        self.held.begin_round();
         self.encoder.resume(self.go.peer.sent());
         let mut pfns = Vec::with_capacity(READ_BATCH);
         let mut cursor = 0;
@@ -322,36 +324,28 @@ impl<'a> Session<'a> {
             batch.clear();
             self.go
                 .guest
-                .read(&pfns, &self.known, moment, &mut batch, deferred)?;
+                .read(&pfns, self.held.table(), moment, &mut batch, deferred)?;
             done += pfns.len() as u64;
             pfns.clear();
-            round.unchanged += batch.unchanged;
+            round.same += batch.unchanged;
             for entries in batch.entries.chunks(FRAME_PAGES) {
                 let encoder = self.encoder.batch();
                 for entry in entries {
-                    let page_type = entry.state.page_type;
-                    match entry.content {
-                        Found::Nothing => {
-                            round.no_data += 1;
-                            encoder.push_hole(entry.pfn, page_type)?;
-                        }
-                        Found::Zero => {
-                            round.zero += 1;
-                            encoder.push_zero(entry.pfn, page_type)?;
-                        }
+                    let content = match entry.content {
+                        Found::Nothing | Found::Zero => None,
                         Found::Slot(slot) => {
-                            let page = batch.content(slot).ok_or_else(|| Error::Guest {
+                            Some(batch.content(slot).ok_or_else(|| Error::Guest {
                                 what: format!("page {:#x} was lost", entry.pfn),
-                            })?;
-                            round.raw += 1;
-                            encoder.push(entry.pfn, page_type, page)?;
+                            })?)
                         }
-                    }
-                    self.known.set(entry.pfn, entry.state);
+                    };
+                    let class = self.held.send(encoder, entry.pfn, entry.state, content)?;
+                    round.count(class);
                 }
                 encoded.clear();
                 let written = self.encoder.finish(&mut encoded, self.go.peer.sent());
-                round.compressed.add(written.technique, written.raw as u64);
+                let in_block = (written.raw + written.delta) as u64;
+                round.compressed.add(written.technique, in_block);
                 let waiting = Instant::now();
                 self.go.peer.send(&ToDestination::Pages(&encoded))?;
                 self.encoder.waited(waiting.elapsed());
@@ -371,7 +365,7 @@ impl<'a> Session<'a> {
         let last = moment == Moment::Last;
         self.go.peer.send(&ToDestination::RoundEnd {
             round: number,
-            pages: round.raw + round.zero + round.no_data,
+            pages: round.sent(),
             last,
         })?;
         // The last one is answered by "ready": nothing waits for a round trip in the silence.
@@ -430,7 +424,7 @@ impl<'a> Session<'a> {
         self.go
             .peer
             .send(&ToDestination::State(Box::new(guest_state)))?;
-        let digest = self.known.digest(&self.go.digester);
+        let digest = self.held.digest();
         self.go.peer.send(&ToDestination::Final(digest))?;
         self.part("state", state.elapsed());
         if self.go.plan.verify {
@@ -444,17 +438,22 @@ impl<'a> Session<'a> {
     /// Reads all memory again: what differs and was not read since the suspend is a change that
     /// nobody told us of.
     fn verify(&mut self, read_last: &PageSet) -> Result<()> {
+        let pages = self.held.table().pages();
         let mut batch = Batch::default();
-        let mut deferred = PageSet::new(self.known.pages());
-        let mut everything = PageSet::full(self.known.pages());
+        let mut deferred = PageSet::new(pages);
+        let mut everything = PageSet::full(pages);
         let mut pfns = Vec::with_capacity(READ_BATCH);
         let mut cursor = 0;
         let mut missed: Vec<u64> = Vec::new();
         while everything.take_batch(&mut cursor, READ_BATCH, &mut pfns) > 0 {
             batch.clear();
-            self.go
-                .guest
-                .read(&pfns, &self.known, Moment::Last, &mut batch, &mut deferred)?;
+            self.go.guest.read(
+                &pfns,
+                self.held.table(),
+                Moment::Last,
+                &mut batch,
+                &mut deferred,
+            )?;
             pfns.clear();
             // A page that was read since the suspend is right as it was read.
             missed.extend(
@@ -467,7 +466,7 @@ impl<'a> Session<'a> {
         }
         // dom0 goes on filling the buffers that the guest has posted for its network: what it
         // copied there since the suspend was logged, and is no change of the guest's.
-        let mut since = PageSet::new(self.known.pages());
+        let mut since = PageSet::new(pages);
         self.go.guest.next_dirty(&mut since, Moment::Live)?;
         missed.retain(|pfn| !since.contains(*pfn));
         if missed.is_empty() {

@@ -86,7 +86,7 @@ impl AdaptiveEncoder {
     /// the link has taken so far.
     pub fn finish(&mut self, to: &mut Vec<u8>, sent: Sent) -> BatchStatistics {
         let waiting = std::mem::take(&mut self.waiting);
-        let raw = self.batch.raw_bytes();
+        let raw = self.batch.block_bytes();
         let order = self.choice.next(raw);
         let mut technique = order.technique;
         if order.sample && raw > 0 {

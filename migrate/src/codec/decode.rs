@@ -1,9 +1,11 @@
 //! Reading batches.
 
-use super::{Class, CodecError, LZ4, MAX_BATCH_PAGES, STORED, ZSTD};
+use super::delta::{Delta, MAX_DELTA_BYTES};
+use super::{Class, CodecError, LZ4, MAX_BATCH_PAGES, MAX_REFERENCE_SIZE, STORED, ZSTD};
 use crate::bytes::{Bytes, Malformed};
 use crate::pages::{PAGE_SIZE, Page, PageType, Pfn};
 use std::fmt;
+use std::ops::Range;
 use zstd_safe::{DCtx, find_frame_compressed_size};
 
 /// Reads batches that may come from anybody. It keeps its buffers from one batch to the next; they
@@ -12,7 +14,12 @@ use zstd_safe::{DCtx, find_frame_compressed_size};
 #[derive(Default)]
 pub struct BatchDecoder {
     runs: Vec<Run>,
+    /// The block: raw pages, and behind them references and deltas.
     raw: Vec<u8>,
+    /// The pfns of references, in the order of their pages.
+    references: Vec<Pfn>,
+    /// Where deltas are behind the raw pages, in the order of their pages.
+    deltas: Vec<Range<usize>>,
     zstd: Option<DCtx<'static>>,
 }
 
@@ -32,6 +39,12 @@ pub enum Content<'a> {
     Zero,
     /// These bytes.
     Raw(&'a Page),
+    /// What the destination has at this pfn.
+    Same,
+    /// What it has at another pfn, below the number of the guest's pages.
+    Reference(Pfn),
+    /// What it has at this pfn, with these changes.
+    Delta(Delta<'a>),
 }
 
 /// Does not show the bytes: they are a guest's memory.
@@ -41,6 +54,9 @@ impl fmt::Debug for Content<'_> {
             Self::None => "None",
             Self::Zero => "Zero",
             Self::Raw(_) => "Raw(..)",
+            Self::Same => "Same",
+            Self::Reference(original) => return write!(f, "Reference({original:#x})"),
+            Self::Delta(_) => "Delta(..)",
         })
     }
 }
@@ -52,7 +68,7 @@ pub struct BatchPage<'a> {
     pub pfn: Pfn,
     /// Its type.
     pub page_type: PageType,
-    /// Its content; there is one exactly if the type has data.
+    /// Its content, or what stands for it; [`Content::None`] exactly if the type has no data.
     pub content: Content<'a>,
 }
 
@@ -61,6 +77,9 @@ pub struct BatchPage<'a> {
 pub struct Batch<'a> {
     runs: &'a [Run],
     raw: &'a [Page],
+    rest: &'a [u8],
+    references: &'a [Pfn],
+    deltas: &'a [Range<usize>],
     pages: usize,
 }
 
@@ -83,10 +102,11 @@ impl BatchDecoder {
             return Err(CodecError::Malformed);
         }
         let runs = from.u16()?;
+        let rest = from.varint()?;
 
         self.runs.clear();
         let mut total = 0;
-        let mut raw_pages = 0;
+        let mut counts = [0; Class::COUNT];
         let mut end: Pfn = 0;
         for _ in 0..runs {
             let run = read_run(&mut from, end)?;
@@ -101,22 +121,68 @@ impl BatchDecoder {
             if total > MAX_BATCH_PAGES as u64 {
                 return Err(CodecError::PageCount);
             }
-            if run.class == Class::Raw {
-                raw_pages += run.length as usize;
-            }
+            counts[run.class as usize] += run.length as usize;
             self.runs.push(run);
         }
         if total == 0 {
             return Err(CodecError::PageCount);
         }
+        let most = counts[Class::Reference as usize] * MAX_REFERENCE_SIZE
+            + counts[Class::Delta as usize] * MAX_DELTA_BYTES;
+        let rest = usize::try_from(rest)
+            .ok()
+            .filter(|rest| *rest <= most)
+            .ok_or(CodecError::Rest)?;
 
-        self.read_block(compression, from.rest(), raw_pages * PAGE_SIZE)?;
-        let (raw, _) = self.raw.as_chunks();
+        let raw = counts[Class::Raw as usize] * PAGE_SIZE;
+        self.read_block(compression, from.rest(), raw + rest)?;
+        self.read_rest(raw..raw + rest, pages)?;
+        let (raw, rest) = self.raw[..raw + rest].split_at(raw);
         Ok(Batch {
             runs: &self.runs,
-            raw: &raw[..raw_pages],
+            raw: raw.as_chunks().0,
+            rest,
+            references: &self.references,
+            deltas: &self.deltas,
             pages: total as usize,
         })
+    }
+
+    /// Finds and checks the references and deltas in a part of the block.
+    fn read_rest(&mut self, part: Range<usize>, pages: u64) -> Result<(), CodecError> {
+        self.references.clear();
+        self.deltas.clear();
+        let rest = &self.raw[part];
+        let mut from = Bytes::new(rest);
+        let mut expected: Pfn = 0;
+        for run in &self.runs {
+            match run.class {
+                Class::Reference => {
+                    for pfn in run.pfns() {
+                        let step = from.signed().map_err(|_| CodecError::Rest)?;
+                        let original = expected
+                            .checked_add_signed(step)
+                            .filter(|original| *original < pages && *original != pfn)
+                            .ok_or(CodecError::Reference(pfn))?;
+                        self.references.push(original);
+                        expected = original + 1;
+                    }
+                }
+                Class::Delta => {
+                    for _ in run.pfns() {
+                        let start = rest.len() - from.rest().len();
+                        Delta::read(&mut from).map_err(|_| CodecError::Rest)?;
+                        self.deltas.push(start..rest.len() - from.rest().len());
+                    }
+                }
+                Class::None | Class::Zero | Class::Raw | Class::Same => {}
+            }
+        }
+        if from.is_empty() {
+            Ok(())
+        } else {
+            Err(CodecError::Rest)
+        }
     }
 
     fn read_block(
@@ -198,6 +264,12 @@ fn read_run(from: &mut Bytes<'_>, end: Pfn) -> Result<Run, CodecError> {
     })
 }
 
+impl Run {
+    const fn pfns(&self) -> Range<Pfn> {
+        self.first..self.first + self.length
+    }
+}
+
 impl<'a> Batch<'a> {
     /// How many pages are in it: 1 to [`MAX_BATCH_PAGES`].
     #[must_use]
@@ -214,15 +286,24 @@ impl<'a> Batch<'a> {
     /// The pages, in ascending order, each once.
     pub fn iter(&self) -> impl Iterator<Item = BatchPage<'a>> + use<'a> {
         let mut raw = self.raw.iter();
+        let mut references = self.references.iter();
+        let mut deltas = self.deltas.iter();
+        let rest = self.rest;
         self.runs
             .iter()
-            .flat_map(|run| (run.first..run.first + run.length).map(move |pfn| (pfn, run)))
+            .flat_map(|run| run.pfns().map(move |pfn| (pfn, run)))
             .filter_map(move |(pfn, run)| {
+                // Of each as many were counted as there are.
                 let content = match run.class {
                     Class::None => Content::None,
                     Class::Zero => Content::Zero,
-                    // As many were counted as there are.
                     Class::Raw => Content::Raw(raw.next()?),
+                    Class::Same => Content::Same,
+                    Class::Reference => Content::Reference(*references.next()?),
+                    Class::Delta => {
+                        let mut from = Bytes::new(rest.get(deltas.next()?.clone())?);
+                        Content::Delta(Delta::read(&mut from).ok()?)
+                    }
                 };
                 Some(BatchPage {
                     pfn,

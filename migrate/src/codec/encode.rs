@@ -1,7 +1,8 @@
 //! Writing batches.
 
+use super::delta;
 use super::{Class, HEADER_SIZE, LZ4, MAX_BATCH_PAGES, STORED, Technique, ZSTD};
-use crate::bytes::push_varint;
+use crate::bytes::{push_signed, push_varint};
 use crate::pages::{MAX_PAGES, PAGE_SIZE, Page, PageType, Pfn, is_zero};
 use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
 use std::fmt;
@@ -14,8 +15,8 @@ const SAMPLE_PIECES: usize = 4;
 const SAMPLE_PIECE: usize = 2 * PAGE_SIZE;
 
 /// Collects pages and writes them as one batch. It keeps its buffers from one batch to the next:
-/// the raw content of the largest batch so far, once plain and once compressed, and the tables of
-/// the compressors that were used.
+/// the content of the largest batch so far, once plain and once compressed, and the tables of the
+/// compressors that were used.
 ///
 /// A page is copied once, into the place where it is digested and normalised and where the
 /// compressor finds it:
@@ -42,8 +43,12 @@ pub struct BatchEncoder {
     next_pfn: Pfn,
     /// The content of the raw pages, and behind it the slot.
     raw: Vec<u8>,
-    raw_pages: usize,
-    zero_pages: usize,
+    /// References and deltas, by ascending pfn.
+    rest: Vec<u8>,
+    /// The page that the next reference is expected to be to.
+    expected: Pfn,
+    /// Pages of each class.
+    counts: [usize; Class::COUNT],
     technique: Technique,
     compressor: Compressor,
 }
@@ -69,6 +74,12 @@ pub struct BatchStatistics {
     pub pages: usize,
     /// Pages of zeros.
     pub zero: usize,
+    /// Pages that got another type only.
+    pub same: usize,
+    /// Pages that are as another one is.
+    pub reference: usize,
+    /// Pages of which the changes are in the block.
+    pub delta: usize,
     /// Pages whose content is in the block.
     pub raw: usize,
     /// Bytes of the whole batch.
@@ -91,6 +102,9 @@ pub enum EncodeError {
     /// No guest has this page.
     #[error("Page {0:#x} is beyond any guest's memory")]
     OutsideMemory(Pfn),
+    /// The page cannot be as that one is: it is the same one, or no guest has it.
+    #[error("Page {0:#x} cannot refer to page {1:#x}")]
+    BadReference(Pfn, Pfn),
     /// The type has no content, and the call is about content, or the other way round.
     #[error("Page {0:#x} of type {1} does not fit the call")]
     ClassAndType(Pfn, PageType),
@@ -111,8 +125,9 @@ impl BatchEncoder {
             pages: 0,
             next_pfn: 0,
             raw: Vec::new(),
-            raw_pages: 0,
-            zero_pages: 0,
+            rest: Vec::new(),
+            expected: 0,
+            counts: [0; Class::COUNT],
             technique: Technique::Lz4,
             compressor: Compressor {
                 compressed: Vec::new(),
@@ -145,10 +160,18 @@ impl BatchEncoder {
         self.pages == MAX_BATCH_PAGES
     }
 
-    /// Bytes of content that wait for the compressor.
+    /// Bytes that wait for the compressor.
     #[must_use]
-    pub const fn raw_bytes(&self) -> usize {
-        self.raw_pages * PAGE_SIZE
+    pub const fn block_bytes(&self) -> usize {
+        self.raw_bytes() + self.rest.len()
+    }
+
+    const fn count(&self, class: Class) -> usize {
+        self.counts[class as usize]
+    }
+
+    const fn raw_bytes(&self) -> usize {
+        self.count(Class::Raw) * PAGE_SIZE
     }
 
     /// The place for the content of the next page. What is in it is forgotten unless
@@ -207,6 +230,59 @@ impl BatchEncoder {
         self.add(pfn, page_type, Class::None)
     }
 
+    /// Adds a page whose content is what the destination has there; only its type is new.
+    ///
+    /// # Errors
+    /// As [`keep`](Self::keep).
+    pub fn push_same(&mut self, pfn: Pfn, page_type: PageType) -> Result<(), EncodeError> {
+        self.add(pfn, page_type, Class::Same)
+    }
+
+    /// Adds a page whose content is what the destination has at `original` when it has come to
+    /// this page of the stream.
+    ///
+    /// # Errors
+    /// As [`keep`](Self::keep); and where `original` is the page itself, or beyond any guest's
+    /// memory.
+    pub fn push_reference(
+        &mut self,
+        pfn: Pfn,
+        page_type: PageType,
+        original: Pfn,
+    ) -> Result<(), EncodeError> {
+        if original == pfn || original >= MAX_PAGES {
+            return Err(EncodeError::BadReference(pfn, original));
+        }
+        self.add(pfn, page_type, Class::Reference)?;
+        // Both are below 2^30.
+        push_signed(&mut self.rest, original as i64 - self.expected as i64);
+        self.expected = original + 1;
+        Ok(())
+    }
+
+    /// Adds a page that was `old`, which the destination has there, and is `new`: its changes
+    /// where they are clearly shorter, else as [`push`](Self::push) does.
+    ///
+    /// # Errors
+    /// As [`keep`](Self::keep).
+    pub fn push_changed(
+        &mut self,
+        pfn: Pfn,
+        page_type: PageType,
+        old: &Page,
+        new: &Page,
+    ) -> Result<Class, EncodeError> {
+        let start = self.rest.len();
+        if is_zero(new) || !delta::encode(old, new, &mut self.rest) {
+            return self.push(pfn, page_type, new);
+        }
+        if let Err(error) = self.add(pfn, page_type, Class::Delta) {
+            self.rest.truncate(start);
+            return Err(error);
+        }
+        Ok(Class::Delta)
+    }
+
     fn add(&mut self, pfn: Pfn, page_type: PageType, class: Class) -> Result<(), EncodeError> {
         if page_type.has_data() == (class == Class::None) {
             return Err(EncodeError::ClassAndType(pfn, page_type));
@@ -237,8 +313,7 @@ impl BatchEncoder {
         }
         self.next_pfn = pfn + 1;
         self.pages += 1;
-        self.zero_pages += usize::from(class == Class::Zero);
-        self.raw_pages += usize::from(class == Class::Raw);
+        self.counts[class as usize] += 1;
         Ok(())
     }
 
@@ -251,8 +326,11 @@ impl BatchEncoder {
         };
         let statistics = BatchStatistics {
             pages: self.pages,
-            zero: self.zero_pages,
-            raw: self.raw_pages,
+            zero: self.count(Class::Zero),
+            same: self.count(Class::Same),
+            reference: self.count(Class::Reference),
+            delta: self.count(Class::Delta),
+            raw: self.count(Class::Raw),
             bytes: to.len() - start,
             block,
             technique,
@@ -266,36 +344,56 @@ impl BatchEncoder {
         self.runs.clear();
         self.pages = 0;
         self.next_pfn = 0;
-        self.raw_pages = 0;
-        self.zero_pages = 0;
+        self.rest.clear();
+        self.expected = 0;
+        self.counts = [0; Class::COUNT];
+    }
+
+    /// Puts references and deltas behind the raw pages, where the slot is: what is in that was
+    /// not kept.
+    fn lay_out(&mut self) {
+        let (start, end) = (self.raw_bytes(), self.block_bytes());
+        if self.raw.len() < end {
+            self.raw.resize(end, 0);
+        }
+        self.raw[start..end].copy_from_slice(&self.rest);
+    }
+
+    /// What the compressor gets, and the compressor.
+    fn content(&mut self) -> (&[u8], &mut Compressor) {
+        self.lay_out();
+        (&self.raw[..self.block_bytes()], &mut self.compressor)
     }
 
     /// How long the block would be if the batch were finished with `technique` now.
     pub fn block_length_with(&mut self, technique: Technique) -> usize {
-        let raw = &self.raw[..self.raw_pages * PAGE_SIZE];
-        self.compressor.compress(technique, raw).1.len()
+        let (content, compressor) = self.content();
+        compressor.compress(technique, content).1.len()
     }
 
     /// Compresses a small part of the batch by LZ4: the bytes of the part, and the bytes that
     /// became of them.
     pub fn sample(&mut self) -> (usize, usize) {
-        let raw = &self.raw[..self.raw_pages * PAGE_SIZE];
-        if raw.len() <= SAMPLE_PIECES * SAMPLE_PIECE {
-            return (raw.len(), self.block_length_with(Technique::Lz4));
+        let (content, compressor) = self.content();
+        if content.len() <= SAMPLE_PIECES * SAMPLE_PIECE {
+            let (_, block) = compressor.compress(Technique::Lz4, content);
+            return (content.len(), block.len());
         }
-        let stride = (self.raw_pages / SAMPLE_PIECES) * PAGE_SIZE;
-        let pieces = raw.chunks(stride).take(SAMPLE_PIECES);
+        let stride = content.len() / SAMPLE_PIECES;
+        let pieces = content.chunks(stride).take(SAMPLE_PIECES);
         pieces.fold((0, 0), |(from, to), piece| {
             let piece = &piece[..SAMPLE_PIECE.min(piece.len())];
-            let (_, block) = self.compressor.compress(Technique::Lz4, piece);
+            let (_, block) = compressor.compress(Technique::Lz4, piece);
             (from + piece.len(), to + block.len())
         })
     }
 
     /// Writes the batch; what compressed the block, and its length.
     fn write(&mut self, to: &mut Vec<u8>) -> (Technique, usize) {
-        let raw = &self.raw[..self.raw_pages * PAGE_SIZE];
-        let (technique, block) = self.compressor.compress(self.technique, raw);
+        let wanted = self.technique;
+        self.lay_out();
+        let content = &self.raw[..self.block_bytes()];
+        let (technique, block) = self.compressor.compress(wanted, content);
         let compression = match technique {
             Technique::Stored => STORED,
             Technique::Lz4 => LZ4,
@@ -305,6 +403,7 @@ impl BatchEncoder {
         to.extend([compression, 0]);
         // There are no more runs than pages, and 1,024 of these at most.
         to.extend((self.runs.len() as u16).to_le_bytes());
+        push_varint(to, self.rest.len() as u64);
         let mut end = 0;
         for run in &self.runs {
             to.push((run.class as u8) << 4 | run.page_type.bits());
@@ -369,7 +468,7 @@ impl fmt::Debug for BatchEncoder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("BatchEncoder")
             .field("pages", &self.pages)
-            .field("raw", &self.raw_pages)
+            .field("raw", &self.count(Class::Raw))
             .finish_non_exhaustive()
     }
 }

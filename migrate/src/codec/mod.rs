@@ -1,23 +1,33 @@
 //! How a batch of pages is written: pure functions over bytes.
 //!
 //! ```text
-//!   u8 compression | u8 0 | u16 runs | run ... run | block
+//!   u8 compression | u8 0 | u16 runs | varint rest | run ... run | block
 //!
 //!   run    u8 class << 4 | type          class: what stands for the pages' content
 //!          varint gap                    pfns between the end of the last run and this one
 //!          varint length - 1             pages in the run
-//!   block  the content of all raw pages, one after the other, compressed as one
+//!   block  the content of all raw pages, one after the other, and then references and deltas,
+//!          `rest` bytes, in the order of their pages: all compressed as one
 //! ```
 //!
 //! Numbers are little-endian; a varint is made of groups of seven bits, the lowest first, in its
 //! shortest form. A batch holds 1 to [`MAX_BATCH_PAGES`] pages in ascending order, each once. The
-//! block ends where the batch ends, and its uncompressed size follows from the runs.
+//! block ends where the batch ends.
 //!
 //! | class | content |
 //! |---|---|
 //! | 0 | none: the type says it all |
 //! | 1 | zeros |
 //! | 2 | raw: in the block |
+//! | 3 | same: what the destination has at this pfn. Only the type is new |
+//! | 4 | reference: what the destination has at another pfn, when it has come to this page |
+//! | 5 | delta: in the block, what changed in what the destination has at this pfn (`delta`) |
+//!
+//! A reference is a signed varint (zigzag): the pfn less the one after the pfn of the reference
+//! before it in the batch, at first less 0. So a run of pages that is elsewhere as well costs a
+//! byte a page. References and deltas are resolved in the order of the stream, by
+//! [`Arrival`](crate::arrival::Arrival): pages of the same batch that come before count, later
+//! ones don't. A page that is as the destination has it is not in a batch at all.
 //!
 //! | compression | block |
 //! |---|---|
@@ -25,12 +35,14 @@
 //! | 1 | one LZ4 block |
 //! | 2 | one zstd frame (RFC 8878), without a dictionary |
 //!
-//! What the frame's header says of its content is not needed, and not written. Other numbers are kept for techniques to come; a later version of the protocol may use them,
-//! and a decoder refuses what it does not know.
+//! What the frame's header says of its content is not needed, and not written. Other numbers are
+//! kept for techniques to come; a later version of the protocol may use them, and a decoder refuses
+//! what it does not know.
 
 mod adaptive;
 mod choice;
 mod decode;
+pub mod delta;
 mod encode;
 mod link_rate;
 mod technique;
@@ -52,7 +64,11 @@ pub const MAX_BATCH_PAGES: usize = 1024;
 pub const MAX_BATCH_BYTES: usize =
     HEADER_SIZE + MAX_BATCH_PAGES * (1 + MAX_GAP_SIZE + 1) + MAX_BATCH_PAGES * PAGE_SIZE;
 
-const HEADER_SIZE: usize = 4;
+/// With a number of bytes of references and deltas that is below `MAX_BATCH_PAGES * PAGE_SIZE`.
+const HEADER_SIZE: usize = 4 + 4;
+
+/// The most bytes of a reference: any pfn less any other.
+const MAX_REFERENCE_SIZE: usize = (MAX_PAGES.ilog2() as usize + 1) / 7 + 1;
 
 /// The bytes of the largest gap.
 const MAX_GAP_SIZE: usize = MAX_PAGES.ilog2() as usize / 7 + 1;
@@ -67,14 +83,25 @@ pub enum Class {
     Zero = 1,
     /// The content itself.
     Raw = 2,
+    /// Nothing: the destination has it at this pfn.
+    Same = 3,
+    /// Another pfn, at which the destination has it.
+    Reference = 4,
+    /// What changed in what the destination has at this pfn.
+    Delta = 5,
 }
 
 impl Class {
+    const COUNT: usize = 6;
+
     const fn from_bits(bits: u8) -> Option<Self> {
         Some(match bits {
             0 => Self::None,
             1 => Self::Zero,
             2 => Self::Raw,
+            3 => Self::Same,
+            4 => Self::Reference,
+            5 => Self::Delta,
             _ => return None,
         })
     }
@@ -108,6 +135,12 @@ pub enum CodecError {
     /// It has none, or too many pages.
     #[error("Batch does not have 1 to {MAX_BATCH_PAGES} pages")]
     PageCount,
+    /// A page refers to itself, or to what the guest has not.
+    #[error("Page {0:#x} refers to itself, or to a page outside the guest's memory")]
+    Reference(Pfn),
+    /// What follows the raw pages is not the references and deltas that the runs announce.
+    #[error("References and deltas of a batch are malformed")]
+    Rest,
     /// The block is not as long as its pages.
     #[error("Block of a batch has {found} bytes, and its pages {expected}")]
     BlockLength {

@@ -80,6 +80,7 @@ fn own(batch: Batch<'_>) -> Vec<Owned> {
                 Content::None => None,
                 Content::Zero => Some(Box::new([0; PAGE_SIZE])),
                 Content::Raw(content) => Some(Box::new(*content)),
+                other => panic!("{other:?} was not written"),
             },
         })
         .collect()
@@ -98,7 +99,7 @@ fn a_batch_of_zeros_is_a_few_bytes() {
     );
     let mut bytes = Vec::new();
     let statistics = encoder.finish(&mut bytes);
-    assert_eq!(bytes, [0, 0, 1, 0, 0x10, 0, 0xff, 0x07]);
+    assert_eq!(bytes, [0, 0, 1, 0, 0, 0x10, 0, 0xff, 0x07]);
     assert_eq!(statistics.zero, MAX_BATCH_PAGES);
     let mut decoder = BatchDecoder::new();
     let batch = decoder.decode(&bytes, MAX_BATCH_PAGES as u64).unwrap();
@@ -178,7 +179,7 @@ fn what_does_not_shrink_is_stored_by_any_technique() {
 
 /// A batch of `pages` normal raw pages with that block.
 fn with_zstd_block(pages: u64, block: &[u8]) -> Vec<u8> {
-    let mut bytes = vec![ZSTD, 0, 1, 0, 0x20, 0];
+    let mut bytes = vec![ZSTD, 0, 1, 0, 0, 0x20, 0];
     crate::bytes::push_varint(&mut bytes, pages - 1);
     bytes.extend_from_slice(block);
     bytes
@@ -325,79 +326,224 @@ fn each_lie_has_its_error() {
     };
     let normal_zero = 0x10;
     refuse(&[], CodecError::Malformed);
-    refuse(&[0, 0, 0, 0], CodecError::PageCount);
+    refuse(&[0, 0, 0, 0, 0], CodecError::PageCount);
     refuse(&[0, 1, 1, 0, normal_zero, 0, 0], CodecError::Malformed);
-    refuse(&[0, 0, 2, 0, normal_zero, 0, 0], CodecError::Malformed);
+    refuse(&[0, 0, 2, 0, 0, normal_zero, 0, 0], CodecError::Malformed);
     refuse(
-        &[0, 0, 1, 0, normal_zero, 100, 0],
+        &[0, 0, 1, 0, 0, normal_zero, 100, 0],
         CodecError::OutsideMemory(100),
     );
     refuse(
-        &[0, 0, 1, 0, normal_zero, 99, 1],
+        &[0, 0, 1, 0, 0, normal_zero, 99, 1],
         CodecError::OutsideMemory(100),
     );
     refuse(
-        &[0, 0, 1, 0, normal_zero, 0x80, 0x00, 0],
+        &[0, 0, 1, 0, 0, normal_zero, 0x80, 0x00, 0],
         CodecError::Malformed,
     );
-    refuse(&[0, 0, 1, 0, 0x30, 0, 0], CodecError::UnknownClass(3));
+    refuse(&[0, 0, 1, 0, 0, 0x60, 0, 0], CodecError::UnknownClass(6));
     refuse(
-        &[0, 0, 1, 0, 0x15, 0, 0],
+        &[0, 0, 1, 0, 0, 0x15, 0, 0],
         CodecError::UnknownType(UnknownPageType(5)),
     );
-    refuse(&[0, 0, 1, 0, 0x00, 0, 0], CodecError::ClassAndType(0));
-    refuse(&[0, 0, 1, 0, 0x1f, 7, 0], CodecError::ClassAndType(7));
+    refuse(&[0, 0, 1, 0, 0, 0x00, 0, 0], CodecError::ClassAndType(0));
+    refuse(&[0, 0, 1, 0, 0, 0x1f, 7, 0], CodecError::ClassAndType(7));
     refuse(
-        &[3, 0, 1, 0, normal_zero, 0, 0],
+        &[3, 0, 1, 0, 0, normal_zero, 0, 0],
         CodecError::UnknownCompression(3),
     );
     refuse(
-        &[0, 0, 1, 0, normal_zero, 0, 0, 9],
+        &[0, 0, 1, 0, 0, normal_zero, 0, 0, 9],
         CodecError::BlockLength {
             expected: 0,
             found: 1,
         },
     );
     refuse(
-        &[1, 0, 1, 0, normal_zero, 0, 0],
+        &[1, 0, 1, 0, 0, normal_zero, 0, 0],
         CodecError::BlockLength {
             expected: 0,
             found: 0,
         },
     );
     refuse(
-        &[0, 0, 1, 0, 0x20, 0, 0],
+        &[0, 0, 1, 0, 0, 0x20, 0, 0],
         CodecError::BlockLength {
             expected: PAGE_SIZE,
             found: 0,
         },
     );
     refuse(
-        &[2, 0, 1, 0, normal_zero, 0, 0],
+        &[2, 0, 1, 0, 0, normal_zero, 0, 0],
         CodecError::BlockLength {
             expected: 0,
             found: 0,
         },
     );
-    refuse(&[1, 0, 1, 0, 0x20, 0, 0], CodecError::Decompress);
-    refuse(&[2, 0, 1, 0, 0x20, 0, 0], CodecError::Decompress);
+    refuse(&[1, 0, 1, 0, 0, 0x20, 0, 0], CodecError::Decompress);
+    refuse(&[2, 0, 1, 0, 0, 0x20, 0, 0], CodecError::Decompress);
     // One literal, and the end: a valid block, but not of a page.
     refuse(
-        &[1, 0, 1, 0, 0x20, 0, 0, 0x10, 0x41],
+        &[1, 0, 1, 0, 0, 0x20, 0, 0, 0x10, 0x41],
         CodecError::BlockLength {
             expected: PAGE_SIZE,
             found: 1,
         },
     );
     // Runs that add up to more than a batch, or to more than a number can say.
-    let mut bytes = vec![0, 0, 1, 0, normal_zero, 0];
+    let mut bytes = vec![0, 0, 1, 0, 0, normal_zero, 0];
     crate::bytes::push_varint(&mut bytes, u64::MAX);
     refuse(&bytes, CodecError::Malformed);
-    let many = [0, 0, 1, 0, normal_zero, 0, 0x80, 0x08];
+    let many = [0, 0, 1, 0, 0, normal_zero, 0, 0x80, 0x08];
     assert_eq!(
         BatchDecoder::new().decode(&many, MAX_PAGES).unwrap_err(),
         CodecError::PageCount
     );
+}
+
+/// A batch with one run of normal pages from pfn 5 on, and `rest` as it is.
+fn with_rest(class: Class, pages: u8, announced: u8, rest: &[u8]) -> Vec<u8> {
+    let run = [(class as u8) << 4, 5, pages - 1];
+    [&[STORED, 0, 1, 0, announced], run.as_slice(), rest].concat()
+}
+
+#[test]
+fn what_stands_for_content_is_checked() {
+    let mut decoder = BatchDecoder::new();
+    let mut decode = |bytes: &[u8]| {
+        let batch = decoder.decode(bytes, 100)?;
+        Ok::<_, CodecError>(
+            batch
+                .iter()
+                .map(|page| format!("{:?}", page.content))
+                .collect(),
+        )
+    };
+    let good = |what: &[&str]| -> Result<Vec<String>, _> {
+        Ok(what.iter().map(ToString::to_string).collect())
+    };
+    let same = with_rest(Class::Same, 2, 0, &[]);
+    assert_eq!(decode(&same), good(&["Same", "Same"]));
+    // The first is to pfn 7, the second to the one after it, the third to pfn 4.
+    let references = with_rest(Class::Reference, 3, 3, &[14, 0, 9]);
+    assert_eq!(
+        decode(&references),
+        good(&["Reference(0x7)", "Reference(0x8)", "Reference(0x4)"])
+    );
+    let delta = with_rest(Class::Delta, 1, 2, &[0x80, 0x20]);
+    assert_eq!(decode(&delta), good(&["Delta(..)"]));
+
+    let to = |rest: &[u8]| with_rest(Class::Reference, 1, rest.len() as u8, rest);
+    // To itself, to the guest's end, below zero.
+    for rest in [&[10][..], &[0xc8, 0x01], &[1]] {
+        assert_eq!(
+            decode(&to(rest)),
+            Err(CodecError::Reference(5)),
+            "{rest:x?}"
+        );
+    }
+    for lie in [
+        // Too few bytes, too many, more than such pages can have.
+        with_rest(Class::Reference, 2, 1, &[14]),
+        with_rest(Class::Reference, 1, 2, &[14, 0]),
+        with_rest(Class::Reference, 1, 6, &[14, 0, 0, 0, 0, 0]),
+        with_rest(Class::Same, 1, 1, &[0]),
+        with_rest(Class::Zero, 1, 1, &[0]),
+        with_rest(Class::Delta, 1, 1, &[0]),
+        with_rest(Class::Delta, 1, 2, &[0x81, 0x20]),
+        with_rest(Class::Delta, 2, 2, &[0x80, 0x20]),
+        with_rest(Class::Delta, 1, 3, &[0x80, 0x20, 0]),
+        // A number that is not in its shortest form.
+        to(&[0x8e, 0x00]),
+    ] {
+        assert_eq!(decode(&lie), Err(CodecError::Rest), "{lie:x?}");
+    }
+    // Another length than was announced.
+    assert!(matches!(
+        decode(&with_rest(Class::Reference, 1, 1, &[14, 0])),
+        Err(CodecError::BlockLength { .. })
+    ));
+    for class in [Class::Same, Class::Reference, Class::Delta] {
+        let mut hole = with_rest(class, 1, 0, &[]);
+        hole[5] |= PageType::Invalid.bits();
+        assert_eq!(decode(&hole), Err(CodecError::ClassAndType(5)));
+    }
+}
+
+#[test]
+fn an_announced_length_is_checked_before_memory_is_taken() {
+    let mut bytes = vec![STORED, 0, 1, 0];
+    crate::bytes::push_varint(&mut bytes, 1 << 40);
+    bytes.extend([(Class::Delta as u8) << 4, 0, 0]);
+    let measured = allocation_counter::measure(|| {
+        let error = BatchDecoder::new()
+            .decode(&bytes, 9)
+            .map(|_| ())
+            .unwrap_err();
+        assert_eq!(error, CodecError::Rest);
+    });
+    assert!(measured.bytes_max < PAGE_SIZE as u64);
+}
+
+#[test]
+fn what_stands_for_content_is_compressed_behind_it() {
+    let old = noise(5);
+    let mut new = old.clone();
+    new[100..104].fill(1);
+    for technique in Technique::ALL {
+        let mut encoder = BatchEncoder::new();
+        encoder.set_technique(technique);
+        encoder.push_same(0, PageType::PinnedL1).unwrap();
+        encoder.push_reference(1, PageType::Normal, 77).unwrap();
+        encoder.push(2, PageType::Normal, &[3; PAGE_SIZE]).unwrap();
+        let class = encoder.push_changed(3, PageType::Normal, &old, &new);
+        assert_eq!(class, Ok(Class::Delta));
+        let class = encoder.push_changed(4, PageType::Normal, &old, &[0; PAGE_SIZE]);
+        assert_eq!(class, Ok(Class::Zero));
+        let class = encoder.push_changed(5, PageType::Normal, &old, &noise(6));
+        assert_eq!(class, Ok(Class::Raw));
+        encoder.push_reference(6, PageType::L2, 78).unwrap();
+        assert_eq!(
+            encoder.push_reference(7, PageType::L2, 7),
+            Err(EncodeError::BadReference(7, 7))
+        );
+        assert_eq!(
+            encoder.push_changed(6, PageType::L2, &old, &new),
+            Err(EncodeError::NotAscending(6))
+        );
+        let mut bytes = Vec::new();
+        let statistics = encoder.finish(&mut bytes);
+        assert_eq!(
+            (statistics.same, statistics.reference, statistics.delta),
+            (1, 2, 1)
+        );
+        assert_eq!((statistics.zero, statistics.raw), (1, 2));
+        let mut decoder = BatchDecoder::new();
+        let batch = decoder.decode(&bytes, 79).unwrap();
+        let is: Vec<_> = batch.iter().map(|page| page.content).collect();
+        assert_eq!(is[0], Content::Same);
+        assert_eq!(is[1], Content::Reference(77));
+        assert_eq!(is[2], Content::Raw(&[3; PAGE_SIZE]));
+        let Content::Delta(delta) = is[3] else {
+            panic!("{:?}", is[3])
+        };
+        let mut page = old.clone();
+        delta.apply(&mut page);
+        assert_eq!(page, new);
+        assert_eq!(
+            is[4..],
+            [
+                Content::Zero,
+                Content::Raw(&noise(6)),
+                Content::Reference(78)
+            ]
+        );
+        // The next batch knows nothing of this one's references.
+        encoder.push_reference(1, PageType::Normal, 3).unwrap();
+        bytes.clear();
+        encoder.finish(&mut bytes);
+        assert_eq!(bytes[8..], [6]);
+    }
 }
 
 proptest! {

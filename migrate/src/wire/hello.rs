@@ -12,10 +12,11 @@ use super::{Text, WireError};
 use crate::bytes::Bytes;
 use std::io::{self, Read, Write};
 
-/// The lowest version of the protocol that this program speaks. Version 1 had no zstd.
-pub const MIN_PROTOCOL: u16 = 2;
+/// The lowest version of the protocol that this program speaks. Version 1 had no zstd, and
+/// version 2 neither references nor deltas.
+pub const MIN_PROTOCOL: u16 = 3;
 /// The highest version of the protocol that this program speaks.
-pub const MAX_PROTOCOL: u16 = 2;
+pub const MAX_PROTOCOL: u16 = 3;
 
 const MAGIC: &[u8; 8] = b"VMSHADOW";
 const HEADER_SIZE: usize = 16;
@@ -256,13 +257,14 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_without_zstd_is_told_so_at_once() {
+    fn a_peer_of_another_version_is_told_so_at_once() {
         let ours = Hello::new(Role::Source);
-        let theirs = hello(Role::Destination, 1, 1);
-        assert!(matches!(
-            ours.agree(&theirs),
-            Err(WireError::Incompatible { their_max: 1, .. })
-        ));
+        for version in [1, MIN_PROTOCOL - 1, MAX_PROTOCOL + 1] {
+            let theirs = hello(Role::Destination, version, version);
+            let error = ours.agree(&theirs).unwrap_err();
+            assert!(matches!(error, WireError::Incompatible { .. }), "{error}");
+            assert!(error.to_string().contains(&version.to_string()), "{error}");
+        }
     }
 
     #[test]

@@ -9,10 +9,12 @@ mod synthesized;
 mod targets;
 
 use migrate::codec::{BatchEncoder, MAX_BATCH_BYTES, Technique};
-use migrate::digest::{DigestKey, MemoryDigest};
+use migrate::digest::{DigestKey, Digester, MemoryDigest};
+use migrate::guest::PageState;
 use migrate::guest::xen::stream::state::{GuestState, PvState, PvVcpu, TscInfo};
 use migrate::guest::xen::stream::{Framing, record};
-use migrate::pages::{PAGE_SIZE, PageType};
+use migrate::held::Held;
+use migrate::pages::{PAGE_SIZE, Page, PageType};
 use migrate::wire::{
     Acceptance, CpuPolicy, FrameWriter, GuestKind, Hello, MoveId, Offer, Part, Readiness, Refusal,
     RefusalCode, Role, Tag, Text, ToDestination, ToSource, TscOffer, XenVersion,
@@ -171,7 +173,17 @@ fn batch(technique: Technique) -> Vec<u8> {
         if page_type.has_data() {
             let word = random.next().to_le_bytes();
             let content: [u8; PAGE_SIZE] = std::array::from_fn(|at| word[at % 7] & 3);
-            encoder.push(pfn, page_type, &content).expect("It fits");
+            let mut changed = content;
+            changed[random.below(PAGE_SIZE)] = 9;
+            match random.below(4) {
+                0 => encoder.push_same(pfn, page_type),
+                1 => encoder.push_reference(pfn, page_type, pfn + 1),
+                2 => encoder
+                    .push_changed(pfn, page_type, &changed, &content)
+                    .map(drop),
+                _ => encoder.push(pfn, page_type, &content).map(drop),
+            }
+            .expect("It fits");
         } else {
             encoder.push_hole(pfn, page_type).expect("It fits");
         }
@@ -179,6 +191,60 @@ fn batch(technique: Technique) -> Vec<u8> {
     let mut bytes = Vec::new();
     encoder.finish(&mut bytes);
     bytes
+}
+
+/// The rounds of a small guest in which pages are rewritten, copied, emptied, given another type
+/// and ballooned out: each batch after its length.
+fn crossing(technique: Technique) -> Vec<u8> {
+    let pages = targets::ARRIVING_PAGES;
+    let digester = Digester::new(&DigestKey::new([5; 32]));
+    let mut held = Held::nothing(pages, digester.clone(), 16 * PAGE_SIZE);
+    let mut encoder = BatchEncoder::new();
+    encoder.set_technique(technique);
+    let mut random = Random(11);
+    let mut memory: Vec<(PageType, Page)> = (0..pages)
+        .map(|pfn| {
+            (
+                PageType::Normal,
+                std::array::from_fn(|at| (pfn * 7) as u8 ^ at as u8 & 9),
+            )
+        })
+        .collect();
+    let (mut all, mut classes) = (Vec::new(), Vec::new());
+    for _ in 0..4 {
+        held.begin_round();
+        for (pfn, (page_type, content)) in (0..).zip(&memory) {
+            let state = PageState {
+                page_type: *page_type,
+                digest: digester.page(*page_type, content),
+            };
+            if held.table().get(pfn) == Some(state) {
+                continue;
+            }
+            let content = content.iter().any(|byte| *byte != 0).then_some(content);
+            let class = held
+                .send(&mut encoder, pfn, state, content)
+                .expect("It fits");
+            classes.push(format!("{class:?}"));
+        }
+        let mut bytes = Vec::new();
+        encoder.finish(&mut bytes);
+        all.extend((bytes.len() as u32).to_le_bytes());
+        all.extend(bytes);
+        for _ in 0..40 {
+            let (one, other) = (random.below(64), random.below(64));
+            match random.below(6) {
+                0 => memory[one].1 = memory[other].1,
+                1 => memory[one].1 = [0; PAGE_SIZE],
+                2 => memory[one].0 = PageType::ALL[random.below(12)],
+                _ => memory[one].1[random.below(PAGE_SIZE)] = random.next() as u8,
+            }
+        }
+    }
+    for class in ["None", "Zero", "Raw", "Same", "Reference", "Delta"] {
+        assert!(classes.iter().any(|it| it == class), "No {class}");
+    }
+    all
 }
 
 fn state() -> GuestState {
@@ -307,6 +373,18 @@ fn batches_survive() {
         &[Technique::Stored, Technique::Lz4, Technique::Zstd1].map(batch),
         5 * MAX_BATCH_BYTES as u64,
         targets::batch,
+    );
+}
+
+#[test]
+fn what_builds_upon_other_pages_survives() {
+    // The guest, three times: as it is held, in a batch and its compressed copy, and as copies.
+    let guest = targets::ARRIVING_PAGES * PAGE_SIZE as u64;
+    assault(
+        "arrival",
+        &[Technique::Stored, Technique::Lz4, Technique::Zstd1].map(crossing),
+        3 * guest + MIB,
+        targets::arrival,
     );
 }
 

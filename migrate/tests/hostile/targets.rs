@@ -3,18 +3,24 @@
 //!
 //! None may panic, and each checks what must hold of whatever it accepts.
 
+use migrate::arrival::{Arrival, HeldPage};
 use migrate::codec::{BatchDecoder, BatchEncoder, Content, MAX_BATCH_PAGES};
 use migrate::configuration::{SitePolicy, accept};
 use migrate::digest::{DigestKey, Digester};
+use migrate::guest::PageState;
 use migrate::guest::xen::p2m::{P2mDescription, find};
 use migrate::guest::xen::stream::{Framing, Image};
-use migrate::pages::PAGE_SIZE;
+use migrate::image::Arriving;
+use migrate::pages::{PAGE_SIZE, Page};
 use migrate::wire::{
     Direction, FrameReader, FrameWriter, Hello, Offer, Role, ToDestination, ToSource, WireError,
 };
 
 /// Pages of the guest that batches and streams are for.
 pub const PAGES: u64 = 1 << 14;
+
+/// Pages of the guest that arrives, which are all kept.
+pub const ARRIVING_PAGES: u64 = 64;
 
 /// A connection's first bytes, then frames.
 pub fn hello(bytes: &[u8]) {
@@ -85,7 +91,19 @@ pub fn batch(payload: &[u8]) {
         let kept = match page.content {
             Content::None => encoder.push_hole(page.pfn, page.page_type),
             Content::Zero => encoder.push_zero(page.pfn, page.page_type),
-            Content::Raw(content) => encoder.push(page.pfn, page.page_type, content).map(|_| ()),
+            Content::Raw(content) => encoder.push(page.pfn, page.page_type, content).map(drop),
+            Content::Same => encoder.push_same(page.pfn, page.page_type),
+            Content::Reference(original) => {
+                assert!(original < PAGES && original != page.pfn);
+                encoder.push_reference(page.pfn, page.page_type, original)
+            }
+            Content::Delta(delta) => {
+                let mut new = CHANGED;
+                delta.apply(&mut new);
+                encoder
+                    .push_changed(page.pfn, page.page_type, &CHANGED, &new)
+                    .map(drop)
+            }
         };
         kept.expect("What was decoded can be encoded");
     }
@@ -96,15 +114,69 @@ pub fn batch(payload: &[u8]) {
     let same = second
         .decode(&again, PAGES)
         .expect("What was encoded can be decoded");
-    let content = |content| match content {
-        Content::Raw(content) => Some(*content),
-        Content::Zero => Some([0; PAGE_SIZE]),
-        Content::None => None,
-    };
     assert!(batch.iter().zip(same.iter()).all(|(one, other)| {
         (one.pfn, one.page_type) == (other.pfn, other.page_type)
-            && content(one.content) == content(other.content)
+            && seen(one.content) == seen(other.content)
     }));
+}
+
+/// The page that deltas change.
+const CHANGED: Page = [7; PAGE_SIZE];
+
+/// What a page becomes, or what it is taken from.
+fn seen(content: Content<'_>) -> Result<Page, String> {
+    match content {
+        Content::Raw(content) => Ok(*content),
+        Content::Zero => Ok([0; PAGE_SIZE]),
+        Content::Delta(delta) => {
+            let mut page = CHANGED;
+            delta.apply(&mut page);
+            Ok(page)
+        }
+        Content::None | Content::Same | Content::Reference(_) => Err(format!("{content:?}")),
+    }
+}
+
+/// Batches, each after its length in 4 bytes, to a guest of [`ARRIVING_PAGES`]. What is accepted
+/// of them is digested as it is stored.
+pub fn arrival(bytes: &[u8]) {
+    let digester = Digester::new(&DigestKey::new([5; 32]));
+    let mut held: Vec<Option<(PageState, Box<Page>)>> = vec![None; ARRIVING_PAGES as usize];
+    let mut decoder = BatchDecoder::new();
+    let mut arrival = Arrival::default();
+    let mut rest = bytes;
+    while let Some((length, after)) = rest.split_first_chunk() {
+        let length = u32::from_le_bytes(*length) as usize;
+        let (batch, after) = after.split_at(length.min(after.len()));
+        rest = after;
+        let Ok(batch) = decoder.decode(batch, ARRIVING_PAGES) else {
+            return;
+        };
+        let resolved = arrival.resolve(batch, |pfn| {
+            let (state, content) = held.get(pfn as usize)?.as_ref()?;
+            let content = state.page_type.has_data().then_some(content)?;
+            Some(HeldPage {
+                state: *state,
+                content,
+            })
+        });
+        let Ok(resolved) = resolved else {
+            return;
+        };
+        let arrived = resolved.digest(&digester);
+        assert_eq!(arrived.len(), batch.len());
+        for page in arrived {
+            let place = &mut held[page.pfn as usize];
+            let content = match (page.content, place.take()) {
+                (Arriving::Content(content), _) => Box::new(*content),
+                (Arriving::Nothing, _) => Box::new([0; PAGE_SIZE]),
+                (Arriving::Kept, before) => before.expect("What is kept is there").1,
+            };
+            let page_type = page.state.page_type;
+            assert_eq!(page.state.digest, digester.page(page_type, &content));
+            *place = Some((page.state, content));
+        }
+    }
 }
 
 /// A migration stream. The first byte chooses what is around it.
