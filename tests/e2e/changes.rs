@@ -52,7 +52,7 @@ fn ballooned_on_the_way(options: Options, sizes: &[u32]) {
 
 #[test]
 fn ballooned_on_the_way_with_log_dirty() {
-    ballooned_on_the_way(with(Hypervisor::Release), &[88, 136, 96, 128]);
+    ballooned_on_the_way(with(Hypervisor::Release), &[88, 136]);
 }
 
 #[test]
@@ -61,6 +61,7 @@ fn ballooned_on_the_way_with_scan() {
 }
 
 #[test]
+#[ignore = "minutes: make test-full"]
 fn a_device_or_a_vcpu_that_comes_or_goes_on_the_way() {
     let testbed = sites(with(Hypervisor::Release));
     let guest = growing_guest();
