@@ -233,11 +233,11 @@ fn a_flood_from_one_client_leaves_room_for_others() {
             std::thread::spawn(move || {
                 let mut open = Vec::new();
                 while !stop.load(Ordering::Relaxed) {
-                    // What is refused is reset, some of it while it still connects.
+                    // What is refused is reset, some of it while it still connects. What was let in
+                    // stays: each loop is listed at a moment of its own, so of connections that come
+                    // and go a listing may show more than there ever were at once.
                     open.extend(connect_from("127.0.0.2", address));
-                    if open.len() > 100 {
-                        open.drain(..50);
-                    }
+                    open.truncate(100);
                 }
             })
         })
@@ -248,7 +248,8 @@ fn a_flood_from_one_client_leaves_room_for_others() {
         let of_flood = open
             .iter()
             .filter(|c| c.client.ip().to_string() == "127.0.0.2");
-        assert!(of_flood.count() <= 10);
+        let of_flood = of_flood.count();
+        assert!(of_flood <= 10, "{of_flood} of the flood");
     }
     stop.store(true, Ordering::Relaxed);
     floods.into_iter().for_each(|flood| flood.join().unwrap());
