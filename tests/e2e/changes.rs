@@ -22,7 +22,7 @@ fn growing_guest() -> Guest {
 fn balloon(testbed: &Testbed, site: SiteName, mib: u32) {
     let site = testbed.site(site);
     site.run(&format!("xl mem-set g1 {mib}")).unwrap();
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_secs(180);
     loop {
         let listed = site.run("xl list g1 | awk 'NR == 2 { print $3 }'").unwrap();
         if listed.trim() == mib.to_string() {

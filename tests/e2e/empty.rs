@@ -10,7 +10,7 @@ use crate::scene::{migrate, move_guest, said, settled, sites, with};
 
 /// Waits until the guest has been resumed so often since its boot.
 fn wait_until_resumed(testbed: &Testbed, guest: &Guest, times: u32) {
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_secs(180);
     loop {
         let resumed = testbed.resumed(guest);
         if resumed.as_ref().is_ok_and(|resumed| *resumed == times) {

@@ -46,7 +46,7 @@ fn there_and_back(testbed: &Testbed, guest: &Guest, trips: u32, tracker: &str) {
 
     move_guest(testbed, SiteName::A, "");
     testbed.ask(SiteName::A, guest, "reboot").unwrap();
-    let deadline = Instant::now() + Duration::from_secs(120);
+    let deadline = Instant::now() + Duration::from_secs(300);
     loop {
         thread::sleep(Duration::from_secs(1));
         match testbed.status(SiteName::A, guest) {

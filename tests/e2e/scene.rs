@@ -14,7 +14,7 @@ const POLICY: &str = "[site]\nkernel_directories = [\"/\"]\ndisk_directories = [
                       default_bridge = \"xenbr0\"\n";
 
 /// How long what a broken move left behind may take to be cleared away.
-const CLEARED: Duration = Duration::from_secs(120);
+const CLEARED: Duration = Duration::from_secs(300);
 
 /// How many testbeds stay up for the tests to come: one for each hypervisor.
 const WAITING: usize = 2;
@@ -265,7 +265,7 @@ pub fn hold_at(
         .spawn()
         .unwrap();
     let said = || site.run("cat /tmp/vmshadow-out").unwrap_or_default();
-    let deadline = Instant::now() + Duration::from_secs(120);
+    let deadline = Instant::now() + Duration::from_secs(300);
     let worker = loop {
         let worker = testbed
             .site(side)

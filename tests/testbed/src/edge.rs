@@ -36,7 +36,7 @@ const SITE_PORTS: u16 = 20_000;
 const CONFIGURATION: &str = "/etc/netproxy.toml";
 
 /// How long the proxy may take to start, in emulation.
-const START: Duration = Duration::from_secs(30);
+const START: Duration = Duration::from_secs(120);
 
 /// A netproxy at site a, and the sites' own networks.
 pub struct Edge;

@@ -41,9 +41,9 @@ cd /
 "#;
 
 /// How long a site may take to boot. Most take 20 s; a loaded machine, more.
-const BOOT: Duration = Duration::from_secs(300);
+const BOOT: Duration = Duration::from_secs(600);
 /// How long a guest may take to boot.
-const GUEST_BOOT: Duration = Duration::from_secs(180);
+const GUEST_BOOT: Duration = Duration::from_secs(360);
 /// How often to try what another program may come between.
 const ATTEMPTS: u32 = 5;
 
