@@ -22,6 +22,11 @@ E2E := VMSHADOW_DEB='$(DEB)' VMSHADOW_ORACLE='$(abspath $(TARGET))/release/examp
 # Some of them only: make test ONLY='refused oracle'
 ONLY ?=
 
+# Of the proxy's tests in network namespaces, those that take a minute together.
+RETARGET := one_stream_survives_one_move one_socket_is_made_anew_over_ipv6 a_thousand_connections \
+	one_that_can_not_be_moved killed_in_the_middle lost_packets_at_the_release detours:: \
+	a_smaller_path_mtu a_guest_that_is_routed clients_who_come_or_go steps_out_of_order
+
 SCRIPTS := .ci/run packaging/build-deb packaging/deb/postinst packaging/deb/prerm \
 	packaging/deb/postrm $(wildcard tests/testbed/install-packages)
 
@@ -64,6 +69,7 @@ unit: packages
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	$(CARGO) test $(WORKSPACE) --exclude netproxy --locked
 	$(CARGO) test -p netproxy --locked --lib --test loopback --test upgrade
+	$(CARGO) test -p netproxy --locked --test namespaces -- --test-threads=1 $(RETARGET)
 	$(CARGO) test -p netproxy --locked --doc
 
 bench-xl: deb
