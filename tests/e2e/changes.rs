@@ -56,6 +56,7 @@ fn ballooned_on_the_way_with_log_dirty() {
 }
 
 #[test]
+#[ignore = "minutes: make test-full"]
 fn ballooned_on_the_way_with_scan() {
     ballooned_on_the_way(with(Hypervisor::Security), &[88, 136]);
 }
