@@ -20,16 +20,12 @@ use std::time::{Duration, Instant};
 use crate::arrival::Arrival;
 use crate::codec::BatchDecoder;
 use crate::digest::{Digester, MemoryDigest};
-use crate::directories::Directories;
 use crate::error::{Error, Result, chain};
 use crate::guest::Destination;
 use crate::guest::xen::stream::state::GuestState;
-use crate::handover::guardian::Guardian;
 use crate::handover::journal::{Journal, Outcome, Phase};
-use crate::handover::lock::GuestLock;
 use crate::hold::hold;
 use crate::image::Image;
-use crate::keeper;
 use crate::link::Conversation;
 use crate::report::rounded;
 use crate::wire::{
@@ -48,12 +44,8 @@ const GREETING: Duration = Duration::from_secs(60);
 pub struct Prepared {
     /// The guest to be.
     pub guest: Box<dyn Destination>,
-    /// Held until the move has ended here: nobody else settles it meanwhile.
-    pub lock: GuestLock,
     /// The journal, begun.
     pub journal: Journal,
-    /// Outlives us.
-    pub guardian: Guardian,
     /// Where the memory goes.
     pub image: Image,
     /// Made from the offer's key.
@@ -64,6 +56,11 @@ pub struct Prepared {
     pub warnings: Vec<String>,
     /// What this site is called at the edge that keeps the guest's connections.
     pub edge_site: Option<String>,
+    /// Starts what takes the place of `xl`'s monitor: called once the guest runs here.
+    pub keep: Box<dyn FnMut() -> Result<()>>,
+    /// Called last, however the move ended: gives the guest's lock back, which keeps others from
+    /// settling the move meanwhile, and lets the guardian look at the journal.
+    pub ended: Box<dyn FnOnce()>,
 }
 
 /// Says whether this site takes a guest, and prepares for it: checks, journal, guardian, image.
@@ -73,11 +70,7 @@ pub type Prepare<'a> = dyn FnMut(&Offer) -> Result<Prepared> + 'a;
 ///
 /// # Errors
 /// Whatever failed; then nothing of the guest is left here, or the journal says what is.
-pub fn run(
-    directories: &Directories,
-    mut peer: Conversation,
-    prepare: &mut Prepare<'_>,
-) -> Result<()> {
+pub fn run(mut peer: Conversation, prepare: &mut Prepare<'_>) -> Result<()> {
     let accepted = peer
         .greet(Instant::now() + GREETING)
         .and_then(|_| receive_offer(&mut peer))
@@ -93,7 +86,7 @@ pub fn run(
             peer.close();
             Err(error)
         }
-        Ok((offer, prepared)) => Receiving::new(directories, peer, *offer, prepared).run(),
+        Ok((offer, prepared)) => Receiving::new(peer, *offer, prepared).run(),
     }
 }
 
@@ -109,13 +102,10 @@ fn receive_offer(peer: &mut Conversation) -> Result<Box<Offer>> {
     }
 }
 
-struct Receiving<'a> {
-    directories: &'a Directories,
+struct Receiving {
     peer: Conversation,
     guest: Box<dyn Destination>,
-    lock: Option<GuestLock>,
     journal: Journal,
-    guardian: Option<Guardian>,
     image: Arc<Mutex<Image>>,
     digester: Digester,
     offer: Offer,
@@ -126,6 +116,8 @@ struct Receiving<'a> {
     vanished: bool,
     /// The journal may say that the guest is ours.
     owning: bool,
+    keep: Box<dyn FnMut() -> Result<()>>,
+    ended: Box<dyn FnOnce()>,
 }
 
 /// What the source says of the suspended guest.
@@ -134,25 +126,17 @@ struct Last {
     digest: MemoryDigest,
 }
 
-impl<'a> Receiving<'a> {
-    fn new(
-        directories: &'a Directories,
-        peer: Conversation,
-        offer: Offer,
-        prepared: Prepared,
-    ) -> Self {
+impl Receiving {
+    fn new(peer: Conversation, offer: Offer, prepared: Prepared) -> Self {
         let warnings = prepared
             .warnings
             .iter()
             .map(|warning| Text::new(warning))
             .collect();
         Receiving {
-            directories,
             peer,
             guest: prepared.guest,
-            lock: Some(prepared.lock),
             journal: prepared.journal,
-            guardian: Some(prepared.guardian),
             image: Arc::new(Mutex::new(prepared.image)),
             digester: prepared.digester,
             offer,
@@ -166,6 +150,8 @@ impl<'a> Receiving<'a> {
             arrival: Arrival::default(),
             vanished: false,
             owning: false,
+            keep: prepared.keep,
+            ended: prepared.ended,
         }
     }
 
@@ -181,11 +167,7 @@ impl<'a> Receiving<'a> {
             other => other,
         };
         self.peer.close();
-        self.lock = None;
-        // The guardian finds the end in the journal, or what is left to do.
-        if let Some(guardian) = self.guardian.take() {
-            guardian.finish();
-        }
+        (self.ended)();
         result
     }
 
@@ -358,8 +340,7 @@ impl<'a> Receiving<'a> {
         }
         self.journal.reach(Phase::Running)?;
         hold("running");
-        let begin = &self.journal.entry().begin;
-        keeper::start(self.directories, &begin.name, &begin.uuid)?;
+        (self.keep)()?;
         lock(&self.image)?.remove()?;
         self.journal.end(Outcome::Moved)
     }

@@ -29,6 +29,7 @@ use crate::handover::journal::{self, Begin, JOURNAL_VERSION, Journal, Role};
 use crate::handover::lock::GuestLock;
 use crate::handover::recovery::{self, incoming_name};
 use crate::image::Image;
+use crate::keeper;
 use crate::link::{Conversation, Link};
 use crate::wire::{GuestKind, Offer, Role as WireRole, Text, XenVersion};
 
@@ -60,7 +61,7 @@ pub fn receive(
         writer: Box::new(io::stdout()),
     };
     let conversation = Conversation::start(&peer, link, WireRole::Destination, None, cancel);
-    let result = run(directories, conversation, &mut |offer| match &missing {
+    let result = run(conversation, &mut |offer| match &missing {
         Some(missing) => Err(Error::Refused(missing.clone())),
         None => prepare(directories, policy, expect, &peer, offer),
     });
@@ -138,16 +139,21 @@ fn prepare(
         },
         digester.clone(),
     )?;
+    let (directories, name, uuid) = (directories.clone(), offer.name.clone(), offer.uuid.clone());
     Ok(Prepared {
         guest: Box::new(guest),
-        lock,
         journal,
-        guardian,
         image,
         digester,
         xen,
         warnings,
         edge_site,
+        keep: Box::new(move || keeper::start(&directories, &name, &uuid)),
+        ended: Box::new(move || {
+            drop(lock);
+            // It finds the end in the journal, or what is left to do.
+            guardian.finish();
+        }),
     })
 }
 

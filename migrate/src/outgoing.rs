@@ -25,6 +25,7 @@ use crate::handover::guardian::Guardian;
 use crate::handover::journal::{self, Begin, JOURNAL_VERSION, Journal, Outcome, Role};
 use crate::handover::lock::GuestLock;
 use crate::handover::recovery;
+use crate::keeper;
 use crate::link::Conversation;
 use crate::link::ssh::Remote;
 use crate::report::{Observer, Report, TrackerKind};
@@ -229,9 +230,9 @@ fn prepare_and_move(
         cancel,
     );
     let mut unchanged = || layout.unchanged(&host, domid);
+    let mut keep = || keeper::start(directories, &name, &uuid);
     let (report, result) = run(
         Move {
-            directories,
             guest: &mut guest,
             digester,
             journal,
@@ -240,6 +241,8 @@ fn prepare_and_move(
             connections,
             plan: request.plan.clone(),
             unchanged: &mut unchanged,
+            keep: &mut keep,
+            ask: &mut recovery::ask,
         },
         offer,
     );

@@ -18,14 +18,12 @@ use std::time::{Duration, Instant};
 use crate::codec::AdaptiveEncoder;
 use crate::connections::Connections;
 use crate::digest::{Digester, MemoryDigest};
-use crate::directories::Directories;
 use crate::error::{Error, Result, chain};
 use crate::guest::{Batch, Found, Moment, Source};
-use crate::handover::journal::{Journal, Outcome, Phase};
-use crate::handover::recovery::{self, Owner};
+use crate::handover::journal::{Entry, Journal, Outcome, Phase};
+use crate::handover::recovery::Owner;
 use crate::held::{HOT_BYTES, Held};
 use crate::hold::hold;
-use crate::keeper;
 use crate::link::{Conversation, Received};
 use crate::pages::{PAGE_SIZE, PageSet};
 use crate::report::{
@@ -79,8 +77,6 @@ pub struct Plan {
 
 /// All that a move needs.
 pub struct Move<'a> {
-    /// This host's directories.
-    pub directories: &'a Directories,
     /// The guest.
     pub guest: &'a mut dyn Source,
     /// Makes the guest's digests.
@@ -97,6 +93,11 @@ pub struct Move<'a> {
     pub plan: Plan,
     /// Checks, right before and after the suspend, that the guest still is what was offered.
     pub unchanged: &'a mut dyn FnMut() -> Result<()>,
+    /// Starts what takes the place of `xl`'s monitor: called where the guest goes on here after it
+    /// was suspended.
+    pub keep: &'a mut dyn FnMut() -> Result<()>,
+    /// Asks the destination who owns the guest: called where a commit was left without an answer.
+    pub ask: &'a mut dyn FnMut(&Entry) -> Result<Owner>,
 }
 
 struct Session<'a> {
@@ -594,8 +595,7 @@ impl<'a> Session<'a> {
     /// then.
     fn go_on(&mut self) -> Result<()> {
         if self.go.guest.end_suspend()? {
-            let facts = self.go.guest.facts();
-            let kept = keeper::start(self.go.directories, &facts.name, &facts.uuid);
+            let kept = (self.go.keep)();
             self.go.guest.resume()?;
             kept?;
         }
@@ -609,7 +609,7 @@ impl<'a> Session<'a> {
         self.go.peer.close();
         let started = Instant::now();
         loop {
-            match recovery::ask(self.go.journal.entry()) {
+            match (self.go.ask)(self.go.journal.entry()) {
                 Ok(Owner::Destination) => {
                     self.lead_connections();
                     self.clean_up_after_move();
