@@ -28,6 +28,9 @@ const MIGRATE_HELP: &str = "Examples:
 Ctrl-C gives the move up, and the guest goes on at this host. Once the guest is
 handed over to HOST the move is finished instead.";
 
+const SET_HELP: &str = "Example:
+  vmshadow set g1 bandwidth=20M downtime=500";
+
 const RESOLVE_HELP: &str = "Without --decree nothing is guessed: where only the other host knows \
 who has the
 guest it is asked, and while it can't be reached the move stays open. Run this
@@ -47,6 +50,13 @@ pub enum Command {
     /// Move a running guest to another host
     #[command(after_help = MIGRATE_HELP)]
     Migrate(Migrate),
+    /// Show the moves that are at work on this host
+    Status(Status),
+    /// Give a move up that is at work on this host; the guest goes on where it was
+    Cancel(Cancel),
+    /// Change the limits of a move while it runs
+    #[command(after_help = SET_HELP)]
+    Set(Set),
     /// Settle a move that a lost link or a killed process left open
     #[command(after_help = RESOLVE_HELP)]
     Resolve(Resolve),
@@ -129,6 +139,48 @@ pub struct Migrate {
     /// it begins
     #[arg(long, value_name = "FILE")]
     pub report: Option<PathBuf>,
+}
+
+/// `vmshadow status`
+#[derive(Debug, Args)]
+pub struct Status {
+    /// The guest: its name or, where it leaves, its domain id; all of them if none
+    pub domain: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `vmshadow cancel`
+#[derive(Debug, Args)]
+pub struct Cancel {
+    /// The guest: its name or, where it leaves, its domain id
+    pub domain: String,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `vmshadow set`
+#[derive(Debug, Args)]
+pub struct Set {
+    /// The guest: its name or, where it leaves, its domain id
+    pub domain: String,
+    /// bandwidth=RATE, in bits a second as for migrate, or bandwidth=none; downtime=MS
+    #[arg(required = true, value_name = "SETTING", value_parser = parse_setting)]
+    pub settings: Vec<Setting>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// One limit of a move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Setting {
+    /// Bytes a second; none for no limit.
+    Bandwidth(Option<u64>),
+    /// Milliseconds.
+    Downtime(u64),
 }
 
 /// How another host is reached.
@@ -246,6 +298,19 @@ pub struct Guard {
 pub struct Keeper {
     /// The guest's UUID
     pub uuid: String,
+}
+
+/// `NAME=VALUE` of a limit.
+fn parse_setting(text: &str) -> Result<Setting, String> {
+    match text.split_once('=') {
+        Some(("bandwidth", "none")) => Ok(Setting::Bandwidth(None)),
+        Some(("bandwidth", rate)) => parse_rate(rate).map(|rate| Setting::Bandwidth(Some(rate))),
+        Some(("downtime", time)) => time
+            .parse()
+            .map(Setting::Downtime)
+            .map_err(|_| format!("{time:?} is no number of milliseconds")),
+        _ => Err("expected bandwidth=RATE, bandwidth=none or downtime=MS".into()),
+    }
 }
 
 /// Bytes a second of a rate in bits a second with a suffix.

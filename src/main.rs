@@ -10,6 +10,7 @@ macro_rules! tell {
     ($($text:tt)*) => { $crate::output::tell(format_args!($($text)*)) };
 }
 
+mod cancel;
 mod check;
 mod cli;
 mod edge;
@@ -22,6 +23,8 @@ mod proxy;
 mod receive;
 mod report_file;
 mod resolve;
+mod set;
+mod status;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -50,6 +53,9 @@ fn main() -> ExitCode {
         Command::Check(options) => return check::run(options),
         Command::List(options) => list::run(options),
         Command::Migrate(options) => migrate::run(options, &directories),
+        Command::Status(options) => status::run(options, &directories),
+        Command::Cancel(options) => cancel::run(options, &directories),
+        Command::Set(options) => set::run(options, &directories),
         Command::Resolve(options) => resolve::run(options, &directories),
         Command::Proxy(options) => proxy::run(options, &directories),
         Command::Receive(options) => receive::run(options, &directories),

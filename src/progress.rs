@@ -7,7 +7,9 @@ use std::io::{IsTerminal, stderr};
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
+use migrate::pages::PAGE_SIZE;
 use migrate::report::{Observer, Progress, Report};
+use migrate::rounds::Outlook;
 
 /// The observer that fits where we write to. Progress goes to standard error; `quiet` leaves only
 /// warnings.
@@ -67,8 +69,6 @@ impl Observer for Lines {
 
 struct Terminal {
     bar: ProgressBar,
-    started: Instant,
-    round: u32,
 }
 
 impl Terminal {
@@ -79,11 +79,7 @@ impl Terminal {
             bar.set_style(style);
         }
         bar.enable_steady_tick(Duration::from_millis(200));
-        Terminal {
-            bar,
-            started: Instant::now(),
-            round: 0,
-        }
+        Terminal { bar }
     }
 }
 
@@ -97,22 +93,11 @@ impl Observer for Terminal {
                 done,
                 total,
                 wire_bytes,
-                rate,
+                outlook,
             } => {
-                if round != self.round {
-                    self.round = round;
-                    self.started = Instant::now();
-                }
                 self.bar.set_length(total);
                 self.bar.set_position(done);
-                let spent = self.started.elapsed();
-                let rest = spent.mul_f64(total.saturating_sub(done) as f64 / done.max(1) as f64);
-                self.bar.set_message(format!(
-                    "round {round}  {}  {}/s  {} left",
-                    HumanBytes(wire_bytes),
-                    HumanBytes(rate as u64),
-                    HumanDuration(rest),
-                ));
+                self.bar.set_message(line(round, wire_bytes, &outlook));
             }
             Progress::Round { .. } => {}
         }
@@ -123,6 +108,28 @@ impl Drop for Terminal {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
     }
+}
+
+/// What the line on the terminal says of a round: as far as it is known.
+fn line(round: u32, wire_bytes: u64, outlook: &Outlook) -> String {
+    let mut parts = vec![format!("round {round}"), HumanBytes(wire_bytes).to_string()];
+    if let Some(rate) = outlook.rate {
+        parts.push(format!("{}/s", HumanBytes(rate as u64)));
+    }
+    let memory = |pages: f64| HumanBytes((pages * PAGE_SIZE as f64) as u64);
+    if let Some(dirty) = outlook.dirty {
+        parts.push(format!("{}/s change", memory(dirty)));
+    }
+    if let Some(left) = outlook.left {
+        parts.push(format!("{} to look at", memory(left as f64)));
+    }
+    if let Some(rest) = outlook.rest {
+        parts.push(format!("{} left", HumanDuration(rest)));
+    }
+    if let Some(downtime) = outlook.downtime {
+        parts.push(format!("silence {:.1} s", downtime.as_secs_f64()));
+    }
+    parts.join("  ")
 }
 
 /// A finished move in a few lines.
@@ -158,4 +165,26 @@ pub fn summary(report: &Report) -> String {
         text.push_str("  verified: all memory compared at both hosts\n");
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_line_says_what_is_known() {
+        assert_eq!(line(1, 2 << 20, &Outlook::default()), "round 1  2.00 MiB");
+        let outlook = Outlook {
+            rate: Some(1e6),
+            dirty: Some(256.0),
+            left: Some(512),
+            rest: Some(Duration::from_secs(8)),
+            downtime: Some(Duration::from_millis(730)),
+        };
+        assert_eq!(
+            line(2, 3 << 20, &outlook),
+            "round 2  3.00 MiB  976.56 KiB/s  1.00 MiB/s change  2.00 MiB to look at  \
+             8 seconds left  silence 0.7 s"
+        );
+    }
 }

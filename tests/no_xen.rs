@@ -173,6 +173,9 @@ fn nothing_else_works_and_each_says_why() {
         assert!(!said(&output).contains("runs here"), "{output:?}");
     }
     assert!(!report.exists());
+    machine.says(&["status"], 0, &["No move is at work"]);
+    machine.says(&["cancel", "g1"], 1, &["No move of g1"]);
+    machine.says(&["set", "g1", "downtime=50"], 1, &["No move of g1"]);
     let unknown = ["receive", "--ask", "00000000-0000-4000-8000-000000000000"];
     machine.says(&unknown, 0, &["unknown"]);
     machine.says(&["receive", "--ask", "../../etc/passwd"], 1, &["no id"]);
@@ -311,6 +314,10 @@ fn bad_usage_is_told_before_anything_happens() {
         &["migrate", "g1", "b", "--nonsense"],
         &["resolve"],
         &["resolve", "--all", "g1"],
+        &["cancel"],
+        &["set", "g1"],
+        &["set", "g1", "bandwidth=9k"],
+        &["set", "g1", "downtime=long"],
         &["nonsense"],
     ] {
         machine.says(arguments, 2, &["--help"]);
@@ -337,7 +344,9 @@ fn version_and_help_need_nothing() {
     };
     machine.says(&["--version"], 0, &[env!("CARGO_PKG_VERSION")]);
     machine.says(&["help", "migrate"], 0, &["--downtime", "--bandwidth"]);
-    for subcommand in ["check", "list", "migrate", "resolve"] {
+    for subcommand in [
+        "check", "list", "migrate", "status", "cancel", "set", "resolve",
+    ] {
         machine.says(&["--help"], 0, &[subcommand]);
         machine.says(&[subcommand, "--help"], 0, &["Usage: vmshadow"]);
     }

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use crate::arrival::Arrival;
 use crate::codec::BatchDecoder;
+use crate::control::Shared;
 use crate::digest::{Digester, MemoryDigest};
 use crate::error::{Error, Result, chain};
 use crate::guest::Destination;
@@ -27,7 +28,8 @@ use crate::handover::journal::{Journal, Outcome, Phase};
 use crate::hold::hold;
 use crate::image::Image;
 use crate::link::Conversation;
-use crate::report::rounded;
+use crate::report::{Progress, rounded};
+use crate::rounds::{Meter, Outlook};
 use crate::wire::{
     Acceptance, Message, Offer, Part, Readiness, Refusal, RefusalCode, Text, ToDestination,
     ToSource, XenVersion,
@@ -61,6 +63,8 @@ pub struct Prepared {
     /// Called last, however the move ended: gives the guest's lock back, which keeps others from
     /// settling the move meanwhile, and lets the guardian look at the journal.
     pub ended: Box<dyn FnOnce()>,
+    /// Who watches it, and may give it up.
+    pub control: Shared,
 }
 
 /// Says whether this site takes a guest, and prepares for it: checks, journal, guardian, image.
@@ -112,6 +116,8 @@ struct Receiving {
     acceptance: Acceptance,
     decoder: BatchDecoder,
     arrival: Arrival,
+    control: Shared,
+    meter: Meter,
     /// A page became a hole in this round.
     vanished: bool,
     /// The journal may say that the guest is ours.
@@ -148,6 +154,8 @@ impl Receiving {
             },
             decoder: BatchDecoder::new(),
             arrival: Arrival::default(),
+            control: prepared.control,
+            meter: Meter::default(),
             vanished: false,
             owning: false,
             keep: prepared.keep,
@@ -171,12 +179,18 @@ impl Receiving {
         result
     }
 
+    fn phase(&self, name: &'static str) {
+        self.control.note(&Progress::Phase(name));
+    }
+
     fn receive_guest(&mut self) -> Result<()> {
+        self.phase("accepting");
         hold("accepting");
         self.guest
             .start(Arc::clone(&self.image), self.offer.static_data())?;
         self.peer
             .send(&ToSource::Accept(Box::new(self.acceptance.clone())))?;
+        self.phase("receiving");
         let last = self.receive_pages()?;
         self.restore(last)?;
         self.wait_for_commit()?;
@@ -186,6 +200,7 @@ impl Receiving {
     fn receive_pages(&mut self) -> Result<Last> {
         let mut state = None;
         let mut pages_here = 0;
+        let mut number = 1;
         loop {
             let received = self.peer.receive(Instant::now() + PATIENCE)?;
             match (ToDestination::decode(received.frame())?, &state) {
@@ -211,6 +226,7 @@ impl Receiving {
                         hold("receiving");
                     }
                     pages_here += self.store(batch)?;
+                    self.received(number, pages_here);
                 }
                 (ToDestination::RoundEnd { round, last, .. }, None) => {
                     let vanished = std::mem::take(&mut self.vanished);
@@ -224,6 +240,7 @@ impl Receiving {
                         })?;
                     }
                     pages_here = 0;
+                    number = round.saturating_add(1);
                 }
                 (ToDestination::State(given), None) => state = Some(*given),
                 (ToDestination::Final(digest), Some(_)) => {
@@ -233,6 +250,22 @@ impl Receiving {
                 (other, _) => return Err(unexpected(&self.peer, &other)),
             }
         }
+    }
+
+    /// Shows how far it is.
+    fn received(&mut self, round: u32, pages: u64) {
+        let (_, wire_bytes) = self.peer.bytes();
+        self.meter.note(Instant::now(), wire_bytes);
+        self.control.note(&Progress::Pages {
+            round,
+            done: pages,
+            total: pages,
+            wire_bytes,
+            outlook: Outlook {
+                rate: self.meter.rate(),
+                ..Outlook::default()
+            },
+        });
     }
 
     /// Puts a batch into the image; how many pages it had.
@@ -277,6 +310,7 @@ impl Receiving {
     }
 
     fn restore(&mut self, last: Last) -> Result<()> {
+        self.phase("restoring");
         let started = Instant::now();
         self.guest.complete(last.state)?;
         let digest = lock(&self.image)?.table().digest(&self.digester);
@@ -316,6 +350,7 @@ impl Receiving {
     }
 
     fn wait_for_commit(&mut self) -> Result<()> {
+        self.phase("waiting for the commit");
         hold("ready");
         let received = self.peer.receive(Instant::now() + PATIENCE)?;
         match ToDestination::decode(received.frame())? {
@@ -326,6 +361,10 @@ impl Receiving {
 
     fn take_over(&mut self) -> Result<()> {
         hold("commit-received");
+        if !self.control.commit() {
+            return Err(Error::Cancelled);
+        }
+        self.phase("taking over");
         self.peer.ignore_cancel();
         self.guest.confirm()?;
         // From here on the guest is ours, whatever happens to us or to the link.

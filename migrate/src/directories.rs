@@ -5,6 +5,7 @@
 //! /var/lib/vmshadow/incoming/<move>.memory   a guest's memory as it arrives
 //! /run/vmshadow/<uuid>.lock                  one worker a guest
 //! /run/vmshadow/<uuid>.keeper                one keeper a guest
+//! /run/vmshadow/control/<move>.<role>        where a worker can be asked
 //! /var/log/vmshadow/<name>.log               what guardians and keepers did
 //! ```
 
@@ -54,6 +55,11 @@ impl Directories {
     /// Where a guest's memory is while it arrives.
     pub fn incoming(&self) -> PathBuf {
         self.state.join("incoming")
+    }
+
+    /// Where workers listen for status, cancel and set.
+    pub fn control(&self) -> PathBuf {
+        self.runtime.join("control")
     }
 
     /// Makes what is missing, readable by root only: what is kept here is guests' memory.

@@ -99,6 +99,14 @@ pub enum Error {
     /// Another process works on the same guest.
     #[error("{0}")]
     Busy(String),
+    /// A worker can't be controlled.
+    #[error("The worker of move {name} can't be asked: {reason}")]
+    Control {
+        /// The move.
+        name: String,
+        /// What was seen of it.
+        reason: String,
+    },
     /// The time that the operator gave is over.
     #[error("The guest changes too fast, or the link is too slow: {0}")]
     TimedOut(String),

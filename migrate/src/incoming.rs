@@ -18,6 +18,7 @@ use xen_sys::ctl::{CpuPolicy, GuestKind as CpuKind};
 
 use crate::configuration::{SitePolicy, accept};
 use crate::connections::{Expect, Expected};
+use crate::control::{self, Ended, Server, Shared};
 use crate::destination::{Prepared, run};
 use crate::digest::Digester;
 use crate::directories::Directories;
@@ -30,7 +31,8 @@ use crate::handover::lock::GuestLock;
 use crate::handover::recovery::{self, incoming_name};
 use crate::image::Image;
 use crate::keeper;
-use crate::link::{Conversation, Link};
+use crate::link::{Conversation, Link, Rate};
+use crate::pages::PAGE_SIZE;
 use crate::wire::{GuestKind, Offer, Role as WireRole, Text, XenVersion};
 
 /// How long whoever settles an earlier move of the guest may hold its lock.
@@ -60,15 +62,56 @@ pub fn receive(
         reader: Box::new(io::stdin()),
         writer: Box::new(io::stdout()),
     };
-    let conversation = Conversation::start(&peer, link, WireRole::Destination, None, cancel);
+    let rate = Rate::default();
+    let stop = Arc::clone(&cancel);
+    let conversation =
+        Conversation::start(&peer, link, WireRole::Destination, rate.clone(), cancel);
+    let mut server = None;
     let result = run(conversation, &mut |offer| match &missing {
         Some(missing) => Err(Error::Refused(missing.clone())),
-        None => prepare(directories, policy, expect, &peer, offer),
+        None => {
+            let control = control(&peer, offer, rate.clone(), Arc::clone(&stop));
+            prepare(
+                directories,
+                policy,
+                expect,
+                &peer,
+                offer,
+                control,
+                &mut server,
+            )
+        }
     });
+    if let Some(server) = server {
+        let name = &server.shared().facts().domain;
+        let what = match &result {
+            Ok(()) => format!("{name} runs here"),
+            Err(error) => format!("{name} did not come, and {peer} has it: {}", chain(error)),
+        };
+        server.end(Ended::of(&result, what));
+    }
     match (result, missing) {
         (Err(_), Some(missing)) => Err(Error::Refused(missing)),
         (result, _) => result,
     }
+}
+
+/// How a guest's arrival is watched, and given up.
+fn control(peer: &str, offer: &Offer, rate: Rate, cancel: Arc<AtomicBool>) -> Shared {
+    Shared::new(
+        control::Facts {
+            role: Role::Destination,
+            move_id: offer.move_id.to_string(),
+            domain: offer.name.clone(),
+            uuid: offer.uuid.clone(),
+            domid: None,
+            peer: peer.to_owned(),
+            guest_bytes: offer.populated_pages * PAGE_SIZE as u64,
+        },
+        rate,
+        Duration::ZERO,
+        cancel,
+    )
 }
 
 fn prepare(
@@ -77,6 +120,8 @@ fn prepare(
     expect: &mut Expect<'_>,
     peer: &str,
     offer: &Offer,
+    control: Shared,
+    server: &mut Option<Server>,
 ) -> Result<Prepared> {
     if offer.kind != GuestKind::Pv {
         return Err(Error::Refused("Only PV guests can be taken".into()));
@@ -122,6 +167,7 @@ fn prepare(
         },
     )?;
     let guardian = Guardian::start(directories, &journal.entry().path, &offer.name)?;
+    *server = Some(Server::start(directories, control.clone())?);
     let edge_site = expect(Expected {
         name: &offer.name,
         uuid: &offer.uuid,
@@ -154,6 +200,7 @@ fn prepare(
             // It finds the end in the journal, or what is left to do.
             guardian.finish();
         }),
+        control,
     })
 }
 

@@ -20,6 +20,7 @@ mod bytes;
 pub mod codec;
 pub mod configuration;
 pub mod connections;
+pub mod control;
 pub mod destination;
 pub mod digest;
 pub mod directories;

@@ -14,6 +14,7 @@ use xen_sys::DomId;
 use xen_sys::ctl::ShutdownReason;
 
 use crate::connections::Connections;
+use crate::control::{self, Ended, Server, Shared, Watched};
 use crate::digest::{DigestKey, Digester};
 use crate::directories::Directories;
 use crate::error::{Error, IoContext, Result, chain};
@@ -26,8 +27,9 @@ use crate::handover::journal::{self, Begin, JOURNAL_VERSION, Journal, Outcome, R
 use crate::handover::lock::GuestLock;
 use crate::handover::recovery;
 use crate::keeper;
-use crate::link::Conversation;
 use crate::link::ssh::Remote;
+use crate::link::{Conversation, Rate};
+use crate::pages::PAGE_SIZE;
 use crate::report::{Observer, Report, TrackerKind};
 use crate::source::{Move, Plan, run};
 use crate::wire::{
@@ -212,9 +214,26 @@ fn prepare_and_move(
             boot_id: journal::boot_id(),
         },
     )?;
-    let begun = Guardian::start(directories, &journal.entry().path, &name)
-        .and_then(|guardian| Ok((guardian, request.remote.connect()?)));
-    let (guardian, (link, mut session)) = match begun {
+    let rate = Rate::new(request.rate);
+    let control = Shared::new(
+        control::Facts {
+            role: Role::Source,
+            move_id: move_id.to_string(),
+            domain: name.clone(),
+            uuid: uuid.clone(),
+            domid: Some(domid.get()),
+            peer: request.remote.host.clone(),
+            guest_bytes: guest.populated() * PAGE_SIZE as u64,
+        },
+        rate.clone(),
+        request.plan.limits.downtime,
+        Arc::clone(&cancel),
+    );
+    let begun = Server::start(directories, control.clone()).and_then(|server| {
+        let guardian = Guardian::start(directories, &journal.entry().path, &name)?;
+        Ok((server, guardian, request.remote.connect()?))
+    });
+    let (server, guardian, (link, mut session)) = match begun {
         Ok(begun) => begun,
         Err(error) => {
             // Nothing was touched.
@@ -222,13 +241,11 @@ fn prepare_and_move(
             return Err(error);
         }
     };
-    let peer = Conversation::start(
-        &request.remote.host,
-        link,
-        WireRole::Source,
-        request.rate,
-        cancel,
-    );
+    let peer = Conversation::start(&request.remote.host, link, WireRole::Source, rate, cancel);
+    let mut observer = Watched {
+        observer,
+        shared: control.clone(),
+    };
     let mut unchanged = || layout.unchanged(&host, domid);
     let mut keep = || keeper::start(directories, &name, &uuid);
     let (report, result) = run(
@@ -237,9 +254,10 @@ fn prepare_and_move(
             digester,
             journal,
             peer,
-            observer,
+            observer: &mut observer,
             connections,
             plan: request.plan.clone(),
+            control: control.clone(),
             unchanged: &mut unchanged,
             keep: &mut keep,
             ask: &mut recovery::ask,
@@ -265,11 +283,25 @@ fn prepare_and_move(
     }
     session.finish(Duration::from_secs(10));
     let left = result.as_ref().err().map(|_| look(&host, &uuid));
+    server.end(ended(&name, &request.remote.host, &result, left));
     Ok(Moved {
         report: Some(report),
         result,
         left,
     })
+}
+
+/// What those hear who wait for the end of a move.
+fn ended(name: &str, peer: &str, result: &Result<()>, left: Option<Left>) -> Ended {
+    let what = match (result, left) {
+        (Ok(()), _) => format!("{name} has moved to {peer}"),
+        (Err(Error::InDoubt { .. }), _) => {
+            format!("{name} is suspended here and may run at {peer}: only {peer} knows")
+        }
+        (Err(error), Some(left)) => format!("{name} was not moved and {left}: {}", chain(error)),
+        (Err(error), None) => format!("{name} was not moved: {}", chain(error)),
+    };
+    Ended::of(result, what)
 }
 
 fn offer(

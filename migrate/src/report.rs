@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::codec::{Class, PagesByTechnique};
 use crate::connections::Kept;
-use crate::rounds::{Stop, seconds};
+use crate::rounds::{Outlook, Stop, seconds};
 
 /// How dirty pages are found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, serde::Deserialize)]
@@ -206,8 +206,8 @@ pub enum Progress {
         total: u64,
         /// Bytes written to the link since the start.
         wire_bytes: u64,
-        /// What the link took of late, bytes a second.
-        rate: f64,
+        /// What is known of what comes.
+        outlook: Outlook,
     },
     /// A round has ended.
     Round {

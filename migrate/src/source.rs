@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use crate::codec::AdaptiveEncoder;
 use crate::connections::Connections;
+use crate::control::Shared;
 use crate::digest::{Digester, MemoryDigest};
 use crate::error::{Error, Result, chain};
 use crate::guest::{Batch, Found, Moment, Source};
@@ -30,7 +31,7 @@ use crate::report::{
     Downtime, Link as LinkReport, Observer, Progress, REPORT_VERSION, Report, Round, Stopwatch,
     rounded,
 };
-use crate::rounds::{Limits, RoundFacts, decide};
+use crate::rounds::{FixedCost, Forecast, InRound, Limits, Meter, RoundFacts, decide};
 use crate::wire::{Message, Offer, Text, ToDestination, ToSource};
 
 /// Pages read, and so mapped, at once: the hypervisor's limit.
@@ -91,6 +92,8 @@ pub struct Move<'a> {
     pub connections: &'a mut dyn Connections,
     /// What the operator asked for.
     pub plan: Plan,
+    /// Who steers it while it runs.
+    pub control: Shared,
     /// Checks, right before and after the suspend, that the guest still is what was offered.
     pub unchanged: &'a mut dyn FnMut() -> Result<()>,
     /// Starts what takes the place of `xl`'s monitor: called where the guest goes on here after it
@@ -108,6 +111,8 @@ struct Session<'a> {
     dirty: PageSet,
     encoder: AdaptiveEncoder,
     history: Vec<RoundFacts>,
+    forecast: Forecast,
+    meter: Meter,
     suspend_started: Option<Instant>,
 }
 
@@ -175,6 +180,8 @@ impl<'a> Session<'a> {
             watch: Stopwatch::default(),
             report,
             history: Vec::new(),
+            forecast: Forecast::new(FixedCost::default()),
+            meter: Meter::default(),
             suspend_started: None,
         }
     }
@@ -242,6 +249,7 @@ impl<'a> Session<'a> {
         self.go.guest.next_dirty(&mut dirty, Moment::Live)?;
         // The first time everything is dirty, whatever a tracker knows.
         dirty.fill();
+        let mut asked = Instant::now();
         for number in 1.. {
             let started = Instant::now();
             let mut deferred = PageSet::new(dirty.pages());
@@ -249,6 +257,7 @@ impl<'a> Session<'a> {
             dirty = deferred;
             let before = dirty.len();
             self.go.guest.next_dirty(&mut dirty, Moment::Live)?;
+            let since = std::mem::replace(&mut asked, Instant::now()).elapsed();
             let scans = self.report.tracker == Some(crate::report::TrackerKind::Scan);
             let sent = round.sent();
             // A scan can't know what is dirty before it looks: expect as much as it found this
@@ -264,6 +273,12 @@ impl<'a> Session<'a> {
                 round,
                 left,
             });
+            self.forecast.sent(number == 1, sent, round.took);
+            match (scans, number) {
+                (false, _) => self.forecast.dirtied(dirty.len() - before, since),
+                (true, 1) => {}
+                (true, _) => self.forecast.dirtied(sent, since),
+            }
             let wire_bytes = round.wire_bytes;
             self.history.push(RoundFacts {
                 sent,
@@ -276,7 +291,7 @@ impl<'a> Session<'a> {
                 self.report.link.mbit =
                     (round.wire_bytes as f64 * 8e-6 / seconds * 10.0).round() / 10.0;
             }
-            if let Some(stop) = decide(&self.history, &self.go.plan.limits) {
+            if let Some(stop) = decide(&self.history, &self.limits()) {
                 self.report.stop = Some(stop);
                 break;
             }
@@ -319,6 +334,7 @@ impl<'a> Session<'a> {
         let mut batch = Batch::default();
         let mut done = 0;
         while dirty.take_batch(&mut cursor, READ_BATCH, &mut pfns) > 0 {
+            self.check_cancelled()?;
             if moment == Moment::Live {
                 self.check_time(number, round.pages - done)?;
             }
@@ -352,14 +368,24 @@ impl<'a> Session<'a> {
                 self.encoder.waited(waiting.elapsed());
             }
             let wire_bytes = self.go.peer.bytes().0;
-            let rate =
-                (wire_bytes - bytes_before) as f64 / started.elapsed().as_secs_f64().max(1e-3);
+            self.meter.note(Instant::now(), wire_bytes);
+            let so_far = InRound {
+                number,
+                done,
+                left: round.pages - done,
+                next: deferred.len(),
+                spent: started.elapsed(),
+                pages: dirty.pages(),
+            };
+            let outlook = self
+                .forecast
+                .outlook(&so_far, &self.limits(), self.meter.rate());
             self.go.observer.notice(Progress::Pages {
                 round: number,
                 done,
                 total: round.pages,
                 wire_bytes,
-                rate,
+                outlook,
             });
         }
         round.deferred = deferred.len();
@@ -381,6 +407,24 @@ impl<'a> Session<'a> {
         Ok(round)
     }
 
+    /// The limits that hold now.
+    fn limits(&self) -> Limits {
+        Limits {
+            downtime: self.go.control.downtime(),
+            ..self.go.plan.limits.clone()
+        }
+    }
+
+    /// Fails once somebody has asked to give the move up: not all that takes its time is a wait
+    /// for the other site.
+    fn check_cancelled(&self) -> Result<()> {
+        if self.go.control.cancelled() {
+            Err(Error::Cancelled)
+        } else {
+            Ok(())
+        }
+    }
+
     /// Fails once the time that the operator gave is over.
     fn check_time(&self, round: u32, left: u64) -> Result<()> {
         let took = self.watch.total();
@@ -397,6 +441,7 @@ impl<'a> Session<'a> {
         (self.go.unchanged)()?;
         self.phase("suspending");
         hold("suspending");
+        self.check_cancelled()?;
         self.go.journal.reach(Phase::Suspending)?;
         let started = Instant::now();
         self.suspend_started = Some(started);
@@ -447,6 +492,7 @@ impl<'a> Session<'a> {
         let mut cursor = 0;
         let mut missed: Vec<u64> = Vec::new();
         while everything.take_batch(&mut cursor, READ_BATCH, &mut pfns) > 0 {
+            self.check_cancelled()?;
             batch.clear();
             self.go.guest.read(
                 &pfns,
@@ -505,6 +551,9 @@ impl<'a> Session<'a> {
         self.phase("handing over");
         hold("ready");
         // From here on only the destination's word lets the guest run here again.
+        if !self.go.control.commit() {
+            return Err(Error::Cancelled);
+        }
         self.go.peer.ignore_cancel();
         self.go.peer.set_deadline(None);
         self.go.journal.reach(Phase::Committed)?;

@@ -7,6 +7,7 @@
 
 mod broken;
 mod changes;
+mod control;
 mod desktop;
 mod edge;
 mod empty;

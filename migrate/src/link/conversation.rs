@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded};
 
 use super::sign_of_life::{LastHeard, Listening};
-use super::{Counted, HeldUp, Link, Pace};
+use super::{Counted, HeldUp, Link, Pace, Rate};
 use crate::codec::Sent;
 use crate::error::{Error, Result, chain};
 use crate::wire::{
@@ -102,15 +102,16 @@ struct Deadline {
 }
 
 impl Conversation {
-    /// Starts talking to `peer` over `link` as `role`, at most `rate` bytes a second. Waits end
-    /// with [`Error::Cancelled`] once `cancel` is set.
+    /// Starts talking to `peer` over `link` as `role`, at most `rate` bytes a second, which may
+    /// change on the way. Waits end with [`Error::Cancelled`] once `cancel` is set.
     pub fn start(
         peer: &str,
         link: Link,
         role: Role,
-        rate: Option<u64>,
+        rate: impl Into<Rate>,
         cancel: Arc<AtomicBool>,
     ) -> Self {
+        let rate = rate.into();
         let (outgoing, frames) = bounded::<Vec<u8>>(QUEUE);
         let (heard, incoming) = bounded(QUEUE);
         let last_heard = LastHeard::default();
@@ -385,7 +386,7 @@ fn write_frames(
     writer: &mut Counted<Box<dyn Write + Send>>,
     role: Role,
     frames: &Receiver<Vec<u8>>,
-    rate: Option<u64>,
+    rate: Rate,
     hurry: &AtomicBool,
     held_up: &HeldUp,
 ) -> std::result::Result<(), WireError> {
@@ -402,7 +403,11 @@ fn write_frames(
             Err(RecvTimeoutError::Timeout) => sign_of_life.clone(),
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
         };
-        for slice in frame.chunks(pace.slice()) {
+        let mut rest = frame.as_slice();
+        while !rest.is_empty() {
+            // Anew each time: another rate may hold by now.
+            let (slice, left) = rest.split_at(pace.slice().min(rest.len()));
+            rest = left;
             let _held_up = held_up.begin();
             writer.write_all(slice)?;
             writer.flush()?;

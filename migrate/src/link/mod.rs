@@ -10,7 +10,7 @@ mod sign_of_life;
 pub mod ssh;
 
 pub use conversation::{Conversation, Received, SILENCE};
-pub use pacing::{Counted, HeldUp, Pace};
+pub use pacing::{Counted, HeldUp, Pace, Rate};
 
 use std::io::{Read, Write};
 

@@ -71,21 +71,60 @@ impl Drop for Holding {
     }
 }
 
+/// How much may be sent a second, for all who send or change it: a change holds at once, also for
+/// a wait that has begun.
+#[derive(Debug, Clone, Default)]
+pub struct Rate(Arc<AtomicU64>);
+
+impl Rate {
+    /// At most `bytes` a second; `None` for no limit.
+    pub fn new(bytes: Option<u64>) -> Self {
+        let rate = Rate::default();
+        rate.set(bytes);
+        rate
+    }
+
+    /// From now on at most `bytes` a second; `None` for no limit.
+    pub fn set(&self, bytes: Option<u64>) {
+        let value = bytes.map_or(0, |bytes| bytes.max(1));
+        self.0.store(value, Ordering::Relaxed);
+    }
+
+    /// Bytes a second, if there is a limit.
+    pub fn get(&self) -> Option<u64> {
+        match self.0.load(Ordering::Relaxed) {
+            0 => None,
+            bytes => Some(bytes),
+        }
+    }
+}
+
+impl From<Option<u64>> for Rate {
+    fn from(bytes: Option<u64>) -> Self {
+        Rate::new(bytes)
+    }
+}
+
 /// Keeps a sender below a rate: each payment says how long to wait before the next.
 ///
 /// A token bucket that holds a tenth of a second's worth, so that a pause is not made up for by a
 /// burst. Long frames are written in slices, with a short pause after each: the peer keeps hearing
-/// something, and whoever is in a hurry never waits for a whole frame to be paid.
+/// something, and whoever is in a hurry never waits for a whole frame to be paid. What is owed is
+/// counted in bytes, so that it is paid at whatever rate holds when it is paid.
 #[derive(Debug)]
 pub struct Pace {
-    rate: Option<f64>,
-    paid_until: Instant,
+    rate: Rate,
+    /// The limit as it was when `owed` was counted.
+    limit: Option<f64>,
+    /// Bytes that were sent and are not paid yet; negative for what was saved.
+    owed: f64,
+    counted: Instant,
 }
 
 impl Pace {
     const BURST: Duration = Duration::from_millis(100);
 
-    /// The longest sleep at once, after which a hurry is looked for.
+    /// The longest sleep at once, after which a hurry, or another rate, is looked for.
     const NAP: Duration = Duration::from_millis(50);
 
     /// The shortest slice: smaller ones would be mostly headers of the layers below.
@@ -95,43 +134,60 @@ impl Pace {
     /// each, and must tell of the same bytes.
     const LONGEST: usize = 64 << 10;
 
-    /// At most `rate` bytes a second; `None` for no limit.
-    pub fn new(rate: Option<u64>) -> Self {
+    /// At most `rate`, whatever that is at the time.
+    pub fn new(rate: Rate) -> Self {
         Pace {
-            rate: rate.map(|rate| rate.max(1) as f64),
-            paid_until: Instant::now(),
+            limit: rate.get().map(|bytes| bytes as f64),
+            rate,
+            owed: 0.0,
+            counted: Instant::now(),
+        }
+    }
+
+    /// How long to wait at `now` for what is owed.
+    fn due(&mut self, now: Instant) -> Duration {
+        let passed = now.saturating_duration_since(self.counted);
+        self.counted = now;
+        if let Some(limit) = self.limit {
+            let paid = limit * passed.as_secs_f64();
+            let saved = limit * Self::BURST.as_secs_f64();
+            self.owed = (self.owed - paid).max(-saved);
+        }
+        self.limit = self.rate.get().map(|bytes| bytes as f64);
+        match self.limit {
+            // What was owed at another rate is no debt any more, and what was saved no burst.
+            None => {
+                self.owed = 0.0;
+                Duration::ZERO
+            }
+            Some(limit) => {
+                Duration::try_from_secs_f64(self.owed.max(0.0) / limit).unwrap_or(Duration::MAX)
+            }
         }
     }
 
     /// How long to wait after sending `bytes` at `now`.
     fn pay(&mut self, bytes: usize, now: Instant) -> Duration {
-        let Some(rate) = self.rate else {
-            return Duration::ZERO;
-        };
-        let start = self
-            .paid_until
-            .max(now.checked_sub(Self::BURST).unwrap_or(now));
-        self.paid_until = start + Duration::from_secs_f64(bytes as f64 / rate);
-        self.paid_until.saturating_duration_since(now)
+        self.due(now);
+        if self.limit.is_some() {
+            self.owed += bytes as f64;
+        }
+        self.due(now)
     }
 
     /// The most bytes to write before the next wait: what the rate allows in a moment.
     pub fn slice(&self) -> usize {
-        self.rate.map_or(Self::LONGEST, |rate| {
-            ((rate * Self::NAP.as_secs_f64()) as usize).clamp(Self::SHORTEST, Self::LONGEST)
+        self.rate.get().map_or(Self::LONGEST, |rate| {
+            ((rate as f64 * Self::NAP.as_secs_f64()) as usize).clamp(Self::SHORTEST, Self::LONGEST)
         })
     }
 
     /// Waits for as long as the rate demands after `bytes`, but no longer once `hurry` is set.
     pub fn wait(&mut self, bytes: usize, hurry: &AtomicBool) {
-        let pause = self.pay(bytes, Instant::now());
-        let until = Instant::now() + pause;
-        while !hurry.load(Ordering::Relaxed) {
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                break;
-            }
-            thread::sleep(left.min(Self::NAP));
+        let mut due = self.pay(bytes, Instant::now());
+        while !due.is_zero() && !hurry.load(Ordering::Relaxed) {
+            thread::sleep(due.min(Self::NAP));
+            due = self.due(Instant::now());
         }
     }
 }
@@ -140,10 +196,14 @@ impl Pace {
 mod tests {
     use super::*;
 
+    fn pace(rate: Option<u64>) -> Pace {
+        Pace::new(Rate::new(rate))
+    }
+
     #[test]
     fn the_rate_is_kept_over_any_stretch() {
         let start = Instant::now();
-        let mut pace = Pace::new(Some(1_000_000));
+        let mut pace = pace(Some(1_000_000));
         let mut now = start;
         for _ in 0..100 {
             now += pace.pay(50_000, now);
@@ -155,7 +215,7 @@ mod tests {
 
     #[test]
     fn a_pause_buys_no_more_than_one_burst() {
-        let mut pace = Pace::new(Some(1_000_000));
+        let mut pace = pace(Some(1_000_000));
         let later = Instant::now() + Duration::from_secs(60);
         assert_eq!(pace.pay(100_000, later), Duration::ZERO);
         assert!(pace.pay(100_000, later) >= Duration::from_millis(99));
@@ -163,24 +223,51 @@ mod tests {
 
     #[test]
     fn a_slice_is_what_the_rate_allows_in_a_moment() {
-        assert_eq!(Pace::new(Some(1)).slice(), Pace::SHORTEST);
-        assert_eq!(Pace::new(Some(100_000)).slice(), 5_000);
-        assert_eq!(Pace::new(Some(u64::MAX)).slice(), Pace::LONGEST);
-        assert_eq!(Pace::new(None).slice(), Pace::LONGEST);
+        assert_eq!(pace(Some(1)).slice(), Pace::SHORTEST);
+        assert_eq!(pace(Some(100_000)).slice(), 5_000);
+        assert_eq!(pace(Some(u64::MAX)).slice(), Pace::LONGEST);
+        assert_eq!(pace(None).slice(), Pace::LONGEST);
     }
 
     #[test]
     fn a_hurry_waits_for_no_rate() {
         // At this rate the test would never end.
-        let mut pace = Pace::new(Some(1));
+        let mut pace = pace(Some(1));
         pace.wait(1 << 40, &AtomicBool::new(true));
     }
 
     #[test]
     fn without_a_rate_nothing_waits() {
-        assert_eq!(
-            Pace::new(None).pay(usize::MAX, Instant::now()),
-            Duration::ZERO
-        );
+        assert_eq!(pace(None).pay(usize::MAX, Instant::now()), Duration::ZERO);
+    }
+
+    #[test]
+    fn another_rate_holds_for_what_is_owed_already() {
+        let now = Instant::now();
+        let rate = Rate::new(Some(1_000));
+        let mut pace = Pace::new(rate.clone());
+        let due = pace.pay(100_000, now).as_secs_f64();
+        assert!((99.8..=100.0).contains(&due), "{due}");
+        rate.set(Some(100_000));
+        let due = pace.due(now + Duration::from_millis(10)).as_secs_f64();
+        assert!((0.9..=1.0).contains(&due), "{due}");
+        rate.set(None);
+        let later = now + Duration::from_millis(20);
+        assert_eq!(pace.due(later), Duration::ZERO);
+        // Nothing was saved meanwhile, and nothing is owed.
+        rate.set(Some(1_000));
+        let due = pace.pay(100, later + Duration::from_secs(60)).as_secs_f64();
+        assert!((0.09..=0.1).contains(&due), "{due}");
+        assert_eq!(pace.slice(), Pace::SHORTEST);
+    }
+
+    #[test]
+    fn a_wait_ends_when_the_rate_is_lifted() {
+        // At this rate the test would never end.
+        let rate = Rate::new(Some(1));
+        let mut pace = Pace::new(rate.clone());
+        let waiting = thread::spawn(move || pace.wait(1 << 40, &AtomicBool::new(false)));
+        rate.set(None);
+        waiting.join().unwrap();
     }
 }

@@ -11,6 +11,10 @@
 //! next to nothing left, or when further rounds gain nothing (CloudNet's smart stop, VEE'11: once
 //! what is left stops falling, the newest minimum is the moment).
 
+mod prediction;
+
+pub use prediction::{FixedCost, Forecast, InRound, Meter, Outlook};
+
 use std::time::Duration;
 
 use serde::Serialize;

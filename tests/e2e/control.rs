@@ -1,0 +1,148 @@
+//! A move that is watched, steered and given up from another terminal.
+
+use serde_json::Value;
+use testbed::{Guest, Hypervisor, SiteName, Testbed};
+
+use crate::scene::{hold_at, migrate, said, settled, sites, small_guest, wait_until, with};
+
+/// Where the source can be stopped while its move can still be given up, in the order of a move.
+const SOURCE: [&str; 9] = [
+    "connecting",
+    "offering",
+    "copying",
+    "recopying",
+    "suspending",
+    "suspended",
+    "last-round",
+    "final-sent",
+    "ready",
+];
+
+/// The same at the destination. While it owns nothing the source gets the guest back, whatever
+/// that has committed to.
+const DESTINATION: [&str; 6] = [
+    "accepting",
+    "receiving",
+    "restoring",
+    "restored",
+    "ready",
+    "commit-received",
+];
+
+/// The moves at work at a site.
+fn status(testbed: &Testbed, at: SiteName) -> Vec<Value> {
+    let json = testbed.site(at).run("vmshadow status --json").unwrap();
+    serde_json::from_str(&json).unwrap()
+}
+
+fn one_status(testbed: &Testbed, at: SiteName) -> Value {
+    let mut moves = status(testbed, at);
+    assert_eq!(moves.len(), 1, "{moves:?}");
+    moves.remove(0)
+}
+
+/// Cancels at `side` while a worker of `g1`, which leaves from A, stands at each point.
+fn cancelled_at(testbed: &Testbed, guest: &Guest, side: SiteName, points: &[&str]) {
+    let site = testbed.site(side);
+    for point in points {
+        site.run("rm -f /tmp/cancel-*").unwrap();
+        let (moved, told) = hold_at(testbed, SiteName::A, side, point, |worker| {
+            let before = one_status(testbed, side);
+            assert_eq!(before["domain"], "g1", "{point}: {before}");
+            assert_eq!(before["pid"].to_string(), worker, "{point}: {before}");
+            assert_eq!(before["cancelling"], false, "{point}: {before}");
+            // It is answered when the move has ended, and that stands still.
+            site.run(
+                "setsid sh -c 'vmshadow cancel g1 > /tmp/cancel-said 2>&1; \
+                 echo $? > /tmp/cancel-status' > /dev/null 2>&1 < /dev/null &",
+            )
+            .unwrap();
+            wait_until("the worker knows", || {
+                one_status(testbed, side)["cancelling"] == true
+            });
+            assert!(site.run("cat /tmp/cancel-status").is_err(), "{point}");
+        });
+        assert!(!moved, "{point}: {told}");
+        wait_until("the cancel is answered", || {
+            site.run("cat /tmp/cancel-status").is_ok()
+        });
+        let answer = site.run("cat /tmp/cancel-status /tmp/cancel-said").unwrap();
+        assert!(answer.starts_with('0'), "{point}: {answer}; {told}");
+        assert!(answer.contains("Cancelled"), "{point}: {answer}");
+        let after = format!("cancelled at {point}");
+        assert_eq!(settled(testbed, guest, &after), SiteName::A, "{after}");
+        assert!(status(testbed, side).is_empty());
+    }
+}
+
+/// Once committed, a cancel is refused at once, and the move goes on.
+fn refused_once_committed(testbed: &Testbed, guest: &Guest) {
+    let (moved, told) = hold_at(testbed, SiteName::A, SiteName::A, "committed", |_| {
+        assert_eq!(one_status(testbed, SiteName::A)["committed"], true);
+        let refused = testbed
+            .site(SiteName::A)
+            .output("vmshadow cancel g1")
+            .unwrap();
+        assert!(!refused.status.success());
+        assert!(said(&refused).contains("too late"), "{}", said(&refused));
+    });
+    assert!(moved, "{told}");
+    assert_eq!(settled(testbed, guest, "too late"), SiteName::B);
+}
+
+/// A move that would take for ever at the rate it was given goes on once that is lifted.
+fn limits_are_changed_on_the_way(testbed: &Testbed, guest: &Guest, from: SiteName) {
+    let site = testbed.site(from);
+    let command = migrate(from, "--bandwidth 256k --downtime 1");
+    let mut child = site
+        .command(&format!("{command} > /tmp/vmshadow-out 2>&1"))
+        .spawn()
+        .unwrap();
+    wait_until("pages cross", || {
+        let moves = status(testbed, from);
+        moves.iter().any(|status| status["rate"].is_number())
+    });
+    let shown = site.run("vmshadow status g1").unwrap();
+    assert!(shown.contains("bandwidth 0.256 Mbit/s"), "{shown}");
+    // From the other end too.
+    let arriving = one_status(testbed, from.other());
+    assert_eq!(arriving["role"], "destination", "{arriving}");
+    let set = site
+        .run("vmshadow set g1 bandwidth=none downtime=2000")
+        .unwrap();
+    assert!(set.contains("unlimited") && set.contains("2000"), "{set}");
+    let now = one_status(testbed, from);
+    assert_eq!(now["bandwidth"], "none", "{now}");
+    assert_eq!(now["downtime_ms"], 2000, "{now}");
+    assert!(
+        child.wait().unwrap().success(),
+        "{}",
+        site.run("cat /tmp/vmshadow-out").unwrap_or_default()
+    );
+    assert_eq!(settled(testbed, guest, "limits changed"), from.other());
+    let none = site.output("vmshadow cancel g1").unwrap();
+    assert!(said(&none).contains("No move of g1"), "{}", said(&none));
+}
+
+#[test]
+fn a_move_is_steered_and_given_up() {
+    let testbed = sites(with(Hypervisor::Release));
+    let guest = small_guest();
+    testbed.start_guest(SiteName::A, &guest).unwrap();
+    let points = ["offering", "copying", "suspended", "ready"];
+    cancelled_at(&testbed, &guest, SiteName::A, &points);
+    cancelled_at(&testbed, &guest, SiteName::B, &["receiving"]);
+    refused_once_committed(&testbed, &guest);
+    limits_are_changed_on_the_way(&testbed, &guest, SiteName::B);
+}
+
+#[test]
+#[ignore = "minutes: make test-full"]
+fn a_move_is_given_up_at_every_point() {
+    let testbed = sites(with(Hypervisor::Release));
+    let guest = small_guest();
+    testbed.start_guest(SiteName::A, &guest).unwrap();
+    cancelled_at(&testbed, &guest, SiteName::A, &SOURCE);
+    cancelled_at(&testbed, &guest, SiteName::B, &DESTINATION);
+    refused_once_committed(&testbed, &guest);
+}
