@@ -141,8 +141,24 @@ fn hypervisor_findings() -> Vec<Finding> {
         },
         Finding {
             what: "PV guests",
-            ok: info.pv,
-            found: tracking.into(),
+            ok: info.pv || info.hvm,
+            found: if info.pv {
+                tracking
+            } else {
+                "none can run here"
+            }
+            .into(),
+        },
+        Finding {
+            what: "PVH guests",
+            // They are no must: a nested host often runs PV guests only.
+            ok: true,
+            found: match (info.hvm, info.hap) {
+                (true, true) => "log-dirty (hardware-assisted paging)",
+                (true, false) => "no hardware-assisted paging",
+                (false, _) => "none can run here",
+            }
+            .into(),
         },
         Finding {
             what: "free memory",

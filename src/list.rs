@@ -8,6 +8,7 @@ use migrate::handover::recovery::{Action, action};
 use migrate::report::TrackerKind;
 use serde::Serialize;
 use xen_sys::DomId;
+use xen_sys::toolstack::DomainKind;
 
 use crate::cli;
 
@@ -17,7 +18,7 @@ struct Guest {
     name: String,
     domid: u32,
     uuid: String,
-    kind: &'static str,
+    kind: String,
     memory_mib: u64,
     vcpus: u32,
     state: &'static str,
@@ -30,7 +31,7 @@ struct Guest {
 pub fn run(options: &cli::List) -> anyhow::Result<()> {
     crate::require_xen()?;
     let host = Host::open()?;
-    let shadow = host.ctl().physical_info()?.shadow;
+    let physical = host.ctl().physical_info()?;
     let journals = journal::list(&Directories::default())?;
     let mut guests = Vec::new();
     for info in host.ctl().domains()? {
@@ -38,14 +39,18 @@ pub fn run(options: &cli::List) -> anyhow::Result<()> {
             continue;
         }
         let uuid = host.uuid_text(&info);
-        let tracker = (!info.hvm).then_some(match shadow {
-            true => TrackerKind::LogDirty,
-            false => TrackerKind::Scan,
-        });
+        // A domain that goes may have lost its configuration.
+        let kind = host.kind(info.domain).ok();
+        // With hardware-assisted paging there is always a log.
+        let tracker = match (kind, info.hap || physical.shadow) {
+            (None | Some(DomainKind::Hvm), _) => None,
+            (_, true) => Some(TrackerKind::LogDirty),
+            (_, false) => Some(TrackerKind::Scan),
+        };
         guests.push(Guest {
             name: host.name(info.domain).unwrap_or_else(|_| "(null)".into()),
             domid: info.domain.get(),
-            kind: if info.hvm { "hvm" } else { "pv" },
+            kind: kind.map_or_else(|| "?".into(), |kind| kind.to_string().to_lowercase()),
             memory_mib: info.tot_pages >> 8,
             vcpus: info.online_vcpus,
             state: match (&info.shutdown, info.paused) {

@@ -74,7 +74,7 @@ fn open(edge: &Edge, directories: &Directories, domain: &str) -> anyhow::Result<
     let domid = find_domain(&host, domain)?;
     let name = host.name(domid)?;
     let uuid = host.uuid_text(&host.info(domid)?);
-    let configuration = Layout::read(&host, domid)?.configuration;
+    let configuration = Layout::read(&host, domid)?.document();
     directories.create()?;
     if !Paths::new(directories).open(edge, &name, &uuid, &configuration, false)? {
         bail!("The edge does not know {name}, or reaches it by its own address: nothing to open");

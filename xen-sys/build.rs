@@ -37,6 +37,7 @@ const FUNCTIONS: &[&str] = &[
     "xc_domain_nr_gpfns",
     "xc_domain_setmaxmem",
     "xc_domain_claim_pages",
+    "xc_domain_get_pod_target",
     "xc_domain_pause",
     "xc_domain_unpause",
     "xc_domain_get_tsc_info",

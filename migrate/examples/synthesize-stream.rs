@@ -1,7 +1,7 @@
-//! Writes a small migration stream of a PV guest that never was, for checkers of the format:
+//! Writes a small migration stream of a PV or PVH guest that never was, for checkers of the format:
 //!
 //! ```text
-//! synthesize-stream libxl FILE && verify-stream-v2 -f libxl -v -i FILE
+//! synthesize-stream libxl pvh FILE && verify-stream-v2 -f libxl -v -i FILE
 //! ```
 
 #[path = "../tests/synthesized/mod.rs"]
@@ -18,13 +18,16 @@ fn main() -> ExitCode {
         Some("libxc") => Framing::Libxc,
         _ => return usage(),
     };
-    let Some(path) = arguments.get(2) else {
+    let (Some(kind), Some(path)) = (arguments.get(2), arguments.get(3)) else {
         return usage();
     };
-    match File::create(path)
+    let written = File::create(path)
         .map_err(StreamError::from)
-        .and_then(|file| synthesized::write(file, framing, 2999))
-    {
+        .and_then(|file| match kind.as_str() {
+            "pvh" => synthesized::write_pvh(file, framing, 2999),
+            _ => synthesized::write(file, framing, 2999),
+        });
+    match written {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("{path}: {error}");
@@ -34,6 +37,6 @@ fn main() -> ExitCode {
 }
 
 fn usage() -> ExitCode {
-    eprintln!("Usage: synthesize-stream libxl|libxc FILE");
+    eprintln!("Usage: synthesize-stream libxl|libxc pv|pvh FILE");
     ExitCode::from(2)
 }

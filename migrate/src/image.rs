@@ -7,12 +7,14 @@
 //!
 //! dom0 is often smaller than its guests. The file is mapped shared, so the kernel can write back
 //! and drop what isn't touched. Its blocks are reserved at the start: a disk that is too full is
-//! an error before the guest stops, never a fault in the middle of a copy. Zero pages are one bit
+//! an error before the guest stops, never a fault in the middle of a copy. Where a guest has more
+//! pfns than memory, holes are left out of that. Zero pages are one bit
 //! and never written. Pages are written by runs, not through the mapping: a fault for each page
 //! costs more than the copy.
 
 use std::fs::{File, OpenOptions};
 use std::io::IoSlice;
+use std::ops::Range;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -66,6 +68,15 @@ impl Image {
     /// # Errors
     /// [`Error::Refused`] where the disk has no room; [`Error::Io`].
     pub fn create(path: &Path, pages: u64) -> Result<Image> {
+        Self::create_in_part(path, pages, std::slice::from_ref(&(0..pages)))
+    }
+
+    /// Makes the file for `pages` pages and reserves room for those in `reserved`. Others take
+    /// theirs when they come: where the disk has none then, storing them fails.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where the disk has no room; [`Error::Io`].
+    pub fn create_in_part(path: &Path, pages: u64, reserved: &[Range<u64>]) -> Result<Image> {
         let doing = || format!("Can't make {}", path.display());
         let file = OpenOptions::new()
             .read(true)
@@ -74,7 +85,7 @@ impl Image {
             .mode(0o600)
             .open(path)
             .context(doing)?;
-        match Self::reserve(&file, path, pages) {
+        match Self::reserve(&file, path, pages, reserved) {
             Ok(map) => Ok(Image {
                 path: path.to_owned(),
                 file,
@@ -90,21 +101,30 @@ impl Image {
         }
     }
 
-    fn reserve(file: &File, path: &Path, pages: u64) -> Result<MmapMut> {
+    fn reserve(file: &File, path: &Path, pages: u64, reserved: &[Range<u64>]) -> Result<MmapMut> {
         let doing = || format!("Can't reserve {}", path.display());
-        let bytes = pages.max(1) * PAGE_SIZE as u64;
-        let length = i64::try_from(bytes)
-            .map_err(|_| Error::Refused(format!("{bytes} bytes are no guest's memory")))?;
-        match fallocate(file, FallocateFlags::empty(), 0, length) {
-            Ok(()) => {}
-            Err(nix::errno::Errno::ENOSPC) => {
-                let directory = path.parent().unwrap_or(path).display().to_string();
-                return Err(Error::Refused(format!(
-                    "{directory} has no room for the guest's memory ({} MiB)",
-                    bytes >> 20
-                )));
+        let bytes = |pages: u64| {
+            pages
+                .checked_mul(PAGE_SIZE as u64)
+                .and_then(|bytes| i64::try_from(bytes).ok())
+                .ok_or_else(|| Error::Refused(format!("{pages} pages are no guest's memory")))
+        };
+        file.set_len(bytes(pages.max(1))?.unsigned_abs())
+            .context(doing)?;
+        for range in reserved.iter().filter(|range| !range.is_empty()) {
+            let (start, length) = (bytes(range.start)?, bytes(range.end - range.start)?);
+            match fallocate(file, FallocateFlags::empty(), start, length) {
+                Ok(()) => {}
+                Err(nix::errno::Errno::ENOSPC) => {
+                    let directory = path.parent().unwrap_or(path).display().to_string();
+                    let pages: u64 = reserved.iter().map(|range| range.end - range.start).sum();
+                    return Err(Error::Refused(format!(
+                        "{directory} has no room for the guest's memory ({} MiB)",
+                        pages >> 8
+                    )));
+                }
+                Err(error) => return Err(std::io::Error::from(error)).context(doing),
             }
-            Err(error) => return Err(std::io::Error::from(error)).context(doing),
         }
         map(file).context(doing)
     }
@@ -181,6 +201,8 @@ impl Image {
         if self.zero.contains(pfn) {
             return Some(&ZERO);
         }
+        // Never what nobody wrote: there may be no room behind it.
+        self.table.get(pfn)?;
         self.map.as_chunks::<PAGE_SIZE>().0.get(pfn as usize)
     }
 
@@ -207,8 +229,8 @@ impl Image {
 #[allow(unsafe_code)]
 fn map(file: &File) -> std::io::Result<MmapMut> {
     // SAFETY: the file was made by us for this process alone, mode 0600 in a directory of mode
-    // 0700: nobody else maps, writes or truncates it while it is mapped, and its blocks are
-    // reserved, so that no access faults for want of room.
+    // 0700: nobody else maps, writes or truncates it while it is mapped. Its blocks are reserved, or
+    // were written before they are looked at, so that no access faults for want of room.
     unsafe { MmapMut::map_mut(file) }
 }
 
@@ -285,6 +307,31 @@ mod tests {
         image.remove().unwrap();
         assert!(!path.exists());
         image.remove().unwrap();
+    }
+
+    #[test]
+    fn a_hole_takes_no_room() {
+        use std::os::unix::fs::MetadataExt;
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("m.memory");
+        // 64 GiB, of which 64 KiB are memory.
+        let pages = 1 << 24;
+        let mut image = Image::create_in_part(&path, pages, &[0..8, 900..908, 5..5]).unwrap();
+        let size = || std::fs::metadata(&path).unwrap().blocks() * 512;
+        assert!((16 * 4096..1 << 20).contains(&size()), "{}", size());
+        let state = PageState {
+            page_type: PageType::Normal,
+            digest: PageDigest([1; 16]),
+        };
+        let special = [9; PAGE_SIZE];
+        let page = Arrived {
+            pfn: 77_777,
+            state,
+            content: Arriving::Content(&special),
+        };
+        image.store(&[page]).unwrap();
+        assert_eq!(image.content(77_777), Some(&special));
+        assert_eq!(image.content(77_778), None);
     }
 
     #[test]

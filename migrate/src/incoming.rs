@@ -25,6 +25,7 @@ use crate::directories::Directories;
 use crate::error::{Error, IoContext, Result, chain};
 use crate::guest::xen::host::Host;
 use crate::guest::xen::restore::{Incoming, XenDestination};
+use crate::guest::{FOUR_GIB, Kind};
 use crate::handover::guardian::Guardian;
 use crate::handover::journal::{self, Begin, JOURNAL_VERSION, Journal, Role};
 use crate::handover::lock::GuestLock;
@@ -33,7 +34,7 @@ use crate::image::Image;
 use crate::keeper;
 use crate::link::{Conversation, Link, Rate};
 use crate::pages::PAGE_SIZE;
-use crate::wire::{GuestKind, Offer, Role as WireRole, Text, XenVersion};
+use crate::wire::{Offer, Role as WireRole, Text, XenVersion};
 
 /// How long whoever settles an earlier move of the guest may hold its lock.
 const LOCKED: Duration = Duration::from_secs(5);
@@ -123,22 +124,25 @@ fn prepare(
     control: Shared,
     server: &mut Option<Server>,
 ) -> Result<Prepared> {
-    if offer.kind != GuestKind::Pv {
-        return Err(Error::Refused("Only PV guests can be taken".into()));
-    }
+    let kind = Kind::try_from(offer.kind)?;
     let host = Host::open()?;
     let physical = host
         .ctl()
         .physical_info()
         .context(|| "Can't read about this host")?;
-    refuse_oversize(offer.pages, offer.populated_pages, physical.total_pages)?;
+    refuse_oversize(
+        kind,
+        offer.pages,
+        offer.populated_pages,
+        physical.total_pages,
+    )?;
     // An earlier attempt for the same guest may be among it.
     recovery::settle_all(directories);
     let accepted = accept(offer, policy).map_err(|error| Error::Refused(chain(&error)))?;
     let lock = GuestLock::wait(directories, &offer.uuid, &offer.name, LOCKED)?;
     recovery::refuse_open_moves(directories, &offer.uuid, &offer.name)?;
     refuse_conflicts(&host, offer)?;
-    check_cpu(&host, offer)?;
+    check_cpu(&host, offer, kind)?;
     let xen = xen_version(&host)?;
     let mut warnings = warnings(&host, &xen, offer)?;
     if !accepted.left_out.is_empty() {
@@ -173,12 +177,15 @@ fn prepare(
         uuid: &offer.uuid,
         configuration: &accepted.configuration,
     })?;
-    let image = Image::create(&memory, offer.pages)?;
+    let most = accepted.most_pages();
+    let ranges = kind.memory_ranges(offer.pages, most);
+    let image = Image::create_in_part(&memory, offer.pages, &ranges)?;
     let digester = Digester::new(&offer.digest_key);
     let guest = XenDestination::new(
         Incoming {
             name: offer.name.clone(),
             uuid: offer.uuid.clone(),
+            kind,
             configuration: accepted.configuration,
             pages: offer.pages,
             populated: offer.populated_pages,
@@ -205,9 +212,14 @@ fn prepare(
 }
 
 /// What is kept of each page is made before the restore finds that there is no room. A memory map
-/// may be larger than the guest, which can have been ballooned down, but not by any factor.
-fn refuse_oversize(pages: u64, populated: u64, host_pages: u64) -> Result<()> {
-    if populated <= host_pages && pages / 4 <= host_pages {
+/// may be larger than the guest, which can have been ballooned down, but not by any factor. A PVH
+/// guest's reaches up to 4 GiB however small it is.
+fn refuse_oversize(kind: Kind, pages: u64, populated: u64, host_pages: u64) -> Result<()> {
+    let allowed = match kind {
+        Kind::Pv => host_pages * 4,
+        Kind::Pvh => (host_pages * 4).max(FOUR_GIB),
+    };
+    if populated <= host_pages && pages <= allowed {
         return Ok(());
     }
     Err(Error::Refused(format!(
@@ -239,12 +251,16 @@ fn refuse_conflicts(host: &Host, offer: &Offer) -> Result<()> {
 }
 
 /// libxl applies the CPU policy when the restore begins, and just fails: say why beforehand.
-fn check_cpu(host: &Host, offer: &Offer) -> Result<()> {
+fn check_cpu(host: &Host, offer: &Offer, kind: Kind) -> Result<()> {
+    let kind = match kind {
+        Kind::Pv => CpuKind::Pv,
+        Kind::Pvh => CpuKind::Hvm,
+    };
     let offered = &offer.cpu_policy;
     let policy =
         CpuPolicy::from_bytes(&offered.leaves, &offered.msrs).context(|| "Bad CPU policy")?;
     host.ctl()
-        .cpu_policy_compatible(&policy, CpuKind::Pv)
+        .cpu_policy_compatible(&policy, kind)
         .map_err(|error| Error::Refused(format!("This host's CPU doesn't suit the guest: {error}")))
 }
 
@@ -292,7 +308,8 @@ mod tests {
     #[test]
     fn a_guest_larger_than_the_machine_is_refused() {
         let gib = 1 << 18;
-        let refused = |pages, populated| refuse_oversize(pages, populated, 4 * gib).is_err();
+        let refused =
+            |pages, populated| refuse_oversize(Kind::Pv, pages, populated, 4 * gib).is_err();
         assert!(!refused(4 * gib, 4 * gib));
         assert!(refused(4 * gib + 1, 4 * gib + 1));
         // Ballooned down from more than the machine has.
@@ -300,5 +317,15 @@ mod tests {
         assert!(refused(16 * gib + 4, gib));
         // The most that the protocol can say.
         assert!(refused(crate::pages::MAX_PAGES, 1));
+    }
+
+    #[test]
+    fn a_small_pvh_guest_fits_a_small_machine() {
+        let gib = 1 << 18;
+        let refused =
+            |pages, populated| refuse_oversize(Kind::Pvh, pages, populated, gib / 2).is_err();
+        assert!(!refused(4 * gib - 4096, gib / 8));
+        assert!(refused(4 * gib + 1, gib / 8));
+        assert!(refused(4 * gib, gib));
     }
 }

@@ -9,7 +9,6 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use serde_json::Value;
 use xen_sys::DomId;
 use xen_sys::ctl::ShutdownReason;
 
@@ -18,10 +17,9 @@ use crate::control::{self, Ended, Server, Shared, Watched};
 use crate::digest::{DigestKey, Digester};
 use crate::directories::Directories;
 use crate::error::{Error, IoContext, Result, chain};
-use crate::guest::Source;
 use crate::guest::xen::checks::{Allowed, Layout, hindrances};
 use crate::guest::xen::host::Host;
-use crate::guest::xen::pv::PvSource;
+use crate::guest::{self, Source};
 use crate::handover::guardian::Guardian;
 use crate::handover::journal::{self, Begin, JOURNAL_VERSION, Journal, Outcome, Role};
 use crate::handover::lock::GuestLock;
@@ -32,9 +30,7 @@ use crate::link::{Conversation, Rate};
 use crate::pages::PAGE_SIZE;
 use crate::report::{Observer, Report, TrackerKind};
 use crate::source::{Move, Plan, run};
-use crate::wire::{
-    CpuPolicy, GuestKind, MoveId, Offer, Role as WireRole, Text, TscOffer, XenVersion,
-};
+use crate::wire::{CpuPolicy, MoveId, Offer, Role as WireRole, Text, TscOffer, XenVersion};
 
 /// How long whoever settles an earlier move of the guest may hold its lock.
 const LOCKED: Duration = Duration::from_secs(5);
@@ -195,10 +191,10 @@ fn prepare_and_move(
     }
     let layout = Layout::read(&host, domid)?;
     let key = DigestKey::new(random()?);
-    let mut guest = PvSource::open(domid, &key, request.tracker)?;
+    let mut guest = guest::xen::open(&host, domid, &key, request.tracker)?;
     let move_id = MoveId::from_random(random()?);
     let digester = Digester::new(&key);
-    let offer = offer(&host, &mut guest, domid, &layout, key, move_id, request)?;
+    let offer = offer(&host, &mut *guest, domid, &layout, key, move_id, request)?;
     let journal = Journal::create(
         directories,
         Begin {
@@ -250,7 +246,7 @@ fn prepare_and_move(
     let mut keep = || keeper::start(directories, &name, &uuid);
     let (report, result) = run(
         Move {
-            guest: &mut guest,
+            guest: &mut *guest,
             digester,
             journal,
             peer,
@@ -306,7 +302,7 @@ fn ended(name: &str, peer: &str, result: &Result<()>, left: Option<Left>) -> End
 
 fn offer(
     host: &Host,
-    guest: &mut PvSource,
+    guest: &mut dyn Source,
     domid: DomId,
     layout: &Layout,
     key: DigestKey,
@@ -323,16 +319,15 @@ fn offer(
         .ctl()
         .tsc_info(domid)
         .context(|| "Can't read the guest's TSC")?;
-    let configuration: &Value = &layout.configuration;
     Ok(Offer {
         move_id,
         name: facts.name.clone(),
         uuid: facts.uuid.clone(),
-        kind: GuestKind::Pv,
+        kind: facts.kind.into(),
         pages: facts.pages,
         populated_pages: guest.populated(),
         vcpus: facts.vcpus,
-        configuration: configuration.clone(),
+        configuration: layout.document(),
         cpu_policy: CpuPolicy {
             leaves: data.cpuid_policy,
             msrs: data.msr_policy,

@@ -247,8 +247,10 @@ impl<'a> Session<'a> {
         self.phase("copying");
         let mut dirty = std::mem::replace(&mut self.dirty, PageSet::new(0));
         self.go.guest.next_dirty(&mut dirty, Moment::Live)?;
-        // The first time everything is dirty, whatever a tracker knows.
-        dirty.fill();
+        // The first time everything is dirty, whatever a tracker knows: what the guest has, and
+        // what the destination may have of it.
+        dirty.union_with(&self.go.guest.everything());
+        dirty.union_with(&self.held.table().known());
         let mut asked = Instant::now();
         for number in 1.. {
             let started = Instant::now();

@@ -52,13 +52,17 @@ fn verify_stream_accepts_what_is_synthesized() {
         return;
     };
     for framing in [Framing::Libxl, Framing::Libxc] {
-        let mut stream = Vec::new();
-        synthesized::write(&mut stream, framing, 2999).unwrap();
-        // The checker notices what is wrong, so its silence means something.
-        let cut = &stream[..stream.len() / 2];
-        assert!(!check(&checker, framing, cut).status.success());
-        let output = check(&checker, framing, &stream);
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{framing:?}: {said}");
+        let mut pv = Vec::new();
+        synthesized::write(&mut pv, framing, 2999).unwrap();
+        let mut pvh = Vec::new();
+        synthesized::write_pvh(&mut pvh, framing, 2999).unwrap();
+        for (kind, stream) in [("pv", pv), ("pvh", pvh)] {
+            // The checker notices what is wrong, so its silence means something.
+            let cut = &stream[..stream.len() / 2];
+            assert!(!check(&checker, framing, cut).status.success());
+            let output = check(&checker, framing, &stream);
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "{kind}, {framing:?}: {said}");
+        }
     }
 }

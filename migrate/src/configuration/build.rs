@@ -1,13 +1,11 @@
 //! `b_info`: how the guest is built.
 
 use super::fields::Fields;
-use super::{ConfigurationError, SitePolicy};
+use super::{ConfigurationError, PAGE_KIB, SitePolicy, balloon_target};
 use crate::pages::MAX_PAGES;
 use crate::wire::{GuestKind, Offer};
 use serde_json::{Map, Value, json};
 
-/// KiB in a page.
-const PAGE_KIB: u64 = 4;
 const MAX_CMDLINE: usize = 4096;
 const MAX_PATH: usize = 1024;
 const MAX_CPUID_LEAVES: usize = 256;
@@ -173,20 +171,22 @@ fn take_vcpus(
     Ok(())
 }
 
-/// The target is what the guest has, whatever it was meant to have: a restore that gives it less
-/// fails half-way.
 fn take_memory(
     info: &Fields<'_>,
     offer: &Offer,
     taken: &mut Map<String, Value>,
 ) -> Result<(), ConfigurationError> {
     let most = MAX_PAGES * PAGE_KIB;
-    let target = offer.populated_pages * PAGE_KIB;
+    info.ignore("target_memkb");
+    let told = match offer.kind {
+        GuestKind::Pv => None,
+        GuestKind::Pvh | GuestKind::Hvm => info.unsigned("target_memkb", most)?,
+    };
+    let target = balloon_target(offer.kind, told, offer.populated_pages);
     let max = info
         .unsigned("max_memkb", most)?
         .unwrap_or(target)
         .max(target);
-    info.ignore("target_memkb");
     taken.insert("max_memkb".into(), max.into());
     taken.insert("target_memkb".into(), target.into());
     info.take_unsigned(&[("shadow_memkb", max), ("iommu_memkb", max)], taken)

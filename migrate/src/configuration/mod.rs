@@ -68,6 +68,37 @@ pub struct Accepted {
     pub left_out: Vec<Text>,
 }
 
+impl Accepted {
+    /// The most pages that the guest may have.
+    #[must_use]
+    pub fn most_pages(&self) -> u64 {
+        let kib = self.configuration.pointer("/b_info/max_memkb");
+        kib.and_then(Value::as_u64).unwrap_or(0) / PAGE_KIB
+    }
+}
+
+/// The memory in KiB that a new domain's balloon is told to come to, where the guest's own was told
+/// `told` and has `pages` pages.
+///
+/// That is what it has, whatever it was meant to have: a restore that gives it less fails half-way.
+/// A PVH guest's special pages count, though, among what it has, and not among what its balloon
+/// does. Told the sum it would grow by so much with every move; so one that has come to its target
+/// keeps it. libxl lets a domain have some more than its target, 1 MiB.
+#[must_use]
+pub fn balloon_target(kind: GuestKind, told: Option<u64>, pages: u64) -> u64 {
+    let has = pages.saturating_mul(PAGE_KIB);
+    match told {
+        Some(told) if kind != GuestKind::Pv && has.abs_diff(told) <= SPECIAL_KIB => told,
+        _ => has,
+    }
+}
+
+/// KiB in a page.
+const PAGE_KIB: u64 = 4;
+
+/// By so much may what a guest has differ from its balloon's target, for special pages.
+const SPECIAL_KIB: u64 = 512;
+
 /// Does not show values: there may be passwords among them.
 impl std::fmt::Debug for Accepted {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

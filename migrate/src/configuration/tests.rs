@@ -598,6 +598,38 @@ fn pvh_guests_are_taken_too() {
     ));
 }
 
+/// The special pages of a PVH guest are no reason for its balloon to grow.
+#[test]
+fn a_pvh_guest_that_has_come_to_its_target_keeps_it() {
+    let mib = 256;
+    let target = |kind, told, pages| balloon_target(kind, told, pages);
+    let (told, pages) = (Some(128 << 10), 128 * mib + 16);
+    assert_eq!(target(GuestKind::Pvh, told, pages), 128 << 10);
+    assert_eq!(target(GuestKind::Pvh, told, 128 * mib - 16), 128 << 10);
+    assert_eq!(target(GuestKind::Pv, told, pages), (128 << 10) + 64);
+    // One that is on its way gets what it has.
+    assert_eq!(target(GuestKind::Pvh, told, 120 * mib), 120 << 10);
+    assert_eq!(target(GuestKind::Pvh, told, 140 * mib), 140 << 10);
+    assert_eq!(target(GuestKind::Pvh, None, pages), (128 << 10) + 64);
+
+    let mut document = configuration();
+    document["c_info"]["type"] = "pvh".into();
+    let info = document["b_info"].as_object_mut().unwrap();
+    info.remove("type.pv");
+    info.insert("type.pvh".into(), json!({}));
+    info.insert("max_memkb".into(), (128 << 10).into());
+    info.insert("target_memkb".into(), (128 << 10).into());
+    let pvh = Offer {
+        kind: GuestKind::Pvh,
+        populated_pages: pages,
+        pages: 0xff000,
+        ..offer(document)
+    };
+    let accepted = accept(&pvh, &policy()).unwrap();
+    assert_eq!(accepted.configuration["b_info"]["target_memkb"], 128 << 10);
+    assert_eq!(accepted.most_pages(), 128 * mib);
+}
+
 #[test]
 fn what_is_told_is_bounded_and_safe() {
     let mut document = configuration();

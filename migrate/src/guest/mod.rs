@@ -16,16 +16,22 @@
 
 pub mod xen;
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 
 use crate::digest::{Digester, MemoryDigest, PageDigest};
-use crate::error::Result;
-use crate::guest::xen::stream::state::{GuestState, StaticData};
+use crate::error::{Error, Result};
+use crate::guest::xen::stream::state::{DomainKind, GuestState, StaticData};
 use crate::image::Image;
 use crate::pages::{PAGE_SIZE, PageSet, PageType};
 use crate::report::TrackerKind;
+use crate::wire::GuestKind;
+
+/// The first pfn above 4 GiB. Below it a PVH guest has devices and special pages, and none of its
+/// ordinary memory in the last part.
+pub const FOUR_GIB: u64 = 1 << 20;
 
 /// What kind of guest it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,12 +39,67 @@ use crate::report::TrackerKind;
 pub enum Kind {
     /// Paravirtualised, 64-bit.
     Pv,
+    /// Hardware-assisted, without a device model.
+    Pvh,
+}
+
+impl Kind {
+    /// What a migration stream calls it.
+    #[must_use]
+    pub const fn domain_kind(self) -> DomainKind {
+        match self {
+            Kind::Pv => DomainKind::Pv64,
+            Kind::Pvh => DomainKind::Hvm,
+        }
+    }
+
+    /// Where a guest of `pages` pfns has its memory, but for a few pages, if it may have `most`
+    /// pages: what there should be room for. Ranges may be empty.
+    #[must_use]
+    pub fn memory_ranges(self, pages: u64, most: u64) -> [Range<u64>; 2] {
+        match self {
+            Kind::Pv => [0..pages, pages..pages],
+            Kind::Pvh => {
+                let above = pages.min(FOUR_GIB.saturating_add(most));
+                [
+                    0..pages.min(most).min(FOUR_GIB),
+                    FOUR_GIB..above.max(FOUR_GIB),
+                ]
+            }
+        }
+    }
+}
+
+impl From<Kind> for GuestKind {
+    fn from(kind: Kind) -> GuestKind {
+        match kind {
+            Kind::Pv => GuestKind::Pv,
+            Kind::Pvh => GuestKind::Pvh,
+        }
+    }
+}
+
+impl TryFrom<GuestKind> for Kind {
+    type Error = Error;
+
+    /// # Errors
+    /// [`Error::Refused`] for a kind that can't be moved.
+    fn try_from(kind: GuestKind) -> Result<Kind> {
+        match kind {
+            GuestKind::Pv => Ok(Kind::Pv),
+            GuestKind::Pvh => Ok(Kind::Pvh),
+            GuestKind::Hvm => Err(Error::Refused(
+                "HVM guests, with a device model, can't be taken".into(),
+            )),
+        }
+    }
 }
 
 impl std::fmt::Display for Kind {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Kind::Pv => "pv",
+            Kind::Pvh => "pvh",
         })
     }
 }
@@ -105,6 +166,13 @@ impl PageTable {
     /// The number of pages.
     pub fn pages(&self) -> u64 {
         self.types.len() as u64
+    }
+
+    /// The pages of which something is known.
+    pub fn known(&self) -> PageSet {
+        let mut known = PageSet::new(self.pages());
+        known.extend((0..self.pages()).filter(|pfn| self.get(*pfn).is_some()));
+        known
     }
 
     /// The digest of the whole memory.
@@ -208,7 +276,14 @@ pub trait Source {
     /// What Xen refuses, or a guest whose tables make no sense.
     fn next_dirty(&mut self, dirty: &mut PageSet, moment: Moment) -> Result<()>;
 
-    /// The frames that hold the guest's own physical-to-machine table, as pfns.
+    /// Every page that may have content, as of the last [`Source::next_dirty`]: what a first round
+    /// takes.
+    fn everything(&self) -> PageSet {
+        PageSet::full(self.facts().pages)
+    }
+
+    /// The frames that hold the guest's own physical-to-machine table, as pfns; none where the
+    /// hypervisor has that table.
     fn p2m_frames(&self) -> &[u64];
 
     /// Pages the guest has now, holes left out.
@@ -334,4 +409,32 @@ pub trait Destination {
     /// # Errors
     /// What libxl refuses.
     fn discard(&mut self) -> Result<()>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn room_is_reserved_for_memory_and_not_for_holes() {
+        const MIB: u64 = 256;
+        let ranges = |pages, most| Kind::Pvh.memory_ranges(pages, most);
+        assert_eq!(Kind::Pv.memory_ranges(7, 3), [0..7, 7..7]);
+        // The special pages lie below 4 GiB.
+        assert_eq!(
+            ranges(0xff000, 128 * MIB),
+            [0..128 * MIB, FOUR_GIB..FOUR_GIB]
+        );
+        let large = 6 << 18;
+        assert_eq!(
+            ranges(FOUR_GIB + large - 0xf0000, large),
+            [0..FOUR_GIB, FOUR_GIB..FOUR_GIB + large - 0xf0000]
+        );
+        // A guest that has mapped something far up.
+        assert_eq!(
+            ranges(1 << 28, 128 * MIB),
+            [0..128 * MIB, FOUR_GIB..FOUR_GIB + 128 * MIB]
+        );
+        assert_eq!(ranges(10, u64::MAX), [0..10, FOUR_GIB..FOUR_GIB]);
+    }
 }

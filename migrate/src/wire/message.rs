@@ -48,7 +48,7 @@ pub enum ToDestination<'a> {
         max_pfn: Pfn,
         /// Pages that the guest has now, holes left out.
         populated: u64,
-        /// The pfns of the p2m's frames, in order.
+        /// The pfns of the p2m's frames, in order; none for a guest whose p2m is the hypervisor's.
         frames: Vec<Pfn>,
     },
     /// A batch of pages, for [`BatchDecoder`](crate::codec::BatchDecoder).
@@ -329,8 +329,8 @@ fn decode_p2m_frames<'a>(from: &mut Bytes<'_>) -> Result<ToDestination<'a>, Malf
     if max_pfn >= MAX_PAGES || populated > max_pfn + 1 || !left.is_empty() {
         return Err(Malformed);
     }
-    // Only 64-bit guests move: a frame of their p2m holds 512 entries.
-    if frames.len() as u64 != max_pfn / 512 + 1 {
+    // Only 64-bit PV guests move: a frame of their p2m holds 512 entries. Others have none.
+    if !frames.is_empty() && frames.len() as u64 != max_pfn / 512 + 1 {
         return Err(Malformed);
     }
     let frames: Vec<_> = frames.iter().copied().map(Pfn::from_le_bytes).collect();

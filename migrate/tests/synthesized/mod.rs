@@ -1,8 +1,8 @@
-//! A small stream for checkers of the format.
+//! Small streams for checkers of the format.
 
 use migrate::guest::xen::stream::record::{CPUID_LEAF_SIZE, MSR_ENTRY_SIZE, VCPU_CONTEXT_SIZE};
 use migrate::guest::xen::stream::state::{
-    DomainKind, GuestState, PvState, PvVcpu, StaticData, TscInfo,
+    DomainKind, GuestState, HvmState, PvState, PvVcpu, StaticData, TscInfo,
 };
 use migrate::guest::xen::stream::{Framing, StreamError, StreamPage, StreamWriter};
 use migrate::pages::{PAGE_SIZE, PageType, Pfn};
@@ -61,6 +61,57 @@ pub fn write(to: impl Write, framing: Framing, max_pfn: Pfn) -> Result<(), Strea
         tsc,
         shared_info,
         vcpus,
+    }))?;
+    Ok(())
+}
+
+/// Writes the stream of a PVH guest that never was: memory up to `max_pfn` with a hole in it, the
+/// special pages far above, two rounds.
+// The examples and tests that share this file don't need both.
+#[allow(dead_code)]
+pub fn write_pvh(to: impl Write, framing: Framing, max_pfn: Pfn) -> Result<(), StreamError> {
+    const SPECIAL: Pfn = 0xfeff8;
+    let data = StaticData {
+        kind: DomainKind::Hvm,
+        xen_version: (4, 17),
+        cpuid_policy: vec![0; 5 * CPUID_LEAF_SIZE],
+        msr_policy: vec![0; 2 * MSR_ENTRY_SIZE],
+    };
+    let mut writer = StreamWriter::begin(to, framing, &data)?;
+    for round in 1..=2u8 {
+        let content = [round; PAGE_SIZE];
+        let pages: Vec<_> = (0..=max_pfn)
+            .chain(SPECIAL..SPECIAL + 8)
+            .filter(|pfn| pfn.is_multiple_of(round.into()))
+            .map(|pfn| {
+                let hole = pfn == max_pfn / 2;
+                StreamPage {
+                    pfn,
+                    page_type: if hole {
+                        PageType::Invalid
+                    } else {
+                        PageType::Normal
+                    },
+                    content: (!hole).then_some(&content),
+                }
+            })
+            .collect();
+        for record in pages.chunks(1024) {
+            writer.pages(record)?;
+        }
+    }
+    let tsc = TscInfo {
+        mode: 0,
+        khz: 2_400_000,
+        nsec: 1_000_000_000,
+        incarnation: 1,
+    };
+    // The rings of xenstore and the console.
+    let params = vec![(1, SPECIAL + 4), (17, SPECIAL + 7)];
+    writer.finish(&GuestState::Hvm(HvmState {
+        tsc,
+        context: vec![0; 4912],
+        params,
     }))?;
     Ok(())
 }

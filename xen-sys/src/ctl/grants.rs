@@ -9,7 +9,7 @@ use crate::{DomId, Error, Result, raw};
 const PAGE: usize = 4096;
 
 impl Ctl {
-    /// The frames (PV: machine frames) of `domain` that another domain may be writing to right now
+    /// The frames (PV: machine frames; else guest frames) of `domain` that another domain may be writing to right now
     /// through a mapping: rings, and buffers that a backend keeps mapped. Log-dirty doesn't see
     /// such writes. There may be frames among them that nobody writes to, or that it doesn't own.
     ///

@@ -26,8 +26,50 @@ pub const MIGRATED_HVM_PARAMS: [u32; 16] = [
     raw::HVM_PARAM_MCA_CAP,
 ];
 
+/// The parameters that name guest frames which other domains write to at any time, and which a
+/// restore empties: the rings of xenstore, the console and the device model.
+pub const RING_HVM_PARAMS: [u32; 4] = [
+    raw::HVM_PARAM_STORE_PFN,
+    raw::HVM_PARAM_CONSOLE_PFN,
+    raw::HVM_PARAM_IOREQ_PFN,
+    raw::HVM_PARAM_BUFIOREQ_PFN,
+];
+
+/// Memory of a domain that gets its pages only when it touches them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OnDemand {
+    /// Guest frames without a page so far. Merely to look at one gives it a page.
+    pub entries: u64,
+    /// Pages that are put by for them.
+    pub cached: u64,
+}
+
 /// Operations on PVH and HVM domains.
 impl Ctl {
+    /// How much of the domain's memory is populated on demand, still. That is how a domain begins
+    /// that may have more memory than it is given.
+    ///
+    /// # Errors
+    ///
+    /// There is no such domain, it is PV, or the hypervisor refused.
+    pub fn on_demand(&self, domain: DomId) -> Result<OnDemand> {
+        let mut found = OnDemand::default();
+        let mut all = 0;
+        self.call("ask for memory populated on demand", domain, |xch| {
+            // SAFETY: the handle is open, and the numbers are ours.
+            unsafe {
+                raw::xc_domain_get_pod_target(
+                    xch,
+                    domain.get(),
+                    &mut all,
+                    &mut found.cached,
+                    &mut found.entries,
+                )
+            }
+        })?;
+        Ok(found)
+    }
+
     /// The state of the virtual hardware, as the record HVM_CONTEXT stores it.
     ///
     /// # Errors

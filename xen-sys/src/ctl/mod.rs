@@ -35,7 +35,7 @@ use std::sync::Arc;
 pub use cpu_policy::{CpuPolicy, GuestKind, Incompatible};
 pub use domain::{DomainInfo, ShutdownReason, TscInfo};
 pub use host::{PhysicalInfo, Version};
-pub use hvm::MIGRATED_HVM_PARAMS;
+pub use hvm::{MIGRATED_HVM_PARAMS, OnDemand, RING_HVM_PARAMS};
 pub use log_dirty::{DirtyBitmap, DirtyStats};
 pub use page_type::PageType;
 pub use vcpu::{VcpuContext, VcpuInfo};

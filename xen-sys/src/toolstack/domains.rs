@@ -17,7 +17,8 @@ pub struct DomainSummary {
     pub name: Option<String>,
     /// Its UUID.
     pub uuid: [u8; 16],
-    /// Its kind; `None` if libxl can't tell, as for the control domain.
+    /// Its kind; `None` if libxl can't tell, as for the control domain. For a PVH domain this is
+    /// HVM: see [`DomainConfig::kind`].
     pub kind: Option<DomainKind>,
     /// The memory that it has, in KiB.
     pub memory: u64,

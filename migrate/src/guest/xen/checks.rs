@@ -5,9 +5,14 @@
 
 use serde_json::Value;
 use xen_sys::DomId;
+use xen_sys::toolstack::DomainKind;
 
 use super::host::{Host, saver_at_work};
 use crate::error::{Error, IoContext, Result};
+
+/// Why an HVM guest can't be moved.
+pub const HVM: &str = "it is an HVM guest, whose device model (QEMU) can't be moved; only PV and \
+                       PVH guests can";
 
 /// What the operator allows.
 #[derive(Debug, Clone, Copy, Default)]
@@ -17,10 +22,12 @@ pub struct Allowed {
 }
 
 /// A guest's configuration, as libxl tells it now.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct Layout {
-    /// libxl's JSON.
-    pub configuration: Value,
+    /// libxl's JSON, but for the balloon's target.
+    configuration: Value,
+    /// The balloon's target in KiB, which may change at any time.
+    target: Option<Value>,
     /// vCPUs that are online.
     online_vcpus: u32,
 }
@@ -39,24 +46,35 @@ impl Layout {
             Error::Refused(format!("The guest's configuration can't be read: {error}"))
         })?;
         // The balloon's target may change on the way; the pages themselves are followed.
+        let mut target = None;
         if let Some(build) = configuration
             .get_mut("b_info")
             .and_then(Value::as_object_mut)
         {
-            build.remove("target_memkb");
+            target = build.remove("target_memkb");
         }
         let online_vcpus = host.info(domid)?.online_vcpus;
         Ok(Layout {
             configuration,
+            target,
             online_vcpus,
         })
+    }
+
+    /// libxl's JSON, for the other site.
+    pub fn document(&self) -> Value {
+        let mut document = self.configuration.clone();
+        if let (Some(target), Some(build)) = (&self.target, document.get_mut("b_info")) {
+            build["target_memkb"] = target.clone();
+        }
+        document
     }
 
     /// # Errors
     /// [`Error::Refused`] where the guest is not as it was.
     pub fn unchanged(&self, host: &Host, domid: DomId) -> Result<()> {
         let now = Layout::read(host, domid)?;
-        if now == *self {
+        if now.configuration == self.configuration && now.online_vcpus == self.online_vcpus {
             return Ok(());
         }
         let what = ["disks", "nics", "pcidevs", "usbdevs", "b_info", "c_info"]
@@ -79,8 +97,9 @@ pub fn hindrances(host: &Host, domid: DomId, allowed: Allowed) -> Result<Vec<Str
     if domid == DomId::DOM0 {
         return Ok(vec!["Domain-0 is the host itself".into()]);
     }
-    if info.hvm {
-        found.push("it is an HVM or PVH guest; only PV guests can be moved".into());
+    let kind = host.kind(domid)?;
+    if kind == DomainKind::Hvm {
+        found.push(HVM.into());
         return Ok(found);
     }
     if info.dying || info.shutdown.is_some() {
@@ -89,12 +108,30 @@ pub fn hindrances(host: &Host, domid: DomId, allowed: Allowed) -> Result<Vec<Str
     if info.paused {
         found.push("it is paused, and a paused guest can't suspend".into());
     }
-    let width = host
-        .ctl()
-        .guest_width(domid)
-        .context(|| "Can't read the guest's width")?;
-    if width != 8 {
-        found.push("it is a 32-bit PV guest; only 64-bit ones can be moved".into());
+    if kind == DomainKind::Pv {
+        let width = host
+            .ctl()
+            .guest_width(domid)
+            .context(|| "Can't read the guest's width")?;
+        if width != 8 {
+            found.push("it is a 32-bit PV guest; only 64-bit ones can be moved".into());
+        }
+    } else {
+        let on_demand = host
+            .ctl()
+            .on_demand(domid)
+            .context(|| "Can't read how the guest's memory is populated")?;
+        // To look at such a page gives it one: Xen crashes a guest for which none is left.
+        if on_demand.entries > on_demand.cached {
+            found.push(
+                "it was started with less memory than it may have (memory below maxmem), and its \
+                 balloon has not given up the rest yet (populate on demand)"
+                    .into(),
+            );
+        }
+        if info.shared_pages > 0 || info.paged_pages > 0 {
+            found.push("pages of it are shared with other guests, or paged out".into());
+        }
     }
     let name = host.name(domid)?;
     if name.ends_with("--incoming") || name.ends_with("--migratedaway") {
@@ -133,6 +170,23 @@ fn configured(configuration: &Value, allowed: Allowed) -> Vec<String> {
     let build = configuration.get("b_info");
     if build.is_some_and(|build| some(build.get("vnuma_nodes"))) {
         found.push("it has virtual NUMA nodes, which stock libxl can't restore".into());
+    }
+    let says = |pointer: &str| {
+        build
+            .and_then(|build| build.pointer(pointer))
+            .is_some_and(is_true)
+    };
+    if says("/type.pvh/pvshim") {
+        found.push("it is a PV guest in a PVH container (pvshim)".into());
+    }
+    if says("/nested_hvm") {
+        found.push("it may run guests of its own by hardware (nestedhvm)".into());
+    }
+    if build
+        .and_then(|build| build.get("altp2m"))
+        .is_some_and(|value| value != "disabled")
+    {
+        found.push("it has alternative views of its memory (altp2m)".into());
     }
     let host_map = build.and_then(|build| build.pointer("/type.pv/e820_host"));
     if host_map.is_some_and(|value| value == "True" || value == &Value::Bool(true)) {
@@ -179,6 +233,21 @@ mod tests {
         for word in ["PCI", "--no-disks", "e820_host", "NUMA"] {
             assert!(found.contains(word), "{word}: {found}");
         }
+        let configuration = json!({
+            "b_info": {"type.pvh": {"pvshim": "True"}, "nested_hvm": "True", "altp2m": "mixed"},
+        });
+        let found = configured(&configuration, Allowed::default()).join("\n");
+        for word in ["pvshim", "nestedhvm", "altp2m"] {
+            assert!(found.contains(word), "{word}: {found}");
+        }
+    }
+
+    #[test]
+    fn what_libxl_writes_for_every_pvh_guest_does_not_hinder() {
+        let configuration = json!({
+            "b_info": {"type.pvh": {"pvshim": "False"}, "nested_hvm": "False", "altp2m": "disabled"},
+        });
+        assert!(configured(&configuration, Allowed::default()).is_empty());
     }
 
     #[test]

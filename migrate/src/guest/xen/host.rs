@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use xen_sys::DomId;
 use xen_sys::ctl::{Ctl, DomainInfo, ShutdownReason};
 use xen_sys::store::Store;
-use xen_sys::toolstack::Toolstack;
+use xen_sys::toolstack::{DomainKind, Toolstack};
 
 use crate::error::{Error, IoContext, Result, chain};
 
@@ -71,6 +71,22 @@ impl Host {
         self.toolstack
             .name(domid)
             .ok_or_else(|| Error::Refused(format!("Domain {domid} has no name")))
+    }
+
+    /// A domain's kind.
+    ///
+    /// # Errors
+    /// What libxl refuses; [`Error::Refused`] where it can't tell.
+    pub fn kind(&self, domid: DomId) -> Result<DomainKind> {
+        // The hypervisor doesn't tell PVH from HVM: only the configuration does.
+        if !self.info(domid)?.hvm {
+            return Ok(DomainKind::Pv);
+        }
+        self.toolstack
+            .configuration(domid)
+            .context(|| "Can't read the guest's configuration")?
+            .kind()
+            .ok_or_else(|| Error::Refused(format!("Domain {domid} is of no known kind")))
     }
 
     /// A domain's UUID as text.

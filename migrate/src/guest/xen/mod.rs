@@ -1,15 +1,46 @@
 //! Real guests, on real Xen.
 //!
 //! [`host`] is what every process of ours does to a domain: find it, suspend and resume it, name
-//! it, destroy it. [`pv`] reads a paravirtualised guest that leaves; [`restore`] feeds one that
-//! arrives to stock libxl; [`checks`] says beforehand why a guest can't be moved.
+//! it, destroy it. [`pv`] and [`pvh`] read guests that leave, by what `leaving` and `tracker` have
+//! for both; [`restore`] feeds one that arrives to stock libxl; [`checks`] says beforehand why a
+//! guest can't be moved.
 
 pub mod checks;
 pub mod host;
+mod leaving;
 pub mod p2m;
 pub mod page_table;
+mod presence;
 pub mod pv;
+pub mod pvh;
 pub mod restore;
 pub mod stream;
+mod tracker;
 pub mod vcpu;
-pub mod verify;
+mod verify;
+
+use xen_sys::DomId;
+use xen_sys::toolstack::DomainKind;
+
+use crate::digest::DigestKey;
+use crate::error::{Error, Result};
+use crate::guest::Source;
+use crate::report::TrackerKind;
+
+/// Takes hold of the running guest `domid`, whatever its kind. `key` is the secret of its digests;
+/// `wanted` forces a tracker.
+///
+/// # Errors
+/// What Xen refuses; [`Error::Refused`] for a kind that can't be moved.
+pub fn open(
+    host: &host::Host,
+    domid: DomId,
+    key: &DigestKey,
+    wanted: Option<TrackerKind>,
+) -> Result<Box<dyn Source>> {
+    Ok(match host.kind(domid)? {
+        DomainKind::Pv => Box::new(pv::PvSource::open(domid, key, wanted)?),
+        DomainKind::Pvh => Box::new(pvh::PvhSource::open(domid, key, wanted)?),
+        DomainKind::Hvm => return Err(Error::Refused(checks::HVM.into())),
+    })
+}

@@ -18,22 +18,18 @@ use std::thread;
 use std::time::Duration;
 
 use xen_sys::DomId;
-use xen_sys::ctl::DirtyBitmap;
-use xen_sys::memory::{Access, ForeignMemory, M2p, Mapping};
+use xen_sys::memory::{Access, M2p};
 
-use super::host::{Host, SUSPENDING};
+use super::leaving::{BATCH, Frame, Leaving};
 use super::vcpu;
-use crate::digest::{DigestKey, Digester, PageDigest};
+use crate::digest::DigestKey;
 use crate::error::{Error, IoContext, Result, chain};
 use crate::guest::xen::p2m::{self, P2mDescription};
 use crate::guest::xen::page_table::normalise;
-use crate::guest::xen::stream::state::{DomainKind, GuestState, PvState, StaticData, TscInfo};
-use crate::guest::{Batch, BatchEntry, Facts, Found, Kind, Moment, PageState, PageTable, Source};
-use crate::pages::{MAX_PAGES, PAGE_SIZE, Page, PageSet, PageType, is_zero};
+use crate::guest::xen::stream::state::{GuestState, PvState, StaticData};
+use crate::guest::{Batch, Facts, Kind, Moment, PageTable, Source};
+use crate::pages::{MAX_PAGES, PAGE_SIZE, Page, PageSet, PageType};
 use crate::report::TrackerKind;
-
-/// The hypervisor's limit for one look-up of page types, and ours for one mapping.
-pub const BATCH: usize = 1024;
 
 /// Bytes of a PV guest's pointers and p2m entries: only 64-bit guests are moved.
 const WIDTH: u8 = 8;
@@ -51,20 +47,8 @@ struct Unmapped;
 
 /// A paravirtualised guest on this host.
 pub struct PvSource {
-    host: Host,
-    memory: ForeignMemory,
+    leaving: Leaving,
     m2p: M2p,
-    domid: DomId,
-    facts: Facts,
-    digester: Digester,
-    /// The digest of an ordinary page of zeros.
-    zero: PageDigest,
-    wanted: Option<TrackerKind>,
-    log_dirty: Option<DirtyBitmap>,
-    scanning: bool,
-    started: bool,
-    /// Whether the guest was asked to suspend and has not done it.
-    suspending: bool,
     p2m: Vec<u64>,
     p2m_frames: Vec<u64>,
 }
@@ -76,65 +60,31 @@ impl PvSource {
     /// # Errors
     /// What Xen refuses; [`Error::Guest`] where the guest's p2m can't be followed.
     pub fn open(domid: DomId, key: &DigestKey, wanted: Option<TrackerKind>) -> Result<PvSource> {
-        let host = Host::open()?;
-        let memory = ForeignMemory::open().context(|| "Can't map guests' memory")?;
-        let m2p = M2p::map(host.ctl()).context(|| "Can't map the machine-to-physical table")?;
-        let info = host.info(domid)?;
-        let name = host.name(domid)?;
-        let digester = Digester::new(key);
-        let facts = Facts {
-            name,
-            uuid: host.uuid_text(&info),
-            kind: Kind::Pv,
-            pages: 0,
-            vcpus: info.max_vcpu_id.map_or(0, |id| id + 1),
-        };
+        let leaving = Leaving::open(domid, Kind::Pv, key, wanted)?;
+        let m2p =
+            M2p::map(leaving.host.ctl()).context(|| "Can't map the machine-to-physical table")?;
         let mut source = PvSource {
-            host,
-            memory,
+            leaving,
             m2p,
-            domid,
-            facts,
-            zero: digester.zero(PageType::Normal),
-            digester,
-            wanted,
-            log_dirty: None,
-            scanning: false,
-            started: false,
-            suspending: false,
             p2m: Vec::new(),
             p2m_frames: Vec::new(),
         };
         let (p2m, frames) = source.settled_p2m()?;
-        source.facts.pages = p2m.len() as u64;
+        source.leaving.facts.pages = p2m.len() as u64;
         source.p2m = p2m;
         source.p2m_frames = frames;
         Ok(source)
     }
 
-    /// The guest's domain id.
-    pub fn domid(&self) -> DomId {
-        self.domid
-    }
-
-    /// This guest's host.
-    pub fn host(&self) -> &Host {
-        &self.host
-    }
-
     fn shared_info(&self) -> Result<Box<[u8; PAGE_SIZE]>> {
-        let info = self.host.info(self.domid)?;
+        let info = self.leaving.host.info(self.leaving.domid)?;
         let mut page = Box::new([0; PAGE_SIZE]);
-        self.copy_frame(info.shared_info_frame, &mut page)
+        self.leaving
+            .copy_frame(info.shared_info_frame, &mut page)
             .ok_or_else(|| Error::Guest {
                 what: "shared info page can't be mapped".into(),
             })?;
         Ok(page)
-    }
-
-    fn copy_frame(&self, mfn: u64, into: &mut [u8; PAGE_SIZE]) -> Option<()> {
-        let mapping = self.memory.map_page(self.domid, Access::Read, mfn).ok()?;
-        mapping.copy_page(0, into).then_some(())
     }
 
     /// The whole p2m as it is now, and the frames that hold it as pfns.
@@ -142,7 +92,7 @@ impl PvSource {
         let shared = P2mDescription::parse(&*self.shared_info()?);
         let highest = self.m2p.frames().saturating_sub(1);
         let walked = p2m::find(&shared, highest, MAX_PAGES, |mfn, page| {
-            self.copy_frame(mfn, page).ok_or(Unmapped)
+            self.leaving.copy_frame(mfn, page).ok_or(Unmapped)
         })
         .map_err(|error| Error::Guest {
             what: format!("p2m can't be followed: {}", chain(&error)),
@@ -150,8 +100,9 @@ impl PvSource {
         let mut table = Vec::with_capacity(walked.frames.len() * PAGE_SIZE / WIDTH as usize);
         for frames in walked.frames.chunks(BATCH) {
             let mapping = self
+                .leaving
                 .memory
-                .map(self.domid, Access::Read, frames)
+                .map(self.leaving.domid, Access::Read, frames)
                 .context(|| "Can't map the guest's p2m")?;
             let mut page = [0; PAGE_SIZE];
             for index in 0..frames.len() {
@@ -221,154 +172,31 @@ impl PvSource {
         let pfn = self.m2p.pfn_of(mfn)?;
         (self.p2m.get(pfn as usize) == Some(&mfn)).then_some(pfn)
     }
-
-    /// Starts log-dirty if the hypervisor can. `None`: it can't, for this guest or at all.
-    fn try_log_dirty(&mut self) -> Result<Option<DirtyBitmap>> {
-        let host = &self.host;
-        match host.ctl().log_dirty_enable(self.domid) {
-            Ok(()) => {}
-            Err(error) if error.is_not_supported() || error.is_out_of_memory() => {
-                log::info!("No log-dirty for {}: {error}", self.facts.name);
-                return Ok(None);
-            }
-            // Enabled already (EINVAL), or another paging operation is under way (EBUSY).
-            Err(error) if error.is_busy() || super::host::is_invalid(&error) => {
-                return Err(Error::Busy(format!(
-                    "Another tool is tracking the memory of {}",
-                    self.facts.name
-                )));
-            }
-            Err(error) => return Err(error).context(|| "Can't track dirty pages"),
-        }
-        match host.ctl().dirty_bitmap(self.facts.pages) {
-            Ok(bitmap) => Ok(Some(bitmap)),
-            Err(error) => {
-                host.end_log_dirty(self.domid, true)?;
-                Err(error).context(|| "Can't track dirty pages")
-            }
-        }
-    }
-
-    /// Takes one page that has content into `batch`, if it is not as it was.
-    fn take(
-        &self,
-        mapping: &Mapping,
-        index: usize,
-        pfn: u64,
-        page_type: PageType,
-        known: &PageTable,
-        batch: &mut Batch,
-    ) -> Taken {
-        let before = known.get(pfn);
-        let level = page_type.table_level();
-        if let (None, Some(before)) = (level, before) {
-            // In place this can only answer "unchanged": the guest may write while it is read.
-            let now = mapping.with_page(index, |page| self.digester.page(page_type, page));
-            if now == Some(before.digest) {
-                return Taken::Unchanged;
-            }
-        }
-        // Half of most guests. As with a copy, what is written meanwhile is dirty next time.
-        if level.is_none() && mapping.with_page(index, is_zero) == Some(true) {
-            let state = PageState {
-                page_type,
-                digest: self.zero,
-            };
-            batch.entries.push(BatchEntry {
-                pfn,
-                state,
-                content: Found::Zero,
-            });
-            return Taken::Changed;
-        }
-        let (slot, page) = batch.new_slot();
-        if !mapping.copy_page(index, page) {
-            batch.drop_slot();
-            return Taken::Unreadable("it can't be mapped".into());
-        }
-        if let Some(level) = level
-            && let Err(error) = normalise(page, level, |mfn| self.pfn(mfn))
-        {
-            batch.drop_slot();
-            return Taken::Unreadable(error.to_string());
-        }
-        let state = PageState {
-            page_type,
-            digest: self.digester.page(page_type, page),
-        };
-        if before == Some(state) {
-            batch.drop_slot();
-            return Taken::Unchanged;
-        }
-        batch.entries.push(BatchEntry {
-            pfn,
-            state,
-            content: Found::Slot(slot),
-        });
-        Taken::Changed
-    }
-}
-
-enum Taken {
-    Unchanged,
-    Changed,
-    /// It is on its way in or out, or a table that can't be translated while the guest runs.
-    Unreadable(String),
 }
 
 impl Source for PvSource {
     fn facts(&self) -> &Facts {
-        &self.facts
+        &self.leaving.facts
     }
 
     fn static_data(&mut self) -> Result<StaticData> {
-        let ctl = self.host.ctl();
-        let policy = ctl
-            .cpu_policy(self.domid)
-            .context(|| "Can't read the guest's CPU policy")?;
-        let version = ctl.version().context(|| "Can't read Xen's version")?;
-        Ok(StaticData {
-            kind: DomainKind::Pv64,
-            xen_version: (version.major, version.minor),
-            cpuid_policy: policy.leaf_bytes().to_vec(),
-            msr_policy: policy.msr_bytes().to_vec(),
-        })
+        self.leaving.static_data()
     }
 
     fn begin(&mut self) -> Result<TrackerKind> {
-        if self.wanted != Some(TrackerKind::Scan) {
-            self.log_dirty = self.try_log_dirty()?;
-        }
-        match (&self.log_dirty, self.wanted) {
-            (Some(_), _) => Ok(TrackerKind::LogDirty),
-            (None, Some(TrackerKind::LogDirty)) => Err(Error::Refused(
-                "This hypervisor can't log the dirty pages of a PV guest (no shadow paging)".into(),
-            )),
-            (None, _) => {
-                self.scanning = true;
-                Ok(TrackerKind::Scan)
-            }
-        }
+        self.leaving.begin()
     }
 
     fn next_dirty(&mut self, dirty: &mut PageSet, moment: Moment) -> Result<()> {
         // Clear first, look at the p2m after: what changes in between is dirty next time.
-        if let Some(bitmap) = &mut self.log_dirty {
-            let last = moment == Moment::Last;
-            self.host
-                .ctl()
-                .log_dirty_clean(self.domid, bitmap, last)
-                .context(|| "Can't read the dirty pages")?;
-            dirty.union_with(&PageSet::from_words(bitmap.words(), self.facts.pages));
-        }
+        self.leaving.take_logged(dirty, moment)?;
         self.follow_p2m(dirty)?;
         // A stock saver that started meanwhile takes log-dirty mode over, and what was dirty with
         // it; it suspends the guest, and lets it go on or destroys it, when it likes.
-        self.host.refuse_saver(self.domid)?;
-        if self.scanning || !self.started {
+        self.leaving.host.refuse_saver(self.leaving.domid)?;
+        if self.leaving.tracker.all_count() {
             dirty.fill();
         }
-        self.started = true;
         if moment == Moment::Last {
             for pfn in self.find_rings()?.into_iter().chain(self.find_granted()?) {
                 dirty.insert(pfn);
@@ -406,9 +234,10 @@ impl Source for PvSource {
         }
         let mut types: Vec<u64> = pages.iter().map(|(_, mfn)| *mfn).collect();
         if !types.is_empty() {
-            self.host
+            self.leaving
+                .host
                 .ctl()
-                .page_types(self.domid, &mut types)
+                .page_types(self.leaving.domid, &mut types)
                 .context(|| "Can't read the types of pages")?;
         }
         let mut frames = Vec::with_capacity(pages.len());
@@ -426,43 +255,25 @@ impl Source for PvSource {
                 }
                 deferred.insert(pfn);
             } else {
-                frames.push((pfn, mfn, page_type));
+                frames.push(Frame {
+                    pfn,
+                    frame: mfn,
+                    page_type,
+                });
             }
         }
         let first = batch.entries.len();
-        if !frames.is_empty() {
-            let mfns: Vec<u64> = frames.iter().map(|(_, mfn, _)| *mfn).collect();
-            let mapping = self
-                .memory
-                .map(self.domid, Access::Read, &mfns)
-                .context(|| "Can't map the guest's memory")?;
-            for (index, (pfn, _, page_type)) in frames.iter().enumerate() {
-                match self.take(&mapping, index, *pfn, *page_type, known, batch) {
-                    Taken::Unchanged => batch.unchanged += 1,
-                    Taken::Changed => {}
-                    Taken::Unreadable(why) if moment == Moment::Last => {
-                        let what = format!("page {pfn:#x} ({page_type:?}) can't be read: {why}");
-                        return Err(Error::Guest { what });
-                    }
-                    Taken::Unreadable(_) => {
-                        deferred.insert(*pfn);
-                    }
-                }
-            }
-        }
+        let to_pfns = |page: &mut Page, level| {
+            normalise(page, level, |mfn| self.pfn(mfn)).map_err(|error| error.to_string())
+        };
+        self.leaving
+            .take_all(&frames, to_pfns, known, moment, batch, deferred)?;
         for pfn in holes {
-            let state = PageState {
-                page_type: PageType::Invalid,
-                digest: self.digester.hole(PageType::Invalid),
-            };
-            if known.get(pfn) == Some(state) {
+            let hole = self.leaving.hole(pfn);
+            if known.get(pfn) == Some(hole.state) {
                 batch.unchanged += 1;
             } else {
-                batch.entries.push(BatchEntry {
-                    pfn,
-                    state,
-                    content: Found::Nothing,
-                });
+                batch.entries.push(hole);
             }
         }
         batch.entries[first..].sort_by_key(|entry| entry.pfn);
@@ -470,67 +281,43 @@ impl Source for PvSource {
     }
 
     fn suspend(&mut self) -> Result<()> {
-        self.suspending = true;
-        self.host.suspend(self.domid)?;
-        self.suspending = false;
-        Ok(())
+        self.leaving.suspend()
     }
 
     fn final_state(&mut self) -> Result<GuestState> {
-        let ctl = self.host.ctl();
-        let tsc = ctl
-            .tsc_info(self.domid)
-            .context(|| "Can't read the guest's TSC")?;
-        let vcpus = (0..self.facts.vcpus)
-            .filter_map(|id| vcpu::state(ctl, self.domid, id, |mfn| self.pfn(mfn)).transpose())
+        let (ctl, domid) = (self.leaving.host.ctl(), self.leaving.domid);
+        let tsc = self.leaving.tsc()?;
+        let vcpus = (0..self.leaving.facts.vcpus)
+            .filter_map(|id| vcpu::state(ctl, domid, id, |mfn| self.pfn(mfn)).transpose())
             .collect::<Result<_>>()?;
         Ok(GuestState::Pv(PvState {
-            tsc: TscInfo {
-                mode: tsc.mode,
-                khz: tsc.khz,
-                nsec: tsc.nsec,
-                incarnation: tsc.incarnation,
-            },
+            tsc,
             shared_info: self.shared_info()?,
             vcpus,
         }))
     }
 
     fn end_tracking(&mut self) -> Result<()> {
-        match self.log_dirty.take() {
-            Some(_) => self.host.end_log_dirty(self.domid, true),
-            None => Ok(()),
-        }
+        self.leaving.tracker.end(&self.leaving.host)
     }
 
     fn end_suspend(&mut self) -> Result<bool> {
-        let patience = if self.suspending {
-            SUSPENDING
-        } else {
-            Duration::ZERO
-        };
-        self.host.end_suspend(self.domid, patience)
+        self.leaving.end_suspend()
     }
 
     fn resume(&mut self) -> Result<()> {
-        self.host.resume(self.domid)
+        self.leaving.host.resume(self.leaving.domid)
     }
 
     fn destroy(&mut self) -> Result<()> {
-        self.host.destroy(self.domid)
+        self.leaving.host.destroy(self.leaving.domid)
     }
 }
 
 impl PvSource {
-    /// Pages that dom0's backends keep mapped for writing, the rings of devices above all: what they
-    /// write there log-dirty doesn't see either. They may write once more after the suspend, which
-    /// is no change of the guest's: it makes its rings anew when it goes on.
+    /// Pages that backends write to.
     fn find_granted(&self) -> Result<Vec<u64>> {
-        let frames = self
-            .host
-            .ctl()
-            .frames_mapped_writable(self.domid)
-            .context(|| "Can't read what the guest has granted")?;
+        let frames = self.leaving.granted()?;
         Ok(frames.into_iter().filter_map(|mfn| self.pfn(mfn)).collect())
     }
 
@@ -541,22 +328,24 @@ impl PvSource {
             what: what.to_owned(),
         };
         let context = self
+            .leaving
             .host
             .ctl()
-            .vcpu_context(self.domid, 0)
+            .vcpu_context(self.leaving.domid, 0)
             .context(|| "Can't read the state of vCPU 0")?;
         let mfn = context.rdx();
         let start_info = self
             .pfn(mfn)
             .ok_or_else(|| bad("start_info is not in its memory"))?;
         let mut page = [0; PAGE_SIZE];
-        self.copy_frame(mfn, &mut page)
+        self.leaving
+            .copy_frame(mfn, &mut page)
             .ok_or_else(|| bad("start_info can't be mapped"))?;
         let mut pages = vec![start_info];
         pages.extend(
             start_info_rings(&page)
                 .into_iter()
-                .filter(|pfn| *pfn < self.facts.pages),
+                .filter(|pfn| *pfn < self.leaving.facts.pages),
         );
         Ok(pages)
     }

@@ -1,10 +1,10 @@
-//! A paravirtualised guest that arrives, restored by stock libxl.
+//! A guest that arrives, restored by stock libxl.
 //!
 //! ```text
 //! image ----> feeder thread ----> pipe ----> libxl_domain_create_restore (restore thread)
 //!               ^    libxl stream 2 / libxc image 3                 |
 //!  changed() ---+  PAGE_DATA as often as there is time              v
-//!  complete() -----  TSC, shared info, vCPUs, END            the domain, paused
+//!  complete() -----  TSC, vCPUs or virtual hardware, END      the domain, paused
 //! ```
 //!
 //! The restore begins with the move: pages are in the domain before the guest is suspended, and
@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError, bounded};
 use nix::fcntl::{FcntlArg, fcntl};
 use xen_sys::DomId;
-use xen_sys::ctl::VcpuContext;
+use xen_sys::ctl::{MIGRATED_HVM_PARAMS, RING_HVM_PARAMS, VcpuContext};
 use xen_sys::toolstack::{Aborter, DomainConfig, Toolstack};
 
 use super::host::Host;
@@ -31,9 +31,10 @@ use super::pv::start_info_rings;
 use super::stream::state::{GuestState, StaticData};
 use super::stream::{Framing, StreamPage, StreamWriter};
 use super::verify;
+use crate::configuration::balloon_target;
 use crate::digest::Digester;
 use crate::error::{Error, IoContext, Result, chain};
-use crate::guest::Destination;
+use crate::guest::{Destination, Kind};
 use crate::handover::lock::XlLock;
 use crate::handover::recovery::incoming_name;
 use crate::image::Image;
@@ -69,6 +70,8 @@ pub struct Incoming {
     pub name: String,
     /// Its UUID.
     pub uuid: String,
+    /// Its kind.
+    pub kind: Kind,
     /// Its configuration: only fields that this site takes of a peer.
     pub configuration: serde_json::Value,
     /// One more than its highest pfn.
@@ -157,11 +160,12 @@ impl XenDestination {
     /// devices that are attached beforehand.
     fn configuration(&self, populated: u64) -> Result<DomainConfig> {
         let mut json = self.incoming.configuration.clone();
-        let kib = populated * (PAGE_SIZE as u64 / 1024);
         json["c_info"]["name"] = incoming_name(&self.incoming.name).into();
         let build = &mut json["b_info"];
-        let most = build["max_memkb"].as_u64().unwrap_or(0).max(kib);
-        build["target_memkb"] = kib.into();
+        let told = build["target_memkb"].as_u64();
+        let target = balloon_target(self.incoming.kind.into(), told, populated);
+        let most = build["max_memkb"].as_u64().unwrap_or(0).max(target);
+        build["target_memkb"] = target.into();
         build["max_memkb"] = most.into();
         for key in DEVICES {
             if let Some(devices) = json.as_object_mut() {
@@ -409,11 +413,13 @@ impl XenDestination {
         Ok(work)
     }
 
-    /// What a restore writes itself: start_info, the two rings that it names, and the p2m.
+    /// What a restore writes itself: the rings of xenstore and the console; of a PV guest
+    /// start_info too, which names them, and the p2m.
     fn find_rewritten(&self, state: &GuestState) -> Result<Vec<u64>> {
         let mut pages = self.frames.clone();
-        let GuestState::Pv(state) = state else {
-            return Ok(pages);
+        let state = match state {
+            GuestState::Pv(state) => state,
+            GuestState::Hvm(state) => return Ok(rings(&state.params)),
         };
         let first = state.vcpus.first().map(|vcpu| vcpu.basic.as_slice());
         let context = first
@@ -465,6 +471,35 @@ impl XenDestination {
     }
 }
 
+/// A PVH guest's parameters are those that a saver writes, each once: with others a peer could give
+/// the new domain powers that its configuration doesn't.
+fn check_params(params: &[(u64, u64)]) -> Result<()> {
+    let mut left: Vec<u32> = MIGRATED_HVM_PARAMS.to_vec();
+    for (index, _) in params {
+        let place = left.iter().position(|known| u64::from(*known) == *index);
+        match place {
+            Some(place) => left.swap_remove(place),
+            None => {
+                return Err(Error::Guest {
+                    what: format!("parameter {index} can't be taken"),
+                });
+            }
+        };
+    }
+    Ok(())
+}
+
+/// The pfns of the rings that a PVH guest's parameters name.
+fn rings(params: &[(u64, u64)]) -> Vec<u64> {
+    let names_ring =
+        |index: u64| u32::try_from(index).is_ok_and(|index| RING_HVM_PARAMS.contains(&index));
+    params
+        .iter()
+        .filter(|(index, _)| names_ring(*index))
+        .map(|(_, pfn)| *pfn)
+        .collect()
+}
+
 /// libxl counts the terminating zero among the bytes that it keeps.
 fn with_end(text: &str) -> Vec<u8> {
     let mut bytes = text.as_bytes().to_vec();
@@ -499,7 +534,10 @@ impl Destination for XenDestination {
                 what: "memory is larger than was offered".into(),
             });
         }
-        let wanted = self.incoming.pages.div_ceil(PAGE_SIZE as u64 / 8);
+        let wanted = match self.incoming.kind {
+            Kind::Pv => self.incoming.pages.div_ceil(PAGE_SIZE as u64 / 8),
+            Kind::Pvh => 0,
+        };
         if frames.len() as u64 != wanted || frames.iter().any(|pfn| *pfn >= self.incoming.pages) {
             return Err(Error::Guest {
                 what: "p2m frames don't fit its memory".into(),
@@ -553,6 +591,9 @@ impl Destination for XenDestination {
     }
 
     fn complete(&mut self, state: GuestState) -> Result<()> {
+        if let GuestState::Hvm(state) = &state {
+            check_params(&state.params)?;
+        }
         self.rewritten = self.find_rewritten(&state)?;
         self.work()?.tail = Some(state);
         self.completing = Some(Instant::now());
@@ -590,14 +631,14 @@ impl Destination for XenDestination {
         let (Some(domid), Some(image)) = (self.domid, &self.image) else {
             return Err(Error::Refused("There is nothing to verify".into()));
         };
-        verify::compare(
-            &self.host,
+        verify::Restored {
+            host: &self.host,
             domid,
-            &*locked(image)?,
-            &self.digester,
-            &self.frames,
-            &self.rewritten,
-        )
+            kind: self.incoming.kind,
+            p2m_frames: &self.frames,
+            rewritten: &self.rewritten,
+        }
+        .compare(&*locked(image)?, &self.digester)
     }
 
     fn confirm(&mut self) -> Result<()> {
@@ -738,4 +779,31 @@ fn poisoned() -> Error {
 
 fn locked<T>(mutex: &Mutex<T>) -> Result<MutexGuard<'_, T>> {
     mutex.lock().map_err(|_| poisoned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_parameters_that_a_saver_writes_are_taken() {
+        let all: Vec<(u64, u64)> = MIGRATED_HVM_PARAMS
+            .iter()
+            .map(|index| (u64::from(*index), 0xff000 + u64::from(*index)))
+            .collect();
+        check_params(&all).unwrap();
+        check_params(&[]).unwrap();
+        assert!(check_params(&[all[0], all[1], all[0]]).is_err());
+        // HVM_PARAM_DM_DOMAIN: who is the device model.
+        assert!(check_params(&[(13, 5)]).is_err());
+        assert!(check_params(&[(u64::MAX, 0)]).is_err());
+    }
+
+    #[test]
+    fn the_rings_are_found_among_the_parameters() {
+        let [store, console, ..] = RING_HVM_PARAMS.map(u64::from);
+        let ident = 12;
+        let params = [(store, 0xfeffc), (ident, 0xfeffe000), (console, 0xfefff)];
+        assert_eq!(rings(&params), [0xfeffc, 0xfefff]);
+    }
 }

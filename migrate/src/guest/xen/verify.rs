@@ -4,8 +4,8 @@
 //! restored p2m: pfn -> frame --map, copy, normalise, digest--> equal to the image's digest?
 //! ```
 //!
-//! The restored page tables hold this host's machine frames; normalised again they must be what
-//! the source sent.
+//! A PV guest's restored page tables hold this host's machine frames; normalised again they must be
+//! what the source sent. A PVH guest's frames are its pfns, and nothing is normalised.
 
 use std::collections::HashMap;
 
@@ -13,104 +13,141 @@ use xen_sys::DomId;
 use xen_sys::memory::{Access, ForeignMemory, M2p};
 
 use super::host::Host;
+use super::leaving::BATCH;
 use super::page_table::normalise;
-use super::pv::BATCH;
+use super::presence::{self, Presence};
 use crate::digest::Digester;
 use crate::error::{Error, IoContext, Result};
+use crate::guest::Kind;
 use crate::image::Image;
 use crate::pages::{PAGE_SIZE, PageSet, PageType};
 
 const NO_FRAME: u64 = u64::MAX;
 
-/// Compares every page of the paused domain `domid` with `image`, but for the pfns in `rewritten`.
-/// `p2m_frames` are the pfns of its p2m.
-///
-/// # Errors
-/// [`Error::Verify`] that names the first pages that differ.
-pub fn compare(
-    host: &Host,
-    domid: DomId,
-    image: &Image,
-    digester: &Digester,
-    p2m_frames: &[u64],
-    rewritten: &[u64],
-) -> Result<()> {
-    let memory = ForeignMemory::open().context(|| "Can't map guests' memory")?;
-    let m2p = M2p::map(host.ctl()).context(|| "Can't map the machine-to-physical table")?;
-    let table = image.table();
-    let frames = find_frames(host, domid, &memory, &m2p, p2m_frames, table.pages())?;
-    let translate = |mfn: u64| {
-        let pfn = m2p.pfn_of(mfn)?;
-        (frames.get(pfn as usize) == Some(&mfn)).then_some(pfn)
-    };
-    let mut different = Vec::new();
-    let mut compared = 0u64;
-    let mut wanted = PageSet::full(table.pages());
-    for pfn in rewritten {
-        wanted.remove(*pfn);
-    }
-    let (mut cursor, mut batch) = (0, Vec::with_capacity(BATCH));
-    while wanted.take_batch(&mut cursor, BATCH, &mut batch) > 0 {
-        let mut present = Vec::with_capacity(batch.len());
-        for pfn in &batch {
-            let wanted = table.get(*pfn).filter(|state| state.page_type.has_data());
-            match (
-                wanted,
-                frames
-                    .get(*pfn as usize)
-                    .copied()
-                    .filter(|mfn| *mfn != NO_FRAME),
-            ) {
-                (Some(state), Some(mfn)) => present.push((*pfn, mfn, state)),
-                (None, None) => {}
-                _ => different.push(*pfn),
+/// A paused domain that was restored.
+pub(super) struct Restored<'a> {
+    pub host: &'a Host,
+    pub domid: DomId,
+    pub kind: Kind,
+    /// The pfns of its own p2m, if it has one.
+    pub p2m_frames: &'a [u64],
+    /// The pfns that a restore writes itself.
+    pub rewritten: &'a [u64],
+}
+
+impl Restored<'_> {
+    /// Compares every page with `image`, but for those that were rewritten.
+    ///
+    /// # Errors
+    /// [`Error::Verify`] that names the first pages that differ.
+    pub fn compare(&self, image: &Image, digester: &Digester) -> Result<()> {
+        let memory = ForeignMemory::open().context(|| "Can't map guests' memory")?;
+        let table = image.table();
+        match self.kind {
+            Kind::Pv => {
+                let m2p = M2p::map(self.host.ctl())
+                    .context(|| "Can't map the machine-to-physical table")?;
+                let frames = find_frames(
+                    self.host,
+                    self.domid,
+                    &memory,
+                    &m2p,
+                    self.p2m_frames,
+                    table.pages(),
+                )?;
+                let translate = |mfn: u64| {
+                    let pfn = m2p.pfn_of(mfn)?;
+                    (frames.get(pfn as usize) == Some(&mfn)).then_some(pfn)
+                };
+                let frame = |pfn: u64| {
+                    let frame = frames.get(pfn as usize).copied();
+                    frame.filter(|mfn| *mfn != NO_FRAME)
+                };
+                self.compare_frames(&memory, image, digester, frame, translate)
+            }
+            Kind::Pvh => {
+                let owned = self.host.info(self.domid)?.tot_pages;
+                let found = Presence::of(table.known())
+                    .look(owned, |pfns| presence::ask(self.host, self.domid, pfns))?;
+                let frame = |pfn: u64| found.contains(pfn).then_some(pfn);
+                self.compare_frames(&memory, image, digester, frame, |_| None)
             }
         }
-        batch.clear();
-        let mfns: Vec<u64> = present.iter().map(|(_, mfn, _)| *mfn).collect();
-        if mfns.is_empty() {
-            continue;
+    }
+
+    /// `frame` says what to map for a pfn; `translate` turns frames in page tables into pfns.
+    fn compare_frames(
+        &self,
+        memory: &ForeignMemory,
+        image: &Image,
+        digester: &Digester,
+        frame: impl Fn(u64) -> Option<u64>,
+        translate: impl Fn(u64) -> Option<u64>,
+    ) -> Result<()> {
+        let (host, domid, table) = (self.host, self.domid, image.table());
+        let mut different = Vec::new();
+        let mut compared = 0u64;
+        let mut wanted = PageSet::full(table.pages());
+        for pfn in self.rewritten {
+            wanted.remove(*pfn);
         }
-        let mut types = mfns.clone();
-        host.ctl()
-            .page_types(domid, &mut types)
-            .context(|| "Can't read the types of pages")?;
-        let mapping = memory
-            .map(domid, Access::Read, &mfns)
-            .context(|| "Can't map the guest's memory")?;
-        let mut page = [0; PAGE_SIZE];
-        for (index, (pfn, _, state)) in present.iter().enumerate() {
-            compared += 1;
-            let page_type = types
-                .get(index)
-                .and_then(|raw| PageType::from_page_frame_info(*raw).ok());
-            let same_type = page_type.is_some_and(|found| same_type(found, state.page_type));
-            let same = mapping.copy_page(index, &mut page)
-                && same_type
-                && match state.page_type.table_level() {
-                    Some(level) => normalise(&mut page, level, translate).is_ok(),
-                    None => true,
+        let (mut cursor, mut batch) = (0, Vec::with_capacity(BATCH));
+        while wanted.take_batch(&mut cursor, BATCH, &mut batch) > 0 {
+            let mut present = Vec::with_capacity(batch.len());
+            for pfn in &batch {
+                let wanted = table.get(*pfn).filter(|state| state.page_type.has_data());
+                match (wanted, frame(*pfn)) {
+                    (Some(state), Some(mfn)) => present.push((*pfn, mfn, state)),
+                    (None, None) => {}
+                    _ => different.push(*pfn),
                 }
-                && digester.page(state.page_type, &page) == state.digest;
-            if !same {
-                different.push(*pfn);
+            }
+            batch.clear();
+            let mfns: Vec<u64> = present.iter().map(|(_, mfn, _)| *mfn).collect();
+            if mfns.is_empty() {
+                continue;
+            }
+            let mut types = mfns.clone();
+            host.ctl()
+                .page_types(domid, &mut types)
+                .context(|| "Can't read the types of pages")?;
+            let mapping = memory
+                .map(domid, Access::Read, &mfns)
+                .context(|| "Can't map the guest's memory")?;
+            let mut page = [0; PAGE_SIZE];
+            for (index, (pfn, _, state)) in present.iter().enumerate() {
+                compared += 1;
+                let page_type = types
+                    .get(index)
+                    .and_then(|raw| PageType::from_page_frame_info(*raw).ok());
+                let same_type = page_type.is_some_and(|found| same_type(found, state.page_type));
+                let same = mapping.copy_page(index, &mut page)
+                    && same_type
+                    && match state.page_type.table_level() {
+                        Some(level) => normalise(&mut page, level, &translate).is_ok(),
+                        None => true,
+                    }
+                    && digester.page(state.page_type, &page) == state.digest;
+                if !same {
+                    different.push(*pfn);
+                }
             }
         }
+        if different.is_empty() {
+            log::info!("{compared} restored pages are what was sent");
+            return Ok(());
+        }
+        let shown: Vec<String> = different
+            .iter()
+            .take(8)
+            .map(|pfn| format!("{pfn:#x}"))
+            .collect();
+        Err(Error::Verify(format!(
+            "{} of {compared} restored pages differ, {} among them",
+            different.len(),
+            shown.join(", ")
+        )))
     }
-    if different.is_empty() {
-        log::info!("{compared} restored pages are what was sent");
-        return Ok(());
-    }
-    let shown: Vec<String> = different
-        .iter()
-        .take(8)
-        .map(|pfn| format!("{pfn:#x}"))
-        .collect();
-    Err(Error::Verify(format!(
-        "{} of {compared} restored pages differ, {} among them",
-        different.len(),
-        shown.join(", ")
-    )))
 }
 
 /// Where each page of the domain is, by the p2m that the restore wrote into the domain's memory.

@@ -1,0 +1,123 @@
+//! Which pages changed: what the hypervisor logs, or all of them.
+//!
+//! ```text
+//! begin --> log-dirty: each time what was logged since the last time
+//!       \-> scan:      each time everything; what is unchanged shows by its digest
+//! ```
+
+use xen_sys::DomId;
+use xen_sys::ctl::DirtyBitmap;
+
+use super::host::{Host, is_invalid};
+use crate::error::{Error, IoContext, Result};
+use crate::guest::{Facts, Kind, Moment};
+use crate::pages::PageSet;
+use crate::report::TrackerKind;
+
+/// The tracker of one guest.
+pub(super) struct Tracker {
+    domid: DomId,
+    wanted: Option<TrackerKind>,
+    log_dirty: Option<DirtyBitmap>,
+    scanning: bool,
+    started: bool,
+}
+
+impl Tracker {
+    /// Tracks nothing yet. `wanted` leaves no choice.
+    pub fn new(domid: DomId, wanted: Option<TrackerKind>) -> Tracker {
+        Tracker {
+            domid,
+            wanted,
+            log_dirty: None,
+            scanning: false,
+            started: false,
+        }
+    }
+
+    /// Starts log-dirty where the hypervisor can, else a scan.
+    ///
+    /// # Errors
+    /// What Xen refuses; [`Error::Busy`] where another tool tracks the guest; [`Error::Refused`]
+    /// where log-dirty is wanted and not there.
+    pub fn begin(&mut self, host: &Host, facts: &Facts) -> Result<TrackerKind> {
+        if self.wanted != Some(TrackerKind::Scan) {
+            self.log_dirty = self.try_log_dirty(host, facts)?;
+        }
+        match (&self.log_dirty, self.wanted) {
+            (Some(_), _) => Ok(TrackerKind::LogDirty),
+            (None, Some(TrackerKind::LogDirty)) => Err(Error::Refused(match facts.kind {
+                Kind::Pv => "This hypervisor can't log the dirty pages of a PV guest (no shadow \
+                             paging)"
+                    .into(),
+                Kind::Pvh => "This hypervisor can't log the guest's dirty pages".into(),
+            })),
+            (None, _) => {
+                self.scanning = true;
+                Ok(TrackerKind::Scan)
+            }
+        }
+    }
+
+    /// Starts log-dirty if the hypervisor can. `None`: it can't, for this guest or at all.
+    fn try_log_dirty(&self, host: &Host, facts: &Facts) -> Result<Option<DirtyBitmap>> {
+        match host.ctl().log_dirty_enable(self.domid) {
+            Ok(()) => {}
+            Err(error) if error.is_not_supported() || error.is_out_of_memory() => {
+                log::info!("No log-dirty for {}: {error}", facts.name);
+                return Ok(None);
+            }
+            // Enabled already (EINVAL), or another paging operation is under way (EBUSY).
+            Err(error) if error.is_busy() || is_invalid(&error) => {
+                return Err(Error::Busy(format!(
+                    "Another tool is tracking the memory of {}",
+                    facts.name
+                )));
+            }
+            Err(error) => return Err(error).context(|| "Can't track dirty pages"),
+        }
+        match host.ctl().dirty_bitmap(facts.pages) {
+            Ok(bitmap) => Ok(Some(bitmap)),
+            Err(error) => {
+                host.end_log_dirty(self.domid, true)?;
+                Err(error).context(|| "Can't track dirty pages")
+            }
+        }
+    }
+
+    /// What was logged since the last time goes into `dirty`, and is forgotten by the hypervisor.
+    ///
+    /// # Errors
+    /// What Xen refuses.
+    pub fn take_logged(
+        &mut self,
+        host: &Host,
+        pages: u64,
+        dirty: &mut PageSet,
+        moment: Moment,
+    ) -> Result<()> {
+        if let Some(bitmap) = &mut self.log_dirty {
+            host.ctl()
+                .log_dirty_clean(self.domid, bitmap, moment == Moment::Last)
+                .context(|| "Can't read the dirty pages")?;
+            dirty.union_with(&PageSet::from_words(bitmap.words(), pages));
+        }
+        Ok(())
+    }
+
+    /// Whether every page has to be looked at this time: always in a scan, else the first time.
+    pub fn all_count(&mut self) -> bool {
+        !std::mem::replace(&mut self.started, true) || self.scanning
+    }
+
+    /// Ends it. Harmless when there is none.
+    ///
+    /// # Errors
+    /// What Xen refuses.
+    pub fn end(&mut self, host: &Host) -> Result<()> {
+        match self.log_dirty.take() {
+            Some(_) => host.end_log_dirty(self.domid, true),
+            None => Ok(()),
+        }
+    }
+}
