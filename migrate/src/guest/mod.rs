@@ -2,7 +2,7 @@
 //!
 //! The engine moves pages, types and opaque records. What they mean, and how they are read and
 //! restored, is behind two traits: [`Source`] for a guest that leaves and [`Destination`] for one
-//! that arrives. [`xen`] has the real ones.
+//! that arrives. [`xen`] has the real ones, [`replay`] those of tests and benchmarks.
 //!
 //! ```text
 //!            begin          next_dirty, read ...      suspend      next_dirty, read, state
@@ -14,6 +14,7 @@
 //!                                                  discard at any time
 //! ```
 
+pub mod replay;
 pub mod xen;
 
 use std::ops::Range;

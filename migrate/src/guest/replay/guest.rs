@@ -1,0 +1,149 @@
+//! A guest that runs, in its way: its history goes on.
+
+use std::time::{Duration, Instant};
+
+use super::history::{Clock, History};
+use super::memory::{Change, Memory, Write};
+use crate::guest::{Facts, Kind};
+use crate::pages::PageSet;
+
+/// A guest in this process.
+#[derive(Debug)]
+pub struct Guest {
+    /// What is fixed.
+    pub facts: Facts,
+    memory: Memory,
+    history: History,
+    clock: Clock,
+    began: Instant,
+    suspended: bool,
+    /// Pages that were written since they were last asked for, while they are logged.
+    log: Option<PageSet>,
+    /// Pages that can't be read while it runs.
+    unsettled: PageSet,
+}
+
+impl Guest {
+    /// A guest of that name and memory that does nothing.
+    #[must_use]
+    pub fn idle(name: &str, memory: Memory) -> Self {
+        Guest {
+            facts: Facts {
+                name: name.to_owned(),
+                uuid: "5eed5eed-0000-4000-8000-000000000001".into(),
+                kind: Kind::Pv,
+                pages: memory.pages(),
+                vcpus: 1,
+            },
+            unsettled: PageSet::new(memory.pages()),
+            memory,
+            history: History::default(),
+            clock: Clock::Calls,
+            began: Instant::now(),
+            suspended: false,
+            log: None,
+        }
+    }
+
+    /// From now on it does this.
+    pub fn live(&mut self, history: History, clock: Clock) {
+        self.history = history;
+        self.clock = clock;
+        self.began = Instant::now();
+    }
+
+    /// Its memory as it is now.
+    #[must_use]
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Whether it runs.
+    #[must_use]
+    pub fn runs(&self) -> bool {
+        !self.suspended
+    }
+
+    /// Time goes on.
+    pub(super) fn go_on(&mut self) {
+        if self.suspended {
+            return;
+        }
+        let until = match self.clock {
+            Clock::Calls => Duration::MAX,
+            Clock::Time => self.began.elapsed(),
+        };
+        while self
+            .history
+            .steps
+            .front()
+            .is_some_and(|step| step.at <= until)
+        {
+            let step = self.history.steps.pop_front().unwrap_or_default();
+            self.write(&step.writes);
+            if self.clock == Clock::Calls {
+                break;
+            }
+        }
+    }
+
+    fn write(&mut self, writes: &[Write]) {
+        for write in writes {
+            match write.change {
+                Change::Unsettled if write.pfn < self.memory.pages() => {
+                    self.unsettled.insert(write.pfn);
+                }
+                Change::Settled => {
+                    self.unsettled.remove(write.pfn);
+                }
+                _ => {
+                    if self.memory.apply(write)
+                        && let Some(log) = &mut self.log
+                    {
+                        log.insert(write.pfn);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Begins to log what is written.
+    pub(super) fn begin_log(&mut self) {
+        self.log = Some(PageSet::new(self.memory.pages()));
+    }
+
+    /// Moves what was logged into `dirty`.
+    pub(super) fn take_log(&mut self, dirty: &mut PageSet) {
+        if let Some(log) = &mut self.log {
+            dirty.union_with(log);
+            *log = PageSet::new(self.memory.pages());
+        }
+    }
+
+    pub(super) fn end_log(&mut self) {
+        self.log = None;
+    }
+
+    /// Whether its pages are logged.
+    #[must_use]
+    pub fn is_logged(&self) -> bool {
+        self.log.is_some()
+    }
+
+    /// Whether a page can be read now.
+    pub(super) fn can_be_read(&self, pfn: u64) -> bool {
+        self.suspended || !self.unsettled.contains(pfn)
+    }
+
+    pub(super) fn suspend(&mut self) {
+        let last = std::mem::take(&mut self.history.at_suspend);
+        self.write(&last);
+        // For the next time.
+        self.history.at_suspend = last;
+        self.suspended = true;
+    }
+
+    pub(super) fn resume(&mut self) {
+        self.suspended = false;
+    }
+}

@@ -1,0 +1,283 @@
+//! A site in this process: where guests run, leave and arrive.
+//!
+//! ```text
+//!   site                          under its own directory: journals, locks, memory on its way
+//!     guest     runs, or is suspended
+//!     incoming  arrives, paused: outlives the worker that made it, as a domain does
+//!     left      the memory of the guest that was destroyed here last
+//! ```
+//!
+//! [`Site::settle`] is what a guardian does: it reads a journal, and carries out what
+//! [`recovery::action`] makes of it.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::guest::Guest;
+use super::memory::Memory;
+use crate::directories::Directories;
+use crate::error::{Error, IoContext, Result};
+use crate::guest::Moment;
+use crate::guest::xen::stream::state::GuestState;
+use crate::handover::journal::{self, Entry, Journal, Outcome, Phase, Role};
+use crate::handover::lock::GuestLock;
+use crate::handover::recovery::{self, Action, Owner};
+
+/// How long a worker of the same move is waited for.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What is asked of a guest, or of what surrounds it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Call {
+    // At the source.
+    Begin,
+    NextDirty,
+    Read(Moment),
+    Suspend,
+    FinalState,
+    EndTracking,
+    EndSuspend,
+    Resume,
+    Destroy,
+    Ask,
+    // At the destination.
+    Start,
+    BeginRound,
+    Changed,
+    EndRound,
+    Complete,
+    Completed,
+    Verify,
+    Confirm,
+    TakeOver,
+    Discard,
+    // At either.
+    Keep,
+}
+
+/// Is told of each call before it is carried out, and may let it fail.
+pub type Watch = dyn Fn(Call) -> Result<()> + Send + Sync;
+
+/// A guest that arrives.
+#[derive(Debug)]
+pub struct Incoming {
+    pub(super) name: String,
+    pub(super) memory: Memory,
+    pub(super) state: Option<GuestState>,
+}
+
+/// A site.
+#[derive(Debug)]
+pub struct Site {
+    /// Journals, locks, and memory on its way.
+    pub directories: Directories,
+    domains: Mutex<Domains>,
+}
+
+#[derive(Debug, Default)]
+struct Domains {
+    guest: Option<Guest>,
+    incoming: Option<Incoming>,
+    left: Option<Memory>,
+    state: Option<GuestState>,
+    keepers: u32,
+}
+
+impl Site {
+    /// A site without a guest. All it keeps on disk is under `root`.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn new(root: &Path) -> Result<Arc<Site>> {
+        let directories = Directories::under(root);
+        directories.create()?;
+        Ok(Arc::new(Site {
+            directories,
+            domains: Mutex::default(),
+        }))
+    }
+
+    /// A thread that was ended with the lock in hand leaves nothing half done here.
+    fn domains(&self) -> MutexGuard<'_, Domains> {
+        self.domains.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on `guest` is here.
+    pub fn start(&self, guest: Guest) {
+        self.domains().guest = Some(guest);
+    }
+
+    /// Does something with the guest.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where there is none; what `with` returns.
+    pub fn with_guest<T>(&self, with: impl FnOnce(&mut Guest) -> Result<T>) -> Result<T> {
+        let mut domains = self.domains();
+        let guest = domains.guest.as_mut();
+        with(guest.ok_or_else(|| Error::Refused("There is no guest here".into()))?)
+    }
+
+    /// Whether a guest runs here.
+    #[must_use]
+    pub fn runs(&self) -> bool {
+        self.domains().guest.as_ref().is_some_and(Guest::runs)
+    }
+
+    /// Whether anything of a guest is here: one that runs or is suspended, or one on its way in.
+    #[must_use]
+    pub fn has_any(&self) -> bool {
+        let domains = self.domains();
+        domains.guest.is_some() || domains.incoming.is_some()
+    }
+
+    /// The memory of the guest that was destroyed here last.
+    #[must_use]
+    pub fn left(&self) -> Option<Memory> {
+        self.domains().left.clone()
+    }
+
+    /// What the guest that arrived here last was besides its memory.
+    #[must_use]
+    pub fn arrived_state(&self) -> Option<GuestState> {
+        self.domains().state.clone()
+    }
+
+    /// How many keepers were started here.
+    #[must_use]
+    pub fn keepers(&self) -> u32 {
+        self.domains().keepers
+    }
+
+    pub(super) fn keep(&self) {
+        self.domains().keepers += 1;
+    }
+
+    pub(super) fn destroy(&self) -> Result<()> {
+        let mut domains = self.domains();
+        let guest = domains.guest.take();
+        domains.left = guest.map(|guest| guest.memory().clone());
+        Ok(())
+    }
+
+    pub(super) fn begin_incoming(&self, incoming: Incoming) -> Result<()> {
+        self.domains().incoming = Some(incoming);
+        Ok(())
+    }
+
+    pub(super) fn with_incoming<T>(
+        &self,
+        with: impl FnOnce(&mut Incoming) -> Result<T>,
+    ) -> Result<T> {
+        let mut domains = self.domains();
+        let incoming = domains.incoming.as_mut();
+        with(incoming.ok_or_else(|| Error::Refused("No guest arrives here".into()))?)
+    }
+
+    /// What has arrived runs from now on. Runs again without harm.
+    pub(super) fn take_over(&self) -> Result<()> {
+        let mut domains = self.domains();
+        if let Some(incoming) = domains.incoming.take() {
+            domains.guest = Some(Guest::idle(&incoming.name, incoming.memory));
+            domains.state = incoming.state;
+        }
+        Ok(())
+    }
+
+    pub(super) fn discard(&self) -> Result<()> {
+        self.domains().incoming = None;
+        Ok(())
+    }
+
+    /// Settles the move whose journal is at `path`, as a guardian does when its worker is gone.
+    /// `ask` asks the other site who owns the guest.
+    ///
+    /// # Errors
+    /// [`Error::InDoubt`], [`Error::Io`].
+    pub fn settle(
+        &self,
+        path: &Path,
+        ask: &mut dyn FnMut(&Entry) -> Result<Owner>,
+    ) -> Result<Entry> {
+        let entry = journal::read(path)?;
+        let begin = &entry.begin;
+        let _lock = GuestLock::wait(&self.directories, &begin.uuid, &begin.name, PATIENCE)?;
+        let mut journal = Journal::open(path)?;
+        match recovery::action(journal.entry()) {
+            Action::Nothing => {}
+            Action::GoOn | Action::Resume => self.stays(&mut journal)?,
+            Action::AskDestination => match ask(&entry)? {
+                Owner::Destination => {
+                    self.destroy()?;
+                    journal.end(Outcome::Moved)?;
+                }
+                Owner::Source => self.stays(&mut journal)?,
+                Owner::Unknown => {
+                    let peer = begin.peer.clone();
+                    return Err(Error::InDoubt { peer });
+                }
+            },
+            Action::Discard => {
+                self.discard()?;
+                remove_memory(&entry)?;
+                journal.end(Outcome::Aborted)?;
+            }
+            Action::Finish => {
+                journal.reach(Phase::Owner)?;
+                self.take_over()?;
+                journal.reach(Phase::Running)?;
+                self.arrived(&mut journal)?;
+            }
+            Action::ClearUp => self.arrived(&mut journal)?,
+        }
+        journal::read(path)
+    }
+
+    fn stays(&self, journal: &mut Journal) -> Result<()> {
+        let suspended = self.with_guest(|guest| {
+            let suspended = !guest.runs();
+            guest.resume();
+            guest.end_log();
+            Ok(suspended)
+        })?;
+        if suspended {
+            self.keep();
+        }
+        journal.end(Outcome::Aborted)
+    }
+
+    fn arrived(&self, journal: &mut Journal) -> Result<()> {
+        self.keep();
+        remove_memory(journal.entry())?;
+        journal.end(Outcome::Moved)
+    }
+
+    /// What this destination answers when a source asks about a move: who owns the guest.
+    ///
+    /// # Errors
+    /// As [`Site::settle`].
+    pub fn answer(&self, asked: &Entry) -> Result<Owner> {
+        let found = journal::find(&self.directories, &asked.begin.move_id, Role::Destination)?;
+        let Some(entry) = found else {
+            return Ok(Owner::Unknown);
+        };
+        match self
+            .settle(&entry.path, &mut |_| Ok(Owner::Unknown))?
+            .outcome
+        {
+            Some(Outcome::Moved) => Ok(Owner::Destination),
+            Some(Outcome::Aborted) => Ok(Owner::Source),
+            None => Err(Error::Busy("The move is still under way".into())),
+        }
+    }
+}
+
+fn remove_memory(entry: &Entry) -> Result<()> {
+    match entry.begin.memory.as_ref().map(std::fs::remove_file) {
+        Some(Err(error)) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).context(|| "Can't remove what has arrived")
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,188 @@
+//! Moves that fail: whatever breaks, one guest runs, and a new move succeeds.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use migrate::Error;
+use migrate::guest::Moment;
+use migrate::guest::replay::{Call, Crossing, Shape, Watch, cross, die, pair};
+
+use crate::scene::{Place, Scene, at_call, busy};
+
+/// Calls at the source, in the order in which they come first.
+const AT_SOURCE: [Call; 7] = [
+    Call::Begin,
+    Call::NextDirty,
+    Call::Read(Moment::Live),
+    Call::Suspend,
+    Call::Read(Moment::Last),
+    Call::FinalState,
+    Call::EndTracking,
+];
+
+/// The same at the destination.
+const AT_DESTINATION: [Call; 9] = [
+    Call::Start,
+    Call::BeginRound,
+    Call::Changed,
+    Call::EndRound,
+    Call::Complete,
+    Call::Completed,
+    Call::Confirm,
+    Call::TakeOver,
+    Call::Keep,
+];
+
+/// From here on the guest is the destination's.
+fn committed(call: Call) -> bool {
+    matches!(
+        call,
+        Call::EndTracking | Call::Destroy | Call::Confirm | Call::TakeOver | Call::Keep
+    )
+}
+
+/// A move in which `act` is done at a call at one of the sites.
+fn crossing(call: Call, act: impl Fn() + Send + Sync + 'static) -> Crossing {
+    let watch = at_call(call, 1, act);
+    let mut crossing = Crossing::default();
+    if AT_DESTINATION.contains(&call) {
+        crossing.at_destination = watch;
+    } else {
+        crossing.at_source = watch;
+    }
+    crossing
+}
+
+/// After a move that failed the guest runs at the source, and moves.
+fn then_moves(scene: &Scene) {
+    scene.moves(Crossing::default());
+}
+
+#[test]
+fn the_link_is_cut_at_each_call() {
+    for call in AT_SOURCE.into_iter().chain(AT_DESTINATION) {
+        let scene = Scene::with(busy(10));
+        let (near, far, cut) = pair(Shape::default());
+        let crossing = crossing(call, move || cut.cut());
+        let crossed = cross(&scene.near, &scene.far, (near, far), crossing).unwrap();
+        let place = scene.settled(&crossed);
+        // A commit that has arrived counts, whether the source hears of it or not.
+        let expected = if committed(call) {
+            Place::Destination
+        } else {
+            Place::Source
+        };
+        assert_eq!(place, expected, "{call:?}: {crossed:?}");
+        if place == Place::Source {
+            assert!(
+                matches!(crossed.source.error(), Some(Error::LinkLost { .. })),
+                "{call:?}: {crossed:?}"
+            );
+            then_moves(&scene);
+        } else {
+            assert!(crossed.source.is_ok(), "{call:?}: {crossed:?}");
+        }
+    }
+}
+
+#[test]
+fn the_link_is_cut_after_each_share_of_the_bytes() {
+    let whole = Scene::with(busy(11)).moves(Crossing::default());
+    let bytes = whole.report.unwrap().wire_bytes;
+    let shares = (0..12).map(|share| bytes * share / 12);
+    // The last bytes are few and decide most.
+    let ends = (0..24).map(|at| bytes.saturating_sub(at * 11));
+    for cut_after in shares.chain(ends) {
+        let scene = Scene::with(busy(11));
+        let (near, far, _cut) = pair(Shape {
+            cut_after: Some(cut_after.max(1)),
+            ..Shape::default()
+        });
+        let crossed = cross(&scene.near, &scene.far, (near, far), Crossing::default()).unwrap();
+        if scene.settled(&crossed) == Place::Source {
+            then_moves(&scene);
+        }
+    }
+}
+
+#[test]
+fn either_worker_is_killed_at_each_call() {
+    for call in AT_SOURCE.into_iter().chain(AT_DESTINATION) {
+        let scene = Scene::with(busy(12));
+        let crossed = scene.cross(crossing(call, || die()));
+        let place = scene.settled(&crossed);
+        // A destination that dies before it has recorded that the guest is its own gives it back.
+        let expected = if committed(call) && call != Call::Confirm {
+            Place::Destination
+        } else {
+            Place::Source
+        };
+        assert_eq!(place, expected, "{call:?}: {crossed:?}");
+        if place == Place::Source {
+            then_moves(&scene);
+        }
+    }
+}
+
+#[test]
+fn what_is_asked_of_a_guest_fails() {
+    for call in AT_SOURCE.into_iter().chain(AT_DESTINATION) {
+        let scene = Scene::with(busy(13));
+        let failing: Arc<Watch> = Arc::new(move |this| {
+            if this == call {
+                return Err(Error::Refused(format!("{call:?} fails")));
+            }
+            Ok(())
+        });
+        let mut crossing = Crossing::default();
+        if AT_DESTINATION.contains(&call) {
+            crossing.at_destination = failing;
+        } else {
+            crossing.at_source = failing;
+        }
+        let crossed = scene.cross(crossing);
+        if scene.settled(&crossed) == Place::Source {
+            then_moves(&scene);
+        }
+    }
+}
+
+#[test]
+fn a_move_is_cancelled_at_each_call() {
+    for call in AT_SOURCE.into_iter().chain(AT_DESTINATION) {
+        let scene = Scene::with(busy(14));
+        let cancel = Arc::<AtomicBool>::default();
+        let flag = Arc::clone(&cancel);
+        let crossing = Crossing {
+            cancel,
+            ..crossing(call, move || flag.store(true, Ordering::Relaxed))
+        };
+        let crossed = scene.cross(crossing);
+        let place = scene.settled(&crossed);
+        if committed(call) {
+            // It is too late.
+            assert_eq!(place, Place::Destination, "{call:?}: {crossed:?}");
+        }
+        match crossed.source.error() {
+            None => assert_eq!(place, Place::Destination, "{call:?}"),
+            Some(Error::Cancelled) => {
+                assert_eq!(place, Place::Source, "{call:?}");
+                then_moves(&scene);
+            }
+            Some(other) => panic!("{call:?}: {other}"),
+        }
+    }
+}
+
+#[test]
+fn a_destination_that_has_the_guest_refuses() {
+    let scene = Scene::with(busy(15));
+    scene.far.start(busy(16));
+    let crossed = scene.cross(Crossing::default());
+    assert!(
+        matches!(crossed.source.error(), Some(Error::RefusedByPeer { .. })),
+        "{crossed:?}"
+    );
+    assert!(crossed.destination_journal.is_none());
+    assert!(scene.near.runs() && scene.far.runs());
+}

@@ -1,0 +1,8 @@
+//! The whole engine, both ends, over guests that are replayed: the codec, the protocol, the
+//! journals, the image on disk. Only the guest and the wire are in this process.
+
+#![allow(clippy::unwrap_used)]
+
+mod broken;
+mod scene;
+mod whole;

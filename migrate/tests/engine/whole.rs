@@ -1,0 +1,70 @@
+//! Moves that nothing disturbs.
+
+use std::time::Duration;
+
+use migrate::guest::replay::generated::Random;
+use migrate::guest::replay::{Clock, Crossing};
+use migrate::report::TrackerKind;
+use migrate::rounds::Limits;
+use migrate::source::Plan;
+
+use crate::scene::{Place, Scene, busy, history};
+
+#[test]
+fn a_guest_that_writes_all_the_time_arrives_as_it_left() {
+    for (seed, tracker, verify) in [
+        (1, TrackerKind::LogDirty, false),
+        (2, TrackerKind::LogDirty, true),
+        (3, TrackerKind::Scan, true),
+    ] {
+        let scene = Scene::with(busy(seed));
+        let crossed = scene.moves(Crossing {
+            tracker,
+            plan: Plan {
+                verify,
+                // A fast link's downtime would be short enough at once.
+                limits: Limits {
+                    downtime: Duration::ZERO,
+                    ..Limits::default()
+                },
+                ..Plan::default()
+            },
+            ..Crossing::default()
+        });
+        let report = crossed.report.unwrap();
+        assert_eq!(report.verified, verify);
+        assert_eq!(report.tracker, Some(tracker));
+        assert!(report.rounds.len() > 2, "{report:?}");
+        let all = |count: fn(&migrate::report::Round) -> u64| -> u64 {
+            report.rounds.iter().map(count).sum()
+        };
+        // What the guest does makes use of each way that a page can go.
+        assert!(all(|round| round.zero) > 0);
+        assert!(all(|round| round.reference) > 0);
+        assert!(all(|round| round.delta) > 0);
+        assert!(all(|round| round.retyped) > 0);
+        assert!(all(|round| round.no_data) > 0);
+        assert!(all(|round| round.raw) > 0);
+        assert!(all(|round| round.deferred) > 0);
+        assert!(scene.far.arrived_state().is_some());
+        assert_eq!((scene.near.keepers(), scene.far.keepers()), (0, 1));
+    }
+}
+
+#[test]
+fn there_and_back() {
+    let there = Scene::with(busy(4));
+    there.moves(Crossing::default());
+    there
+        .far
+        .with_guest(|guest| {
+            guest.live(history(&mut Random::new(5), 8, 40), Clock::Calls);
+            Ok(())
+        })
+        .unwrap();
+    let back = there.turned();
+    assert_eq!(
+        back.settled(&back.moves(Crossing::default())),
+        Place::Destination
+    );
+}
