@@ -4,5 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod broken;
+mod lying;
+mod random;
 mod scene;
 mod whole;

@@ -136,17 +136,20 @@ pub fn busy(seed: u64) -> Guest {
     guest
 }
 
-/// One of so many pages that a guest has some of them more than once.
-fn content(random: &mut Random) -> Content {
+/// So few pages that a guest has some of them more than once.
+pub fn pool() -> &'static [Content] {
     static PAGES: OnceLock<Vec<Content>> = OnceLock::new();
-    let pages = PAGES.get_or_init(|| {
+    PAGES.get_or_init(|| {
         let page = |seed| {
             let kind = Kind::ALL[seed as usize % 4];
             Content::Bytes(Arc::new(Made { kind, seed }.page()))
         };
         (0..400).map(page).collect()
-    });
-    pages[random.below(pages.len())].clone()
+    })
+}
+
+fn content(random: &mut Random) -> Content {
+    pool()[random.below(pool().len())].clone()
 }
 
 /// What a busy guest does.

@@ -1,0 +1,226 @@
+//! Random histories of a guest's writes, of links that break, of workers that die, and of retries:
+//! what arrives in the end is what left.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use migrate::Error;
+use migrate::guest::Moment;
+use migrate::guest::replay::{
+    Call, Change, Clock, Content, Crossing, Guest, History, Memory, Shape, Step, Watch, Write,
+    cross, die, pair,
+};
+use migrate::pages::PageType;
+use migrate::report::TrackerKind;
+use migrate::rounds::Limits;
+use migrate::source::Plan;
+use proptest::prelude::*;
+
+use crate::scene::{Place, Scene, pool};
+
+/// The most pages of a guest here.
+const MOST: u64 = 300;
+
+/// What goes wrong in one attempt.
+#[derive(Debug, Clone)]
+enum Trouble {
+    CutAfter(u64),
+    At(Call, usize, Deed),
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Deed {
+    Cut,
+    Kill,
+    Cancel,
+    Fail,
+}
+
+fn content() -> impl Strategy<Value = Content> {
+    prop_oneof![
+        1 => Just(Content::Zero),
+        3 => any::<prop::sample::Index>().prop_map(|which| which.get(pool()).clone()),
+    ]
+}
+
+fn page_type() -> impl Strategy<Value = PageType> {
+    prop::sample::select(vec![
+        PageType::Normal,
+        PageType::L1,
+        PageType::L2,
+        PageType::PinnedL1,
+        PageType::PinnedL4,
+    ])
+}
+
+fn memory() -> impl Strategy<Value = Memory> {
+    let page = prop_oneof![
+        1 => Just(None),
+        6 => content().prop_map(|content| Some((PageType::Normal, content))),
+        1 => (page_type(), content()).prop_map(Some),
+    ];
+    prop::collection::vec(page, 2..MOST as usize).prop_map(|pages| {
+        let mut memory = Memory::holes(pages.len() as u64);
+        for (pfn, page) in (0..).zip(pages) {
+            if let Some((page_type, content)) = page {
+                memory.set(pfn, page_type, content);
+            }
+        }
+        // No guest has none at all.
+        memory.set(0, PageType::Normal, Content::Zero);
+        memory
+    })
+}
+
+fn writes(most: usize) -> impl Strategy<Value = Vec<Write>> {
+    let pfn = prop_oneof![3 => 0..20u64, 1 => 0..MOST];
+    let change = prop_oneof![
+        4 => any::<u64>().prop_map(Change::Edit),
+        2 => content().prop_map(Change::Content),
+        2 => (0..MOST).prop_map(Change::CopyOf),
+        2 => page_type().prop_map(Change::Type),
+        1 => Just(Change::Hole),
+        1 => Just(Change::Unsettled),
+        1 => Just(Change::Settled),
+    ];
+    let write = (pfn, change).prop_map(|(pfn, change)| Write { pfn, change });
+    prop::collection::vec(write, 0..most)
+}
+
+fn history() -> impl Strategy<Value = History> {
+    let step = writes(40).prop_map(|writes| Step {
+        at: Duration::ZERO,
+        writes,
+    });
+    (prop::collection::vec(step, 0..12), writes(20)).prop_map(|(steps, at_suspend)| History {
+        steps: steps.into(),
+        at_suspend,
+    })
+}
+
+fn trouble() -> impl Strategy<Value = Trouble> {
+    let call = prop::sample::select(vec![
+        Call::Begin,
+        Call::NextDirty,
+        Call::Read(Moment::Live),
+        Call::Suspend,
+        Call::Read(Moment::Last),
+        Call::FinalState,
+        Call::EndTracking,
+        Call::EndSuspend,
+        Call::Resume,
+        Call::Destroy,
+        Call::Ask,
+        Call::Start,
+        Call::BeginRound,
+        Call::Changed,
+        Call::EndRound,
+        Call::Complete,
+        Call::Completed,
+        Call::Verify,
+        Call::Confirm,
+        Call::TakeOver,
+        Call::Discard,
+        Call::Keep,
+    ]);
+    let deed = prop::sample::select(vec![Deed::Cut, Deed::Kill, Deed::Cancel, Deed::Fail]);
+    prop_oneof![
+        1 => (1..400_000u64).prop_map(Trouble::CutAfter),
+        3 => (call, 1..4usize, deed).prop_map(|(call, nth, deed)| Trouble::At(call, nth, deed)),
+    ]
+}
+
+fn options() -> impl Strategy<Value = (TrackerKind, bool, u32)> {
+    let tracker = prop::sample::select(vec![TrackerKind::LogDirty, TrackerKind::Scan]);
+    (tracker, any::<bool>(), 1..6u32)
+}
+
+fn plain((tracker, verify, rounds): (TrackerKind, bool, u32)) -> Crossing {
+    Crossing {
+        tracker,
+        plan: Plan {
+            verify,
+            // As many rounds as are allowed: this process is too fast for more than one.
+            limits: Limits {
+                downtime: Duration::ZERO,
+                rounds,
+                ..Limits::default()
+            },
+            ..Plan::default()
+        },
+        ..Crossing::default()
+    }
+}
+
+/// One move in which things go wrong. Where the guest is then.
+fn attempt(scene: &Scene, troubles: &[Trouble], options: (TrackerKind, bool, u32)) -> Place {
+    let mut shape = Shape::default();
+    let mut deeds = Vec::new();
+    for trouble in troubles {
+        match *trouble {
+            Trouble::CutAfter(bytes) => shape.cut_after = Some(bytes),
+            Trouble::At(call, nth, deed) => deeds.push((call, nth, deed, AtomicUsize::new(0))),
+        }
+    }
+    let (near, far, cut) = pair(shape);
+    let cancel = Arc::<AtomicBool>::default();
+    let cancelled = Arc::clone(&cancel);
+    let watch: Arc<Watch> = Arc::new(move |this| {
+        for (call, nth, deed, seen) in &deeds {
+            if this != *call || seen.fetch_add(1, Ordering::Relaxed) + 1 != *nth {
+                continue;
+            }
+            match deed {
+                Deed::Cut => cut.cut(),
+                Deed::Kill => die(),
+                Deed::Cancel => cancelled.store(true, Ordering::Relaxed),
+                Deed::Fail => return Err(Error::Refused("It fails".into())),
+            }
+        }
+        Ok(())
+    });
+    let crossing = Crossing {
+        cancel,
+        // Each call is made at one of the sites, but for the start of a keeper.
+        at_source: Arc::clone(&watch),
+        at_destination: watch,
+        ..plain(options)
+    };
+    let crossed = cross(&scene.near, &scene.far, (near, far), crossing).unwrap();
+    scene.settled(&crossed)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        // A whole move takes longer than a test of a function.
+        cases: ProptestConfig::default().cases / 6,
+        max_shrink_iters: 200,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn what_arrives_is_what_left(
+        memory in memory(),
+        history in history(),
+        attempts in prop::collection::vec(prop::collection::vec(trouble(), 1..4), 0..3),
+        options in options(),
+        later in history(),
+    ) {
+        let mut guest = Guest::idle("g1", memory);
+        guest.live(history, Clock::Calls);
+        let scene = Scene::with(guest);
+        let moved = attempts
+            .iter()
+            .any(|troubles| attempt(&scene, troubles, options) == Place::Destination);
+        if !moved {
+            scene.moves(plain(options));
+        }
+        // And back, with what it did there.
+        scene.far.with_guest(|guest| {
+            guest.live(later, Clock::Calls);
+            Ok(())
+        }).unwrap();
+        scene.turned().moves(plain(options));
+    }
+}
