@@ -30,6 +30,10 @@ handed over to HOST the move is finished instead.";
 
 const SET_HELP: &str = "Example:
   vmshadow set g1 bandwidth=20M downtime=500";
+const SHADOW_HELP: &str =
+    "The guest runs on here. Its memory is read, and what HOST does not have yet is sent;
+a later move to HOST then sends what changed since. HOST decides how long it keeps
+a shadow: [shadows] in /etc/vmshadow/vmshadow.toml.";
 
 const RESOLVE_HELP: &str = "Without --decree nothing is guessed: where only the other host knows \
 who has the
@@ -57,6 +61,11 @@ pub enum Command {
     /// Change the limits of a move while it runs
     #[command(after_help = SET_HELP)]
     Set(Set),
+    /// Send what another host needs to take a guest quickly, while it runs on here
+    #[command(after_help = SHADOW_HELP)]
+    Shadow(Shadow),
+    /// List what this host holds of guests that run elsewhere, or drop it
+    Shadows(Shadows),
     /// Settle a move that a lost link or a killed process left open
     #[command(after_help = RESOLVE_HELP)]
     Resolve(Resolve),
@@ -132,6 +141,9 @@ pub struct Migrate {
     /// Leave the guest's connections at the edge as they are: they end
     #[arg(long)]
     pub no_edge: bool,
+    /// Keep no shadow of the guest here when it has left. Its way back is longer then
+    #[arg(long)]
+    pub no_shadow: bool,
     /// Print the report as JSON, and no progress
     #[arg(long)]
     pub json: bool,
@@ -161,6 +173,31 @@ pub struct Cancel {
     pub json: bool,
 }
 
+/// `vmshadow shadow`
+#[derive(Debug, Args)]
+pub struct Shadow {
+    /// The guest: its name or domain id
+    pub domain: String,
+    /// Where the shadow is to be: [USER@]HOST, reached by ssh with a key
+    pub host: String,
+    /// How HOST is reached
+    #[command(flatten)]
+    pub remote: RemoteOptions,
+    /// Send at most RATE bits a second, with k, M or G: 50M is 50 Mbit/s. At least 256k
+    #[arg(long, value_name = "RATE", value_parser = parse_rate)]
+    pub bandwidth: Option<u64>,
+    /// Go on: send again what changed, with a pause of S seconds, until Ctrl-C. By default the
+    /// shadow is sent once
+    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..))]
+    pub every: Option<u64>,
+    /// Allow a guest that has writable disks, as `migrate --no-disks` does
+    #[arg(long)]
+    pub no_disks: bool,
+    /// Print the report as JSON, one for each time, and no progress
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// `vmshadow set`
 #[derive(Debug, Args)]
 pub struct Set {
@@ -181,6 +218,20 @@ pub enum Setting {
     Bandwidth(Option<u64>),
     /// Milliseconds.
     Downtime(u64),
+}
+
+/// `vmshadow shadows`
+#[derive(Debug, Args)]
+pub struct Shadows {
+    /// Drop what is held of this guest: its name or UUID
+    #[arg(long, value_name = "GUEST")]
+    pub drop: Option<String>,
+    /// Drop all
+    #[arg(long, conflicts_with = "drop")]
+    pub drop_all: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// How another host is reached.

@@ -24,6 +24,8 @@ mod receive;
 mod report_file;
 mod resolve;
 mod set;
+mod shadow;
+mod shadows;
 mod status;
 
 use std::path::Path;
@@ -56,6 +58,8 @@ fn main() -> ExitCode {
         Command::Status(options) => status::run(options, &directories),
         Command::Cancel(options) => cancel::run(options, &directories),
         Command::Set(options) => set::run(options, &directories),
+        Command::Shadow(options) => shadow::run(options, &directories),
+        Command::Shadows(options) => shadows::run(options, &directories),
         Command::Resolve(options) => resolve::run(options, &directories),
         Command::Proxy(options) => proxy::run(options, &directories),
         Command::Receive(options) => receive::run(options, &directories),

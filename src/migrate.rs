@@ -12,7 +12,9 @@ use migrate::link::ssh::Remote;
 use migrate::outgoing::{Left, Moved, Request, find_domain, migrate};
 use migrate::report::TrackerKind;
 use migrate::rounds::Limits;
+use migrate::shadow::ShadowPolicy;
 use migrate::source::Plan;
+use migrate::wire::Purpose;
 
 use crate::cli;
 use crate::edge::{Departure, Edge, Paths};
@@ -27,6 +29,7 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
         &options.host,
         &options.remote.remote_command,
     )?;
+    let policy = policy::read()?;
     let request = Request {
         domain: options.domain.clone(),
         remote,
@@ -46,6 +49,11 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
             cli::Tracker::Scan => TrackerKind::Scan,
         }),
         rate: options.bandwidth,
+        purpose: Purpose::Move,
+        shadows: ShadowPolicy {
+            keep: policy.shadows.keep && !options.no_shadow,
+            ..policy.shadows
+        },
     };
     let report = options
         .report
@@ -55,7 +63,7 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
     crate::require_xen()?;
     let edge = match options.no_edge {
         true => None,
-        false => policy::read()?.edge,
+        false => policy.edge,
     };
     let mut connections = connections(edge, &options.domain)?;
     let mut observer = progress::observer(options.json);
@@ -64,7 +72,7 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
         &request,
         observer.as_mut(),
         connections.as_mut(),
-        crate::cancelled()?,
+        &crate::cancelled()?,
     );
     drop(observer);
     close_path(&moved, directories);
@@ -121,7 +129,7 @@ fn publish(options: &cli::Migrate, moved: &Moved, file: Option<ReportFile>) -> a
 }
 
 /// Adds where the guest is now, and what to do.
-fn explain(error: Error, left: Option<Left>, domain: &str, host: &str) -> anyhow::Error {
+pub fn explain(error: Error, left: Option<Left>, domain: &str, host: &str) -> anyhow::Error {
     let resolve = format!("run: vmshadow resolve {domain}");
     let place = match (&error, left) {
         (Error::InDoubt { .. }, _) => format!(

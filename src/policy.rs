@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use migrate::configuration::SitePolicy;
+use migrate::shadow::ShadowPolicy;
 
 use crate::edge::Edge;
 
@@ -33,6 +34,9 @@ pub struct Policy {
     /// What is taken of guests.
     #[serde(default)]
     pub site: SitePolicy,
+    /// What is kept of guests that run elsewhere.
+    #[serde(default)]
+    pub shadows: ShadowPolicy,
     /// What keeps their connections, if anything does.
     pub edge: Option<Edge>,
 }

@@ -6,7 +6,7 @@ use migrate::connections::Expected;
 use migrate::directories::Directories;
 use migrate::error::Error;
 use migrate::handover::recovery;
-use migrate::incoming;
+use migrate::incoming::{self, Policies};
 
 use crate::cli;
 use crate::edge::Paths;
@@ -30,7 +30,11 @@ pub fn run(options: &cli::Receive, directories: &Directories) -> anyhow::Result<
             .map_err(|error| Error::Refused(format!("{error:#}"))),
     };
     let cancel = crate::cancelled()?;
-    let received = incoming::receive(directories, &policy.site, &mut expect, cancel);
+    let policies = Policies {
+        site: policy.site.clone(),
+        shadows: policy.shadows.clone(),
+    };
+    let received = incoming::receive(directories, &policies, &mut expect, cancel);
     if received.is_err() {
         // The guest did not come.
         paths.tidy(directories);

@@ -13,7 +13,7 @@ use migrate::digest::DigestKey;
 use migrate::directories::Directories;
 use migrate::handover::journal::{Begin, JOURNAL_VERSION, Journal, Phase, Role};
 use migrate::wire::{
-    CpuPolicy, Direction, FrameReader, FrameWriter, GuestKind, Hello, MoveId, Offer,
+    CpuPolicy, Direction, FrameReader, FrameWriter, GuestKind, Hello, MoveId, Offer, Purpose,
     Role as WireRole, Text, ToDestination, ToSource, TscOffer, XenVersion,
 };
 use nix::sys::signal::{Signal, kill};
@@ -265,6 +265,7 @@ fn a_source_is_told_why_it_is_refused() {
 
 fn offer() -> Offer {
     Offer {
+        purpose: Purpose::Move,
         move_id: MoveId::from_random([1; 16]),
         name: "g1".to_owned(),
         uuid: "6c1c2b54-62a4-4f3b-9d5a-0d8e7d1b6b0f".to_owned(),

@@ -10,6 +10,9 @@
 //!                     discard: nothing is left here
 //! ```
 //!
+//! Where a shadow is wanted, no more than a round comes, and `keep` in the place of all that follows
+//! it: the image becomes a shadow, and no domain is ever made.
+//!
 //! Pages never wait for the restore: they go into the image, and the restore is fed from there,
 //! each page as often as it has time for. So the link is always read, and a restore that has to
 //! start over starts from the image.
@@ -30,9 +33,10 @@ use crate::image::Image;
 use crate::link::Conversation;
 use crate::report::{Progress, rounded};
 use crate::rounds::{Meter, Outlook};
+use crate::shadow::{Named, Shadows, inventory};
 use crate::wire::{
-    Acceptance, Message, Offer, Part, Readiness, Refusal, RefusalCode, Text, ToDestination,
-    ToSource, XenVersion,
+    Acceptance, Message, Offer, Part, Purpose, Readiness, Refusal, RefusalCode, ShadowHead, Text,
+    ToDestination, ToSource, XenVersion,
 };
 
 /// How long a source may take between two messages. Its heartbeats don't count: they only show
@@ -50,6 +54,10 @@ pub struct Prepared {
     pub journal: Journal,
     /// Where the memory goes.
     pub image: Image,
+    /// What is in it already, where it was a shadow.
+    pub shadow: Option<ShadowHead>,
+    /// What this site holds of guests that run elsewhere.
+    pub shadows: Shadows,
     /// Made from the offer's key.
     pub digester: Digester,
     /// This host's hypervisor.
@@ -82,10 +90,11 @@ pub fn run(mut peer: Conversation, prepare: &mut Prepare<'_>) -> Result<()> {
     match accepted {
         Err(error) => {
             tell(&mut peer, &error, |reason| {
-                ToSource::Refuse(Refusal {
-                    code: RefusalCode::Other,
-                    reason,
-                })
+                let code = match &error {
+                    Error::Busy(_) => RefusalCode::Busy,
+                    _ => RefusalCode::Other,
+                };
+                ToSource::Refuse(Refusal { code, reason })
             });
             peer.close();
             Err(error)
@@ -112,6 +121,7 @@ struct Receiving {
     journal: Journal,
     image: Arc<Mutex<Image>>,
     digester: Digester,
+    shadows: Shadows,
     offer: Offer,
     acceptance: Acceptance,
     decoder: BatchDecoder,
@@ -145,12 +155,14 @@ impl Receiving {
             journal: prepared.journal,
             image: Arc::new(Mutex::new(prepared.image)),
             digester: prepared.digester,
+            shadows: prepared.shadows,
             offer,
             acceptance: Acceptance {
                 xen: prepared.xen,
                 tsc_khz: None,
                 warnings,
                 edge_site: prepared.edge_site.as_deref().map(Text::new),
+                shadow: prepared.shadow,
             },
             decoder: BatchDecoder::new(),
             arrival: Arrival::default(),
@@ -191,13 +203,31 @@ impl Receiving {
         self.peer
             .send(&ToSource::Accept(Box::new(self.acceptance.clone())))?;
         self.phase("receiving");
-        let last = self.receive_pages()?;
-        self.restore(last)?;
-        self.wait_for_commit()?;
-        self.take_over()
+        match self.receive_pages()? {
+            Some(last) => {
+                self.restore(last)?;
+                self.wait_for_commit()?;
+                self.take_over()
+            }
+            None => self.shelve(),
+        }
     }
 
-    fn receive_pages(&mut self) -> Result<Last> {
+    /// The pages that came are kept as a shadow.
+    fn shelve(&mut self) -> Result<()> {
+        let (named, key) = (named(&self.offer, &self.peer), &self.offer.digest_key);
+        let image = lock(&self.image)?;
+        if !self.shadows.keep_image(named, key, &image)? {
+            return Err(Error::Refused("There is no room for the shadow".into()));
+        }
+        drop(image);
+        // The guest stays where it is.
+        self.journal.end(Outcome::Aborted)?;
+        self.peer.send(&ToSource::Kept)
+    }
+
+    /// Receives rounds up to the last one, or up to the word that what came is to be kept.
+    fn receive_pages(&mut self) -> Result<Option<Last>> {
         let mut state = None;
         let mut pages_here = 0;
         let mut number = 1;
@@ -206,6 +236,8 @@ impl Receiving {
             match (ToDestination::decode(received.frame())?, &state) {
                 (ToDestination::Ping(token), _) => self.peer.send(&ToSource::Pong(token))?,
                 (ToDestination::Pong(_), _) => {}
+                (ToDestination::Recall { known: true }, None) => {}
+                (ToDestination::Recall { known: false }, None) => self.send_inventory()?,
                 (
                     ToDestination::P2mFrames {
                         max_pfn,
@@ -245,7 +277,10 @@ impl Receiving {
                 (ToDestination::State(given), None) => state = Some(*given),
                 (ToDestination::Final(digest), Some(_)) => {
                     let state = state.ok_or_else(|| self.protocol("no state of the guest"))?;
-                    return Ok(Last { state, digest });
+                    return Ok(Some(Last { state, digest }));
+                }
+                (ToDestination::Keep, None) if self.offer.purpose == Purpose::Shadow => {
+                    return Ok(None);
                 }
                 (other, _) => return Err(unexpected(&self.peer, &other)),
             }
@@ -266,6 +301,23 @@ impl Receiving {
                 ..Outlook::default()
             },
         });
+    }
+
+    /// Tells the source what is in the image.
+    fn send_inventory(&mut self) -> Result<()> {
+        for first in (0..self.offer.pages).step_by(inventory::CHUNK_PAGES as usize) {
+            let end = first + inventory::CHUNK_PAGES;
+            let mut runs = Vec::new();
+            inventory::encode(
+                lock(&self.image)?.table(),
+                &self.digester,
+                first,
+                end,
+                &mut runs,
+            );
+            self.peer.send(&ToSource::Inventory { first, runs })?;
+        }
+        Ok(())
     }
 
     /// Puts a batch into the image; how many pages it had.
@@ -380,17 +432,48 @@ impl Receiving {
         self.journal.reach(Phase::Running)?;
         hold("running");
         (self.keep)()?;
-        lock(&self.image)?.remove()?;
+        let image = lock(&self.image)?;
+        // Where the guest came from it has left just this. That costs bytes on its way back, no
+        // more.
+        let kept = self.shadows.remember(
+            named(&self.offer, &self.peer),
+            &self.offer.digest_key,
+            image.table(),
+        );
+        if let Err(error) = kept {
+            log::warn!("{}", chain(&error));
+        }
+        image.remove()?;
+        drop(image);
         self.journal.end(Outcome::Moved)
     }
 
-    /// Before the commit: nothing of the guest stays here.
+    /// What arrived of a move that broke: the next attempt goes on from there.
+    fn keep_shadow(&mut self, error: &Error) {
+        // What was found wrong is not built upon.
+        if matches!(
+            error,
+            Error::Verify(_) | Error::Protocol { .. } | Error::Wire(_)
+        ) {
+            return;
+        }
+        let (named, key) = (named(&self.offer, &self.peer), &self.offer.digest_key);
+        let kept = lock(&self.image).and_then(|image| self.shadows.keep_image(named, key, &image));
+        match kept {
+            Ok(true) => log::info!("What arrived of {} is kept as a shadow", self.offer.name),
+            Ok(false) => {}
+            Err(error) => log::warn!("{}", chain(&error)),
+        }
+    }
+
+    /// Before the commit: no domain of the guest stays here, and of its memory what is kept as a
+    /// shadow.
     fn discard(&mut self, error: &Error) {
         tell(&mut self.peer, error, ToSource::Failed);
-        let removed = self
-            .guest
-            .discard()
-            .and_then(|()| lock(&self.image)?.remove());
+        let removed = self.guest.discard().and_then(|()| {
+            self.keep_shadow(error);
+            lock(&self.image)?.remove()
+        });
         match removed {
             Ok(()) => {
                 if let Err(error) = self.journal.end(Outcome::Aborted) {
@@ -400,6 +483,15 @@ impl Receiving {
             // The journal stays open: the guardian tries again.
             Err(error) => log::error!("{}", chain(&error)),
         }
+    }
+}
+
+/// What names the guest of an offer.
+fn named<'a>(offer: &'a Offer, peer: &'a Conversation) -> Named<'a> {
+    Named {
+        uuid: &offer.uuid,
+        name: &offer.name,
+        peer: peer.peer(),
     }
 }
 

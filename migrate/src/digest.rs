@@ -136,6 +136,18 @@ impl From<MemoryDigest> for String {
     }
 }
 
+/// The digests of pages of zeros, made once: asking for each anew is as much work as digesting it.
+#[derive(Debug, Clone)]
+pub struct Zeros([PageDigest; 16]);
+
+impl Zeros {
+    /// That of a type.
+    #[must_use]
+    pub fn of(&self, page_type: PageType) -> PageDigest {
+        self.0[usize::from(page_type.bits())]
+    }
+}
+
 /// Makes the digests of one guest.
 #[derive(Clone)]
 pub struct Digester {
@@ -187,6 +199,16 @@ impl Digester {
     #[must_use]
     pub fn zero(&self, page_type: PageType) -> PageDigest {
         self.page(page_type, &[0; crate::pages::PAGE_SIZE])
+    }
+
+    /// Tells pages of zeros by their digests.
+    #[must_use]
+    pub fn zeros(&self) -> Zeros {
+        let mut digests = [PageDigest::UNKNOWN; 16];
+        for page_type in PageType::ALL {
+            digests[usize::from(page_type.bits())] = self.zero(page_type);
+        }
+        Zeros(digests)
     }
 
     /// What a page's digest says of its content alone, for a type that has one.

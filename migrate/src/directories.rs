@@ -3,6 +3,7 @@
 //! ```text
 //! /var/lib/vmshadow/moves/<move>.journal     who owns a guest, synced before it takes effect
 //! /var/lib/vmshadow/incoming/<move>.memory   a guest's memory as it arrives
+//! /var/lib/vmshadow/shadows/<uuid>.table     what is known of a guest's pages; .memory: the pages
 //! /run/vmshadow/<uuid>.lock                  one worker a guest
 //! /run/vmshadow/<uuid>.keeper                one keeper a guest
 //! /run/vmshadow/control/<move>.<role>        where a worker can be asked
@@ -62,13 +63,24 @@ impl Directories {
         self.runtime.join("control")
     }
 
+    /// Where what is held of guests that run elsewhere is.
+    pub fn shadows(&self) -> PathBuf {
+        self.state.join("shadows")
+    }
+
     /// Makes what is missing, readable by root only: what is kept here is guests' memory.
     ///
     /// # Errors
     /// [`Error::Io`] where a directory can't be made.
     pub fn create(&self) -> Result<()> {
         let fresh = !self.moves().exists();
-        for path in [&self.moves(), &self.incoming(), &self.runtime, &self.log] {
+        for path in [
+            &self.moves(),
+            &self.incoming(),
+            &self.shadows(),
+            &self.runtime,
+            &self.log,
+        ] {
             DirBuilder::new()
                 .recursive(true)
                 .mode(0o700)

@@ -35,6 +35,8 @@ pub enum Error {
     RefusedByPeer {
         /// The other site.
         peer: String,
+        /// What kind of reason it is.
+        code: crate::wire::RefusalCode,
         /// Its words.
         reason: String,
     },
@@ -91,6 +93,14 @@ pub enum Error {
     /// A journal can't be read.
     #[error("Journal {path}: {what}")]
     Journal {
+        /// The file.
+        path: String,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// What was kept of a guest can't be used.
+    #[error("Shadow {path}: {what}")]
+    Shadow {
         /// The file.
         path: String,
         /// What is wrong with it.

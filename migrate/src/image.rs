@@ -23,6 +23,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::uio::pwritev;
 
 use crate::arrival::HeldPage;
+use crate::digest::Digester;
 use crate::error::{Error, IoContext, Result};
 use crate::guest::{PageState, PageTable};
 use crate::pages::{PAGE_SIZE, Page, PageSet};
@@ -99,6 +100,125 @@ impl Image {
                 Err(error)
             }
         }
+    }
+
+    /// Takes over the file at `path`, which held memory before: `table` says what, by digests of
+    /// `old`. Each page is read and digested. What is not what the table says is forgotten, and
+    /// returned. From now on the digests are those of `new`, if that is given. Room for the pages in
+    /// `reserved` is reserved as by [`Image::create_in_part`].
+    ///
+    /// # Errors
+    /// As [`Image::create`]; then the file is gone.
+    pub fn recall(
+        path: &Path,
+        table: PageTable,
+        reserved: &[Range<u64>],
+        old: &Digester,
+        new: Option<&Digester>,
+    ) -> Result<(Image, PageSet)> {
+        let doing = || format!("Can't open {}", path.display());
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(path)
+            .context(doing)?;
+        let pages = table.pages();
+        let map = match Self::reserve(&file, path, pages, reserved) {
+            Ok(map) => map,
+            Err(error) => {
+                let _ = std::fs::remove_file(path);
+                return Err(error);
+            }
+        };
+        let mut image = Image {
+            path: path.to_owned(),
+            file,
+            map,
+            table,
+            zero: PageSet::new(pages),
+        };
+        let lacking = image.check(old, new);
+        Ok((image, lacking))
+    }
+
+    /// Reads every page, on all processors: forgets those that the table is wrong about.
+    fn check(&mut self, old: &Digester, new: Option<&Digester>) -> PageSet {
+        let pages = self.table.pages();
+        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let share = pages.div_ceil(threads as u64).max(1);
+        let (table, contents) = (&self.table, self.map.as_chunks::<PAGE_SIZE>().0);
+        let found: Vec<Checked> = std::thread::scope(|scope| {
+            let parts: Vec<_> = (0..pages)
+                .step_by(share as usize)
+                .map(|first| {
+                    let pfns = first..pages.min(first + share);
+                    scope.spawn(move || check_pages(pfns, table, contents, old, new))
+                })
+                .collect();
+            parts
+                .into_iter()
+                .filter_map(|part| part.join().ok())
+                .flatten()
+                .collect()
+        });
+        let mut lacking = PageSet::new(pages);
+        for Checked { pfn, zero, state } in found {
+            match state {
+                Some(state) => self.table.set(pfn, state),
+                None => {
+                    self.table.forget(pfn);
+                    lacking.insert(pfn);
+                }
+            }
+            if zero {
+                self.zero.insert(pfn);
+            }
+        }
+        lacking
+    }
+
+    /// Gives back the room of pages that are zero: their bytes in the file may be others.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn thin(&self) -> Result<()> {
+        let mut empty = PageSet::new(self.table.pages());
+        for pfn in 0..self.table.pages() {
+            if self.zero.contains(pfn) || self.held(pfn).is_none() {
+                empty.insert(pfn);
+            }
+        }
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        for run in empty.runs() {
+            let (at, length) = (run.start, run.end - run.start);
+            fallocate(
+                &self.file,
+                flags,
+                at as i64 * PAGE_SIZE as i64,
+                length as i64 * PAGE_SIZE as i64,
+            )
+            .map_err(std::io::Error::from)
+            .context(|| format!("Can't thin {}", self.path.display()))?;
+        }
+        Ok(())
+    }
+
+    /// The room that the file takes on the disk.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn bytes(&self) -> Result<u64> {
+        use std::os::unix::fs::MetadataExt;
+        let doing = || format!("Can't look at {}", self.path.display());
+        Ok(self.file.metadata().context(doing)?.blocks() * 512)
+    }
+
+    /// Gives the file another name; then it is no longer this image's to remove.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn rename(&self, to: &Path) -> Result<()> {
+        std::fs::rename(&self.path, to).context(|| format!("Can't rename {}", self.path.display()))
     }
 
     fn reserve(file: &File, path: &Path, pages: u64, reserved: &[Range<u64>]) -> Result<MmapMut> {
@@ -224,6 +344,64 @@ impl Image {
             other => other.context(|| format!("Can't remove {}", self.path.display())),
         }
     }
+}
+
+/// What was found of a page whose entry in the table is not as it has to be.
+struct Checked {
+    pfn: u64,
+    /// It is all zero: its content is not in the file.
+    zero: bool,
+    /// What the table has to say; none where its content is another.
+    state: Option<PageState>,
+}
+
+fn check_pages(
+    pfns: std::ops::Range<u64>,
+    table: &PageTable,
+    contents: &[Page],
+    old: &Digester,
+    new: Option<&Digester>,
+) -> Vec<Checked> {
+    let (old_zeros, new_zeros) = (old.zeros(), new.unwrap_or(old).zeros());
+    let mut found = Vec::new();
+    for pfn in pfns {
+        let Some(PageState { page_type, digest }) = table.get(pfn) else {
+            continue;
+        };
+        let state = |digest| Some(PageState { page_type, digest });
+        if !page_type.has_data() {
+            if let Some(new) = new {
+                let state = state(new.hole(page_type));
+                found.push(Checked {
+                    pfn,
+                    zero: false,
+                    state,
+                });
+            }
+        } else if digest == old_zeros.of(page_type) {
+            let state = state(new_zeros.of(page_type));
+            found.push(Checked {
+                pfn,
+                zero: true,
+                state,
+            });
+        } else {
+            let content = contents
+                .get(pfn as usize)
+                .filter(|content| old.page(page_type, content) == digest);
+            let state = match (content, new) {
+                (Some(_), None) => continue,
+                (Some(content), Some(new)) => state(new.page(page_type, content)),
+                (None, _) => None,
+            };
+            found.push(Checked {
+                pfn,
+                zero: false,
+                state,
+            });
+        }
+    }
+    found
 }
 
 #[allow(unsafe_code)]

@@ -23,6 +23,8 @@ use crate::destination::{Prepared, run};
 use crate::digest::Digester;
 use crate::directories::Directories;
 use crate::error::{Error, IoContext, Result, chain};
+use crate::guest::Destination;
+use crate::guest::shelf::Shelf;
 use crate::guest::xen::host::Host;
 use crate::guest::xen::restore::{Incoming, XenDestination};
 use crate::guest::{FOUR_GIB, Kind};
@@ -30,14 +32,23 @@ use crate::handover::guardian::Guardian;
 use crate::handover::journal::{self, Begin, JOURNAL_VERSION, Journal, Role};
 use crate::handover::lock::GuestLock;
 use crate::handover::recovery::{self, incoming_name};
-use crate::image::Image;
 use crate::keeper;
 use crate::link::{Conversation, Link, Rate};
 use crate::pages::PAGE_SIZE;
-use crate::wire::{Offer, Role as WireRole, Text, XenVersion};
+use crate::shadow::{ShadowPolicy, Shadows};
+use crate::wire::{Offer, Purpose, Role as WireRole, Text, XenVersion};
 
 /// How long whoever settles an earlier move of the guest may hold its lock.
 const LOCKED: Duration = Duration::from_secs(5);
+
+/// What this site has to say about guests that come.
+#[derive(Debug, Clone, Default)]
+pub struct Policies {
+    /// What it takes of their configuration.
+    pub site: SitePolicy,
+    /// What it keeps of them when they leave again.
+    pub shadows: ShadowPolicy,
+}
 
 /// Receives one guest over standard input and output. `expect` is called once it is accepted.
 ///
@@ -46,7 +57,7 @@ const LOCKED: Duration = Duration::from_secs(5);
 /// host that can receive, [`Error::Refused`] says what is missing.
 pub fn receive(
     directories: &Directories,
-    policy: &SitePolicy,
+    policies: &Policies,
     expect: &mut Expect<'_>,
     cancel: Arc<AtomicBool>,
 ) -> Result<()> {
@@ -74,7 +85,7 @@ pub fn receive(
             let control = control(&peer, offer, rate.clone(), Arc::clone(&stop));
             prepare(
                 directories,
-                policy,
+                policies,
                 expect,
                 &peer,
                 offer,
@@ -117,7 +128,7 @@ fn control(peer: &str, offer: &Offer, rate: Rate, cancel: Arc<AtomicBool>) -> Sh
 
 fn prepare(
     directories: &Directories,
-    policy: &SitePolicy,
+    policies: &Policies,
     expect: &mut Expect<'_>,
     peer: &str,
     offer: &Offer,
@@ -125,6 +136,10 @@ fn prepare(
     server: &mut Option<Server>,
 ) -> Result<Prepared> {
     let kind = Kind::try_from(offer.kind)?;
+    let shadow_only = offer.purpose == Purpose::Shadow;
+    if shadow_only && !policies.shadows.keep {
+        return Err(Error::Refused("This site keeps no shadows".into()));
+    }
     let host = Host::open()?;
     let physical = host
         .ctl()
@@ -138,7 +153,7 @@ fn prepare(
     )?;
     // An earlier attempt for the same guest may be among it.
     recovery::settle_all(directories);
-    let accepted = accept(offer, policy).map_err(|error| Error::Refused(chain(&error)))?;
+    let accepted = accept(offer, &policies.site).map_err(|error| Error::Refused(chain(&error)))?;
     let lock = GuestLock::wait(directories, &offer.uuid, &offer.name, LOCKED)?;
     recovery::refuse_open_moves(directories, &offer.uuid, &offer.name)?;
     refuse_conflicts(&host, offer)?;
@@ -172,31 +187,41 @@ fn prepare(
     )?;
     let guardian = Guardian::start(directories, &journal.entry().path, &offer.name)?;
     *server = Some(Server::start(directories, control.clone())?);
-    let edge_site = expect(Expected {
-        name: &offer.name,
-        uuid: &offer.uuid,
-        configuration: &accepted.configuration,
-    })?;
+    let edge_site = match shadow_only {
+        true => None,
+        false => expect(Expected {
+            name: &offer.name,
+            uuid: &offer.uuid,
+            configuration: &accepted.configuration,
+        })?,
+    };
     let most = accepted.most_pages();
-    let ranges = kind.memory_ranges(offer.pages, most);
-    let image = Image::create_in_part(&memory, offer.pages, &ranges)?;
     let digester = Digester::new(&offer.digest_key);
-    let guest = XenDestination::new(
-        Incoming {
-            name: offer.name.clone(),
-            uuid: offer.uuid.clone(),
-            kind,
-            configuration: accepted.configuration,
-            pages: offer.pages,
-            populated: offer.populated_pages,
-        },
-        digester.clone(),
-    )?;
+    let guest: Box<dyn Destination> = if shadow_only {
+        Box::new(Shelf)
+    } else {
+        Box::new(XenDestination::new(
+            Incoming {
+                name: offer.name.clone(),
+                uuid: offer.uuid.clone(),
+                kind,
+                configuration: accepted.configuration,
+                pages: offer.pages,
+                populated: offer.populated_pages,
+            },
+            digester.clone(),
+        )?)
+    };
+    let ranges = kind.memory_ranges(offer.pages, most);
+    let shadows = Shadows::new(directories, policies.shadows.clone());
+    let (image, shadow) = shadows.image(offer, &ranges, &memory)?;
     let (directories, name, uuid) = (directories.clone(), offer.name.clone(), offer.uuid.clone());
     Ok(Prepared {
-        guest: Box::new(guest),
+        guest,
         journal,
         image,
+        shadow,
+        shadows,
         digester,
         xen,
         warnings,

@@ -37,7 +37,9 @@ pub mod link;
 pub mod outgoing;
 pub mod pages;
 pub mod report;
+pub mod retry;
 pub mod rounds;
+pub mod shadow;
 pub mod source;
 pub mod wire;
 

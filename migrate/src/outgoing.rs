@@ -6,8 +6,9 @@
 //! ```
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use xen_sys::DomId;
 use xen_sys::ctl::ShutdownReason;
@@ -28,12 +29,19 @@ use crate::keeper;
 use crate::link::ssh::Remote;
 use crate::link::{Conversation, Rate};
 use crate::pages::PAGE_SIZE;
-use crate::report::{Observer, Report, TrackerKind};
-use crate::source::{Move, Plan, run};
-use crate::wire::{CpuPolicy, MoveId, Offer, Role as WireRole, Text, TscOffer, XenVersion};
+use crate::report::{Observer, Progress, Report, TrackerKind};
+use crate::retry::{self, Attempts, Interruption};
+use crate::shadow::{ShadowPolicy, Shadows};
+use crate::source::{Move, Plan, run, run_shadow};
+use crate::wire::{
+    CpuPolicy, MoveId, Offer, Purpose, Role as WireRole, Text, TscOffer, XenVersion,
+};
 
 /// How long whoever settles an earlier move of the guest may hold its lock.
 const LOCKED: Duration = Duration::from_secs(5);
+
+/// How often a pause looks whether it was cancelled.
+const TICK: Duration = Duration::from_millis(100);
 
 /// What the operator asked for.
 #[derive(Debug, Clone)]
@@ -50,6 +58,10 @@ pub struct Request {
     pub tracker: Option<TrackerKind>,
     /// At most this many bytes a second.
     pub rate: Option<u64>,
+    /// Whether the guest is to run there, or only its pages are to be kept.
+    pub purpose: Purpose,
+    /// What this site keeps of a guest that leaves.
+    pub shadows: ShadowPolicy,
 }
 
 /// The outcome of a move: the report, as far as it came, and how it ended.
@@ -115,8 +127,73 @@ fn look(host: &Host, uuid: &str) -> Left {
     }
 }
 
-/// Moves a guest. Once `cancel` is set it gives up, unless the guest is committed.
+/// Moves a guest, or sends a shadow of it. Once `cancel` is set it gives up, unless the guest is
+/// committed. Where the link is lost before that, it is tried again, with what has arrived.
 pub fn migrate(
+    directories: &Directories,
+    request: &Request,
+    observer: &mut dyn Observer,
+    connections: &mut dyn Connections,
+    cancel: &Arc<AtomicBool>,
+) -> Moved {
+    let started = Instant::now();
+    let mut request = request.clone();
+    let timeout = request.plan.timeout;
+    let mut attempts = Attempts::default();
+    let mut interruptions: Vec<Interruption> = Vec::new();
+    loop {
+        let mut moved = attempt(
+            directories,
+            &request,
+            observer,
+            connections,
+            Arc::clone(cancel),
+        );
+        let pause = moved.result.as_ref().err().and_then(|error| {
+            let ended = retry::Ended {
+                error,
+                copied: moved
+                    .report
+                    .as_ref()
+                    .is_some_and(|report| report.tracker.is_some()),
+                runs_here: moved.left == Some(Left::Running),
+            };
+            attempts.pause(ended, started.elapsed(), timeout)
+        });
+        let (Some(pause), Err(error)) = (pause, &moved.result) else {
+            if let Some(report) = &mut moved.report {
+                if !interruptions.is_empty() {
+                    report.took = started.elapsed();
+                }
+                report.wire_bytes += interruptions.iter().map(|one| one.wire_bytes).sum::<u64>();
+                report.interruptions = interruptions;
+            }
+            return moved;
+        };
+        observer.notice(Progress::Warning(format!(
+            "{}. The guest runs here; trying again in {} s",
+            chain(error),
+            pause.as_secs()
+        )));
+        interruptions.push(Interruption {
+            reason: chain(error),
+            at: started.elapsed(),
+            wire_bytes: moved.report.as_ref().map_or(0, |report| report.wire_bytes),
+        });
+        let until = Instant::now() + pause;
+        while Instant::now() < until {
+            if cancel.load(Ordering::Relaxed) {
+                moved.result = Err(Error::Cancelled);
+                return moved;
+            }
+            thread::sleep(TICK);
+        }
+        request.plan.timeout = timeout.map(|timeout| timeout.saturating_sub(started.elapsed()));
+    }
+}
+
+/// One attempt.
+fn attempt(
     directories: &Directories,
     request: &Request,
     observer: &mut dyn Observer,
@@ -190,8 +267,18 @@ fn prepare_and_move(
         )));
     }
     let layout = Layout::read(&host, domid)?;
-    let key = DigestKey::new(random()?);
-    let mut guest = guest::xen::open(&host, domid, &key, request.tracker)?;
+    let shadows = Shadows::new(directories, request.shadows.clone());
+    // A shadow is one pass: there is nothing to log meanwhile.
+    let tracker = match request.purpose {
+        Purpose::Move => request.tracker,
+        Purpose::Shadow => Some(TrackerKind::Scan),
+    };
+    // One that has moved before keeps its own: what a site has of it stays comparable.
+    let key = match shadows.key(&uuid) {
+        Some(key) => key,
+        None => DigestKey::new(random()?),
+    };
+    let mut guest = guest::xen::open(&host, domid, &key, tracker)?;
     let move_id = MoveId::from_random(random()?);
     let digester = Digester::new(&key);
     let offer = offer(&host, &mut *guest, domid, &layout, key, move_id, request)?;
@@ -244,6 +331,10 @@ fn prepare_and_move(
     };
     let mut unchanged = || layout.unchanged(&host, domid);
     let mut keep = || keeper::start(directories, &name, &uuid);
+    let run = match request.purpose {
+        Purpose::Move => run,
+        Purpose::Shadow => run_shadow,
+    };
     let (report, result) = run(
         Move {
             guest: &mut *guest,
@@ -254,6 +345,7 @@ fn prepare_and_move(
             connections,
             plan: request.plan.clone(),
             control: control.clone(),
+            shadows: &shadows,
             unchanged: &mut unchanged,
             keep: &mut keep,
             ask: &mut recovery::ask,
@@ -343,6 +435,7 @@ fn offer(
         },
         digest_key: key,
         verify: request.plan.verify,
+        purpose: request.purpose,
     })
 }
 

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::codec::{Class, PagesByTechnique};
 use crate::connections::Kept;
+use crate::retry::Interruption;
 use crate::rounds::{Outlook, Stop, seconds};
 
 /// How dirty pages are found.
@@ -120,17 +121,21 @@ pub struct Report {
     pub tracker: Option<TrackerKind>,
     /// The guest's memory.
     pub guest_bytes: u64,
-    /// All bytes that this side wrote to the link and read from it.
+    /// All bytes that this side wrote to the link and read from it, in all attempts.
     pub wire_bytes: u64,
     /// From the command's start until the guest's old domain was gone.
     #[serde(rename = "seconds", with = "seconds")]
     pub took: Duration,
+    /// Attempts that ended with their link, before the last one, of which the rest tells.
+    pub interruptions: Vec<Interruption>,
     /// Phases in their order: name and seconds.
     pub phases: Vec<(String, f64)>,
     /// The guest's silence.
     pub downtime: Downtime,
     /// The link.
     pub link: Link,
+    /// Pages of which the destination had something at the start: its shadow's.
+    pub recalled: u64,
     /// Why pre-copy ended.
     pub stop: Option<Stop>,
     /// Each pass, the last one with the guest suspended.
@@ -142,7 +147,7 @@ pub struct Report {
 }
 
 /// The version of [`Report`]'s format.
-pub const REPORT_VERSION: u32 = 2;
+pub const REPORT_VERSION: u32 = 3;
 
 /// Times phases one after the other.
 #[derive(Debug)]

@@ -18,9 +18,9 @@ use std::time::{Duration, Instant};
 use crate::codec::AdaptiveEncoder;
 use crate::connections::Connections;
 use crate::control::Shared;
-use crate::digest::{Digester, MemoryDigest};
+use crate::digest::{DigestKey, Digester, MemoryDigest};
 use crate::error::{Error, Result, chain};
-use crate::guest::{Batch, Found, Moment, Source};
+use crate::guest::{Batch, Found, Moment, PageTable, Source};
 use crate::handover::journal::{Entry, Journal, Outcome, Phase};
 use crate::handover::recovery::Owner;
 use crate::held::{HOT_BYTES, Held};
@@ -32,7 +32,8 @@ use crate::report::{
     rounded,
 };
 use crate::rounds::{FixedCost, Forecast, InRound, Limits, Meter, RoundFacts, decide};
-use crate::wire::{Message, Offer, Text, ToDestination, ToSource};
+use crate::shadow::{Named, Shadows, inventory};
+use crate::wire::{Message, Offer, RefusalCode, ShadowHead, Text, ToDestination, ToSource};
 
 /// Pages read, and so mapped, at once: the hypervisor's limit.
 const READ_BATCH: usize = 1024;
@@ -94,6 +95,8 @@ pub struct Move<'a> {
     pub plan: Plan,
     /// Who steers it while it runs.
     pub control: Shared,
+    /// What this site holds of guests that run elsewhere.
+    pub shadows: &'a Shadows,
     /// Checks, right before and after the suspend, that the guest still is what was offered.
     pub unchanged: &'a mut dyn FnMut() -> Result<()>,
     /// Starts what takes the place of `xl`'s monitor: called where the guest goes on here after it
@@ -105,6 +108,7 @@ pub struct Move<'a> {
 
 struct Session<'a> {
     go: Move<'a>,
+    key: DigestKey,
     watch: Stopwatch,
     report: Report,
     held: Held,
@@ -121,22 +125,28 @@ struct Session<'a> {
 /// # Errors
 /// Up to the commit: whatever failed; the guest runs here. After it: [`Error::InDoubt`].
 pub fn run(go: Move<'_>, offer: Offer) -> (Report, Result<()>) {
-    let mut session = Session::new(go);
+    let mut session = Session::new(go, offer.digest_key.clone());
     let result = session.migrate(offer);
     let result = match result {
         Ok(()) => Ok(()),
         Err(error) if session.go.journal.entry().phase < Phase::Committed => session.give_up(error),
         Err(error) => session.resolve_doubt(error),
     };
-    session.report.outcome = match &result {
-        Ok(()) => "moved".into(),
-        Err(error) => format!("failed: {}", chain(error)),
+    session.conclude("moved", result)
+}
+
+/// Sends one round of the guest's pages, which the destination keeps as a shadow; the guest goes on
+/// here. The report is complete either way.
+///
+/// # Errors
+/// Whatever failed. The guest runs here in any case.
+pub fn run_shadow(go: Move<'_>, offer: Offer) -> (Report, Result<()>) {
+    let mut session = Session::new(go, offer.digest_key.clone());
+    let result = match session.copy_to_shadow(offer) {
+        Err(error) => session.give_up(error),
+        kept => kept,
     };
-    let (written, read) = session.go.peer.bytes();
-    session.report.wire_bytes = written + read;
-    session.report.took = session.watch.total();
-    session.report.phases = session.watch.phases().to_vec();
-    (session.report, result)
+    session.conclude("kept", result)
 }
 
 struct Greeted;
@@ -148,7 +158,7 @@ struct Suspended {
 struct Committed;
 
 impl<'a> Session<'a> {
-    fn new(go: Move<'a>) -> Self {
+    fn new(go: Move<'a>, key: DigestKey) -> Self {
         let facts = go.guest.facts().clone();
         let report = Report {
             version: REPORT_VERSION,
@@ -167,6 +177,8 @@ impl<'a> Session<'a> {
             phases: Vec::new(),
             downtime: Downtime::default(),
             link: LinkReport::default(),
+            recalled: 0,
+            interruptions: Vec::new(),
             stop: None,
             rounds: Vec::new(),
             verified: false,
@@ -177,6 +189,7 @@ impl<'a> Session<'a> {
             dirty: PageSet::new(facts.pages),
             encoder: AdaptiveEncoder::default(),
             go,
+            key,
             watch: Stopwatch::default(),
             report,
             history: Vec::new(),
@@ -184,6 +197,55 @@ impl<'a> Session<'a> {
             meter: Meter::default(),
             suspend_started: None,
         }
+    }
+
+    /// The report, and how it ended.
+    fn conclude(mut self, done: &str, result: Result<()>) -> (Report, Result<()>) {
+        self.report.outcome = match &result {
+            Ok(()) => done.into(),
+            Err(error) => format!("failed: {}", chain(error)),
+        };
+        let (written, read) = self.go.peer.bytes();
+        self.report.wire_bytes = written + read;
+        self.report.took = self.watch.total();
+        self.report.phases = self.watch.phases().to_vec();
+        (self.report, result)
+    }
+
+    fn copy_to_shadow(&mut self, offer: Offer) -> Result<()> {
+        let greeted = self.greet()?;
+        let _offered = self.offer(greeted, offer)?;
+        self.go.journal.reach(Phase::Tracking)?;
+        self.report.tracker = Some(self.go.guest.begin()?);
+        self.phase("copying");
+        let mut dirty = std::mem::replace(&mut self.dirty, PageSet::new(0));
+        self.go.guest.next_dirty(&mut dirty, Moment::Live)?;
+        dirty.fill();
+        let mut deferred = PageSet::new(dirty.pages());
+        let started = Instant::now();
+        let round = self.round(1, &mut dirty, &mut deferred, Moment::Live, started)?;
+        self.report.rounds.push(round);
+        self.watch.lap("copy");
+        self.go.peer.send(&ToDestination::Keep)?;
+        match self.receive(HANDLING)? {
+            ToSource::Kept => {}
+            other => return Err(self.unexpected(&other)),
+        }
+        // What the destination has now is known here: the next time it needs no inventory.
+        let named = Named {
+            uuid: &self.report.uuid,
+            name: &self.report.domain,
+            peer: self.go.peer.peer(),
+        };
+        let shadows = self.go.shadows;
+        if let Err(error) = shadows.remember(named, &self.key, self.held.table()) {
+            log::warn!("{}", chain(&error));
+        }
+        self.go.guest.end_tracking()?;
+        self.go.peer.close();
+        self.end_journal(Outcome::Aborted);
+        self.watch.lap("keep");
+        Ok(())
     }
 
     fn migrate(&mut self, offer: Offer) -> Result<()> {
@@ -219,8 +281,9 @@ impl<'a> Session<'a> {
         self.phase("offering");
         hold("offering");
         self.go.peer.send(&ToDestination::Offer(Box::new(offer)))?;
-        let refused = |peer: &Conversation, reason: Text| Error::RefusedByPeer {
+        let refused = |peer: &Conversation, code, reason: Text| Error::RefusedByPeer {
             peer: peer.peer().to_owned(),
+            code,
             reason: reason.to_string(),
         };
         match self.receive(ACCEPTING)? {
@@ -232,13 +295,72 @@ impl<'a> Session<'a> {
                 }
                 let site = accept.edge_site.map(|site| site.to_string());
                 self.go.connections.accepted(site.as_deref())?;
+                if let Some(head) = &accept.shadow {
+                    self.recall(head)?;
+                }
             }
-            ToSource::Refuse(refusal) => return Err(refused(&self.go.peer, refusal.reason)),
-            ToSource::Failed(reason) => return Err(refused(&self.go.peer, reason)),
+            ToSource::Refuse(refusal) => {
+                return Err(refused(&self.go.peer, refusal.code, refusal.reason));
+            }
+            ToSource::Failed(reason) => {
+                return Err(refused(&self.go.peer, RefusalCode::Other, reason));
+            }
             other => return Err(self.unexpected(&other)),
         }
         self.watch.lap("offer");
         Ok(Offered)
+    }
+
+    /// The destination has a shadow of the guest: learns what is in it, by what is known here or by
+    /// its inventory.
+    fn recall(&mut self, head: &ShadowHead) -> Result<()> {
+        let pages = self.held.table().pages();
+        let known = head.basis.and_then(|basis| {
+            let known = self.go.shadows.known(&self.report.uuid);
+            known.filter(|(kept, _)| {
+                (kept.digest, &kept.digest_key, kept.pages) == (basis, &self.key, pages)
+            })
+        });
+        self.go.peer.send(&ToDestination::Recall {
+            known: known.is_some(),
+        })?;
+        let table = match known {
+            Some((_, mut table)) => {
+                for (first, count) in &head.lacking {
+                    let end = first.saturating_add(*count).min(pages);
+                    (*first..end).for_each(|pfn| table.forget(pfn));
+                }
+                table
+            }
+            None => self.receive_inventory(pages)?,
+        };
+        self.report.recalled = (0..pages).filter(|pfn| table.get(*pfn).is_some()).count() as u64;
+        self.held = Held::holding(table, self.go.digester.clone(), HOT_BYTES);
+        Ok(())
+    }
+
+    fn receive_inventory(&mut self, pages: u64) -> Result<PageTable> {
+        let mut table = PageTable::new(pages);
+        let mut next = 0;
+        while next < pages {
+            let (first, runs) = match self.receive(HANDLING)? {
+                ToSource::Inventory { first, runs } => (first, runs),
+                other => return Err(self.unexpected(&other)),
+            };
+            let broken = |what: String| Error::Protocol {
+                peer: self.go.peer.peer().to_owned(),
+                what,
+            };
+            if first != next {
+                return Err(broken("an inventory with a gap".into()));
+            }
+            next = inventory::decode(&runs, &self.go.digester, first, &mut table)
+                .map_err(|error| broken(error.to_string()))?;
+            if next == first {
+                return Err(broken("an inventory of nothing".into()));
+            }
+        }
+        Ok(table)
     }
 
     fn copy(&mut self, _offered: &Offered) -> Result<Copied> {
@@ -576,7 +698,6 @@ impl<'a> Session<'a> {
         }
         self.watch.lap("handover");
         self.lead_connections();
-        self.phase("cleaning up");
         hold("acknowledged");
         self.clean_up_after_move();
         self.watch.lap("clean up");
@@ -597,8 +718,12 @@ impl<'a> Session<'a> {
 
     /// The guest runs at the destination: nothing that fails here changes that.
     fn clean_up_after_move(&mut self) {
+        self.phase("cleaning up");
         if let Err(error) = self.go.guest.end_tracking() {
             log::warn!("{}", chain(&error));
+        }
+        if let Err(error) = self.leave_shadow() {
+            log::warn!("No shadow is kept here: {}", chain(&error));
         }
         match self.go.guest.destroy() {
             Ok(()) => self.end_journal(Outcome::Moved),
@@ -609,6 +734,53 @@ impl<'a> Session<'a> {
             ))),
         }
         self.go.peer.close();
+    }
+
+    /// Keeps the memory of the guest that is suspended here and runs at the destination, so that
+    /// the way back is short.
+    fn leave_shadow(&mut self) -> Result<()> {
+        let table = self.held.table();
+        let named = Named {
+            uuid: &self.report.uuid,
+            name: &self.report.domain,
+            peer: self.go.peer.peer(),
+        };
+        let Some(shadow) = self.go.shadows.leave(named, &self.key, table)? else {
+            return Ok(());
+        };
+        log::debug!("keeping a shadow");
+        let zeros = self.go.digester.zeros();
+        let mut left = PageSet::new(table.pages());
+        for pfn in 0..table.pages() {
+            if table.get(pfn).is_some_and(|state| {
+                state.page_type.has_data() && state.digest != zeros.of(state.page_type)
+            }) {
+                left.insert(pfn);
+            }
+        }
+        // Against nothing, so that each page is copied.
+        let nothing = PageTable::new(table.pages());
+        let (mut batch, mut deferred) = (Batch::default(), PageSet::new(table.pages()));
+        let mut pfns = Vec::with_capacity(READ_BATCH);
+        let mut cursor = 0;
+        while left.take_batch(&mut cursor, READ_BATCH, &mut pfns) > 0 {
+            batch.clear();
+            let guest = &mut self.go.guest;
+            guest.read(&pfns, &nothing, Moment::Last, &mut batch, &mut deferred)?;
+            pfns.clear();
+            for entry in &batch.entries {
+                // dom0 may have written to it since it crossed: then it is none of the shadow's.
+                let same = table.get(entry.pfn) == Some(entry.state);
+                if let (true, Found::Slot(slot)) = (same, entry.content)
+                    && let Some(content) = batch.content(slot)
+                {
+                    shadow.write(entry.pfn, content)?;
+                }
+            }
+        }
+        shadow.finish(table)?;
+        self.watch.lap("keep a shadow");
+        Ok(())
     }
 
     /// Before the commit: the guest goes on here.

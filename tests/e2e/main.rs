@@ -17,3 +17,4 @@ mod moves;
 mod oracle;
 mod refused;
 mod scene;
+mod shadows;

@@ -287,8 +287,14 @@ pub fn hold_at(
         thread::sleep(Duration::from_millis(200));
     };
     then(&worker);
-    go_on(testbed, side);
-    let status = child.wait().unwrap();
+    // A move that is tried again has a new process at the destination, which stops there too.
+    let status = loop {
+        go_on(testbed, side);
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        thread::sleep(Duration::from_millis(500));
+    };
     (status.success(), said())
 }
 

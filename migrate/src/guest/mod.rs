@@ -2,7 +2,8 @@
 //!
 //! The engine moves pages, types and opaque records. What they mean, and how they are read and
 //! restored, is behind two traits: [`Source`] for a guest that leaves and [`Destination`] for one
-//! that arrives. [`xen`] has the real ones, [`replay`] those of tests and benchmarks.
+//! that arrives. [`xen`] has the real ones, [`replay`] those of tests and benchmarks; [`shelf`] is
+//! where nothing is to run.
 //!
 //! ```text
 //!            begin          next_dirty, read ...      suspend      next_dirty, read, state
@@ -15,6 +16,7 @@
 //! ```
 
 pub mod replay;
+pub mod shelf;
 pub mod xen;
 
 use std::ops::Range;
@@ -162,6 +164,15 @@ impl PageTable {
             *page_type = state.page_type;
             *digest = state.digest;
         }
+    }
+
+    /// Nothing is known of `pfn` any more. Out of range: nothing happens.
+    pub fn forget(&mut self, pfn: u64) {
+        let unknown = PageState {
+            page_type: PageType::Invalid,
+            digest: PageDigest::UNKNOWN,
+        };
+        self.set(pfn, unknown);
     }
 
     /// The number of pages.

@@ -55,6 +55,27 @@ impl Held {
         }
     }
 
+    /// What `table` says, from the start. Of no page the content is known, so that the first
+    /// change of each crosses whole.
+    #[must_use]
+    pub fn holding(table: PageTable, digester: Digester, hot_bytes: usize) -> Self {
+        let mut held = Held::nothing(table.pages(), digester, hot_bytes);
+        let zeros = held.digester.zeros();
+        for pfn in 0..table.pages() {
+            let Some(PageState { page_type, digest }) = table.get(pfn) else {
+                continue;
+            };
+            // Zeros are never referred to.
+            if page_type.has_data() && digest != zeros.of(page_type) {
+                let content = held.digester.content(page_type, digest);
+                let index = &mut held.index;
+                index.insert(content, pfn, |pfn| content_at(&table, &held.digester, pfn));
+            }
+        }
+        held.table = table;
+        held
+    }
+
     /// The type and digest of each page that it holds.
     #[must_use]
     pub const fn table(&self) -> &PageTable {

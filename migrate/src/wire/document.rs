@@ -175,6 +175,20 @@ pub struct Offer {
     /// Whether everything is to be read and compared once more.
     #[serde(default)]
     pub verify: bool,
+    /// What the pages are for.
+    #[serde(default)]
+    pub purpose: Purpose,
+}
+
+/// What a guest's pages cross for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Purpose {
+    /// The guest is to run at the destination.
+    #[default]
+    Move,
+    /// The destination keeps them as a shadow, and the guest stays where it is.
+    Shadow,
 }
 
 /// An offer that does not hold together.
@@ -280,6 +294,21 @@ pub struct Acceptance {
     /// What the destination is called at the edge that keeps the guest's connections.
     #[serde(default)]
     pub edge_site: Option<Text>,
+    /// What the destination has of the guest's memory already.
+    #[serde(default)]
+    pub shadow: Option<ShadowHead>,
+}
+
+/// What a destination has of a guest's memory already, in few words.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShadowHead {
+    /// It is the guest as it was when its memory had this digest. Where the source knows that
+    /// memory's table it needs no inventory.
+    #[serde(default)]
+    pub basis: Option<MemoryDigest>,
+    /// But for these pages: the first, and how many.
+    #[serde(default)]
+    pub lacking: Vec<(u64, u64)>,
 }
 
 /// Why a destination does not take a guest.

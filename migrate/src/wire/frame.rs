@@ -3,6 +3,7 @@
 use super::{Direction, Message, WireError};
 use crate::codec::MAX_BATCH_BYTES;
 use crate::pages::MAX_PAGES;
+use crate::shadow::inventory::MAX_CHUNK_BYTES;
 use std::fmt;
 use std::io::{self, IoSlice, Read, Write};
 
@@ -40,6 +41,10 @@ pub enum Tag {
     SourcePing = 0x09,
     /// [`ToDestination::Pong`](super::ToDestination::Pong).
     SourcePong = 0x0a,
+    /// [`ToDestination::Recall`](super::ToDestination::Recall).
+    Recall = 0x0b,
+    /// [`ToDestination::Keep`](super::ToDestination::Keep).
+    Keep = 0x0c,
     /// [`ToSource::Accept`](super::ToSource::Accept).
     Accept = 0x81,
     /// [`ToSource::Refuse`](super::ToSource::Refuse).
@@ -58,10 +63,14 @@ pub enum Tag {
     DestinationPing = 0x89,
     /// [`ToSource::Pong`](super::ToSource::Pong).
     DestinationPong = 0x8a,
+    /// [`ToSource::Inventory`](super::ToSource::Inventory).
+    Inventory = 0x8b,
+    /// [`ToSource::Kept`](super::ToSource::Kept).
+    Kept = 0x8c,
 }
 
 impl Tag {
-    const ALL: [Self; 19] = [
+    const ALL: [Self; 23] = [
         Self::Offer,
         Self::P2mFrames,
         Self::Pages,
@@ -81,6 +90,10 @@ impl Tag {
         Self::Progress,
         Self::DestinationPing,
         Self::DestinationPong,
+        Self::Recall,
+        Self::Keep,
+        Self::Inventory,
+        Self::Kept,
     ];
 
     fn from_byte(byte: u8) -> Option<Self> {
@@ -104,11 +117,15 @@ impl Tag {
             Self::Offer => MIB,
             Self::P2mFrames => 8 + (MAX_PAGES as usize).div_ceil(512) * 8,
             Self::Pages => MAX_BATCH_BYTES,
+            Self::Inventory => 8 + MAX_CHUNK_BYTES,
             Self::State => 16 * MIB,
             Self::Accept | Self::Ready => 64 * KIB,
             Self::Refuse | Self::Abort | Self::Failed => 8 * KIB,
             Self::RoundEnd | Self::RoundAck | Self::Progress | Self::Final => 64,
             Self::Commit
+            | Self::Recall
+            | Self::Keep
+            | Self::Kept
             | Self::Running
             | Self::SourcePing
             | Self::SourcePong

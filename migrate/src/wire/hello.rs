@@ -13,10 +13,10 @@ use crate::bytes::Bytes;
 use std::io::{self, Read, Write};
 
 /// The lowest version of the protocol that this program speaks. Version 1 had no zstd, and
-/// version 2 neither references nor deltas.
-pub const MIN_PROTOCOL: u16 = 3;
+/// version 2 neither references nor deltas; version 3 knew nothing of shadows.
+pub const MIN_PROTOCOL: u16 = 4;
 /// The highest version of the protocol that this program speaks.
-pub const MAX_PROTOCOL: u16 = 3;
+pub const MAX_PROTOCOL: u16 = 4;
 
 const MAGIC: &[u8; 8] = b"VMSHADOW";
 const HEADER_SIZE: usize = 16;

@@ -68,6 +68,14 @@ pub enum ToDestination<'a> {
     Final(MemoryDigest),
     /// The guest is the destination's. The source never resumes it from now on.
     Commit,
+    /// Answers an [`ToSource::Accept`] that tells of a shadow: whether the source knows its basis.
+    /// Where it does not, it needs the [`ToSource::Inventory`].
+    Recall {
+        /// Whether it does.
+        known: bool,
+    },
+    /// The pages that crossed are to be kept as a shadow; the guest stays where it is.
+    Keep,
     /// The move is over; the guest stays where it is.
     Abort(Text),
     /// Asks for a [`ToSource::Pong`] with the same number.
@@ -92,6 +100,15 @@ pub enum ToSource {
     },
     /// The guest is complete, its memory proved, and it could run.
     Ready(Readiness),
+    /// A part of what is here of the guest's memory.
+    Inventory {
+        /// The pfn of the first page that it tells of.
+        first: Pfn,
+        /// Runs, for [`inventory::decode`](crate::shadow::inventory::decode).
+        runs: Vec<u8>,
+    },
+    /// The shadow is kept.
+    Kept,
     /// The guest runs here.
     Running,
     /// The destination cannot go on. Before the commit, nothing is left there.
@@ -119,6 +136,8 @@ impl Message for ToDestination<'_> {
             Self::State(_) => Tag::State,
             Self::Final(_) => Tag::Final,
             Self::Commit => Tag::Commit,
+            Self::Recall { .. } => Tag::Recall,
+            Self::Keep => Tag::Keep,
             Self::Abort(_) => Tag::Abort,
             Self::Ping(_) => Tag::SourcePing,
             Self::Pong(_) => Tag::SourcePong,
@@ -141,7 +160,8 @@ impl Message for ToDestination<'_> {
                 to.extend(populated.to_le_bytes());
                 frames.iter().for_each(|pfn| to.extend(pfn.to_le_bytes()));
             }
-            Self::Pages(_) | Self::Commit => {}
+            Self::Pages(_) | Self::Commit | Self::Keep => {}
+            Self::Recall { known } => to.push(u8::from(*known)),
             Self::RoundEnd { round, pages, last } => {
                 to.extend(round.to_le_bytes());
                 to.extend(pages.to_le_bytes());
@@ -184,12 +204,12 @@ impl<'a> ToDestination<'a> {
             Tag::RoundEnd => Self::RoundEnd {
                 round: from.u32().map_err(&malformed)?,
                 pages: from.u64().map_err(&malformed)?,
-                last: match from.u8().map_err(&malformed)? {
-                    0 => false,
-                    1 => true,
-                    _ => return Err(WireError::Malformed(tag)),
-                },
+                last: decode_bool(&mut from, tag)?,
             },
+            Tag::Recall => Self::Recall {
+                known: decode_bool(&mut from, tag)?,
+            },
+            Tag::Keep => Self::Keep,
             Tag::State => Self::State(Box::new(decode_state(decode_rest(&mut from))?)),
             Tag::Final => Self::Final(MemoryDigest(from.array().map_err(&malformed)?)),
             Tag::Commit => Self::Commit,
@@ -230,6 +250,8 @@ impl fmt::Debug for ToDestination<'_> {
             Self::State(state) => f.debug_tuple("State").field(state).finish(),
             Self::Final(digest) => f.debug_tuple("Final").field(digest).finish(),
             Self::Commit => f.write_str("Commit"),
+            Self::Recall { known } => f.debug_struct("Recall").field("known", known).finish(),
+            Self::Keep => f.write_str("Keep"),
             Self::Abort(reason) => f.debug_tuple("Abort").field(reason).finish(),
             Self::Ping(number) => f.debug_tuple("Ping").field(number).finish(),
             Self::Pong(number) => f.debug_tuple("Pong").field(number).finish(),
@@ -244,6 +266,8 @@ impl Message for ToSource {
             Self::Refuse(_) => Tag::Refuse,
             Self::RoundAck { .. } => Tag::RoundAck,
             Self::Ready(_) => Tag::Ready,
+            Self::Inventory { .. } => Tag::Inventory,
+            Self::Kept => Tag::Kept,
             Self::Running => Tag::Running,
             Self::Failed(_) => Tag::Failed,
             Self::Progress { .. } => Tag::Progress,
@@ -261,7 +285,11 @@ impl Message for ToSource {
                 to.extend(pages.to_le_bytes());
             }
             Self::Ready(readiness) => encode_document(self.tag(), readiness, to)?,
-            Self::Running => {}
+            Self::Running | Self::Kept => {}
+            Self::Inventory { first, runs } => {
+                to.extend(first.to_le_bytes());
+                to.extend(runs);
+            }
             Self::Failed(reason) => to.extend(reason.as_str().as_bytes()),
             Self::Progress { received, restored } => {
                 to.extend(received.to_le_bytes());
@@ -291,6 +319,11 @@ impl ToSource {
             },
             Tag::Ready => Self::Ready(decode_document(&mut from, tag)?),
             Tag::Running => Self::Running,
+            Tag::Inventory => Self::Inventory {
+                first: from.u64().map_err(&malformed)?,
+                runs: decode_rest(&mut from).to_vec(),
+            },
+            Tag::Kept => Self::Kept,
             Tag::Failed => Self::Failed(Text::from_bytes(decode_rest(&mut from))),
             Tag::Progress => Self::Progress {
                 received: from.u64().map_err(&malformed)?,
@@ -305,6 +338,14 @@ impl ToSource {
         } else {
             Err(WireError::Malformed(tag))
         }
+    }
+}
+
+fn decode_bool(from: &mut Bytes<'_>, tag: Tag) -> Result<bool, WireError> {
+    match from.u8().map_err(WireError::malformed(tag))? {
+        0 => Ok(false),
+        1 => Ok(true),
+        _ => Err(WireError::Malformed(tag)),
     }
 }
 

@@ -6,6 +6,8 @@
 //!     | -------------------- Hello -------------------- |      both at once; versions are picked
 //!     | Offer ----------------------------------------> |      what guest it is
 //!     | <-------------------------------- Accept/Refuse |
+//!     | Recall ---------------------------------------> |      where it has a shadow of the guest
+//!     | <------------------------------------ Inventory |      unless the source knows what that is
 //!     | P2mFrames ------------------------------------> |      the p2m, and how large the guest is
 //!     | Pages, Pages, ..., RoundEnd ------------------> |      a round, the guest running
 //!     | <-------------------------- Progress, RoundAck  |
@@ -15,6 +17,10 @@
 //!     | <----------------------------------------- Ready |     digests are equal, it could run
 //!     | Commit ---------------------------------------> |      the record on disk says so first
 //!     | <--------------------------------------- Running |
+//!     |                                                 |
+//!     | or, where the pages are to be a shadow, after a round:
+//!     | Keep -----------------------------------------> |
+//!     | <----------------------------------------- Kept |
 //!
 //!   at any time: Ping and Pong both ways; Abort from the source, Failed from the destination
 //! ```
@@ -37,8 +43,8 @@ mod message;
 mod text;
 
 pub use document::{
-    Acceptance, CpuPolicy, GuestKind, MoveId, NotAMoveId, Offer, OfferError, Part, Readiness,
-    Refusal, RefusalCode, TscOffer, XenVersion,
+    Acceptance, CpuPolicy, GuestKind, MoveId, NotAMoveId, Offer, OfferError, Part, Purpose,
+    Readiness, Refusal, RefusalCode, ShadowHead, TscOffer, XenVersion,
 };
 pub use frame::{FRAME_HEADER_SIZE, Frame, FrameReader, FrameWriter, Tag};
 pub use hello::{Agreement, Hello, MAX_PROTOCOL, MIN_PROTOCOL, Role};

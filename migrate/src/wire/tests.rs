@@ -84,6 +84,7 @@ fn offer() -> Offer {
         },
         digest_key: DigestKey::new([0xee; 32]),
         verify: true,
+        purpose: Purpose::Shadow,
     }
 }
 
@@ -131,6 +132,8 @@ fn to_destination() -> impl Strategy<Value = ToDestination<'static>> {
         samples::states().prop_map(|state| ToDestination::State(Box::new(state))),
         any::<[u8; 16]>().prop_map(|digest| ToDestination::Final(MemoryDigest(digest))),
         Just(ToDestination::Commit),
+        any::<bool>().prop_map(|known| ToDestination::Recall { known }),
+        Just(ToDestination::Keep),
         texts().prop_map(ToDestination::Abort),
         any::<u64>().prop_map(ToDestination::Ping),
         any::<u64>().prop_map(ToDestination::Pong),
@@ -167,6 +170,10 @@ fn to_source() -> impl Strategy<Value = ToSource> {
             .prop_map(|(xen, tsc_khz, warnings)| {
                 ToSource::Accept(Box::new(Acceptance {
                     edge_site: Some(Text::new("dublin")),
+                    shadow: tsc_khz.map(|khz| ShadowHead {
+                        basis: (khz % 2 == 0).then_some(MemoryDigest([7; 16])),
+                        lacking: vec![(khz.into(), 3)],
+                    }),
                     xen,
                     tsc_khz,
                     warnings,
@@ -181,6 +188,9 @@ fn to_source() -> impl Strategy<Value = ToSource> {
             })
         }),
         Just(ToSource::Running),
+        (any::<u64>(), proptest::collection::vec(any::<u8>(), 0..100))
+            .prop_map(|(first, runs)| ToSource::Inventory { first, runs }),
+        Just(ToSource::Kept),
         texts().prop_map(ToSource::Failed),
         any::<(u64, u64)>()
             .prop_map(|(received, restored)| ToSource::Progress { received, restored }),

@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use migrate::guest::replay::generated::Random;
-use migrate::guest::replay::{Clock, Crossing};
+use migrate::guest::replay::{Call, Clock, Crossing, Shape, cross, pair};
 use migrate::report::TrackerKind;
 use migrate::rounds::Limits;
 use migrate::source::Plan;
 
-use crate::scene::{Place, Scene, busy, history};
+use crate::scene::{PAGES, Place, Scene, at_call, busy, history};
 
 #[test]
 fn a_guest_that_writes_all_the_time_arrives_as_it_left() {
@@ -63,8 +63,31 @@ fn there_and_back() {
         })
         .unwrap();
     let back = there.turned();
-    assert_eq!(
-        back.settled(&back.moves(Crossing::default())),
-        Place::Destination
+    let crossed = back.moves(Crossing::default());
+    assert_eq!(back.settled(&crossed), Place::Destination);
+    // Its old site had nearly all of it.
+    let report = crossed.report.unwrap();
+    assert!(report.recalled > PAGES / 2, "{report:?}");
+    assert!(report.rounds[0].same > PAGES / 2, "{report:?}");
+}
+
+#[test]
+fn a_move_that_broke_goes_on_from_what_arrived() {
+    let scene = Scene::with(busy(6));
+    let cut = pair(Shape::default());
+    let (near, far, cut) = cut;
+    let crossing = Crossing {
+        at_source: at_call(Call::Suspend, 1, move || cut.cut()),
+        ..Crossing::default()
+    };
+    let broken = cross(&scene.near, &scene.far, (near, far), crossing).unwrap();
+    assert_eq!(scene.settled(&broken), Place::Source);
+    let first = broken.report.unwrap();
+    let crossed = scene.moves(Crossing::default());
+    let report = crossed.report.unwrap();
+    assert!(report.recalled > PAGES / 2, "{report:?}");
+    assert!(
+        report.wire_bytes < first.wire_bytes,
+        "{report:?} after {first:?}"
     );
 }

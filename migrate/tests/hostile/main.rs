@@ -10,14 +10,15 @@ mod targets;
 
 use migrate::codec::{BatchEncoder, MAX_BATCH_BYTES, Technique};
 use migrate::digest::{DigestKey, Digester, MemoryDigest};
-use migrate::guest::PageState;
 use migrate::guest::xen::stream::state::{GuestState, PvState, PvVcpu, TscInfo};
 use migrate::guest::xen::stream::{Framing, record};
+use migrate::guest::{PageState, PageTable};
 use migrate::held::Held;
 use migrate::pages::{PAGE_SIZE, Page, PageType};
 use migrate::wire::{
-    Acceptance, CpuPolicy, FrameWriter, GuestKind, Hello, MoveId, Offer, Part, Readiness, Refusal,
-    RefusalCode, Role, Tag, Text, ToDestination, ToSource, TscOffer, XenVersion,
+    Acceptance, CpuPolicy, FrameWriter, GuestKind, Hello, MoveId, Offer, Part, Purpose, Readiness,
+    Refusal, RefusalCode, Role, ShadowHead, Tag, Text, ToDestination, ToSource, TscOffer,
+    XenVersion,
 };
 
 const MIB: u64 = 1 << 20;
@@ -137,6 +138,7 @@ fn offer() -> Offer {
         "on_reboot": "restart"
     });
     Offer {
+        purpose: Purpose::Move,
         move_id: MoveId::from_random([3; 16]),
         name: "g1".to_owned(),
         uuid: "6c1c2b54-62a4-4f3b-9d5a-0d8e7d1b6b0f".to_owned(),
@@ -296,6 +298,24 @@ fn to_destination() -> Vec<Vec<u8>> {
     each
 }
 
+/// What is known of a small guest's pages, as runs.
+fn inventory() -> Vec<u8> {
+    let digester = Digester::new(&DigestKey::new([1; 32]));
+    let mut table = PageTable::new(40);
+    for pfn in 4..30 {
+        let page_type = match pfn {
+            ..10 => PageType::Normal,
+            10..20 => PageType::PinnedL1,
+            _ => PageType::Invalid,
+        };
+        let digest = digester.page(page_type, &[(pfn % 3) as u8; PAGE_SIZE]);
+        table.set(pfn, PageState { page_type, digest });
+    }
+    let mut runs = Vec::new();
+    migrate::shadow::inventory::encode(&table, &digester, 0, 40, &mut runs);
+    runs
+}
+
 fn to_source() -> Vec<Vec<u8>> {
     let xen = XenVersion {
         major: 4,
@@ -313,7 +333,16 @@ fn to_source() -> Vec<Vec<u8>> {
             tsc_khz: Some(1),
             warnings,
             edge_site: None,
+            shadow: Some(ShadowHead {
+                basis: Some(MemoryDigest([3; 16])),
+                lacking: vec![(5, 2)],
+            }),
         })),
+        ToSource::Inventory {
+            first: 0,
+            runs: inventory(),
+        },
+        ToSource::Kept,
         ToSource::Refuse(Refusal {
             code: RefusalCode::Memory,
             reason: Text::new("Full"),
@@ -403,6 +432,13 @@ fn streams_survive() {
         8 * MIB + targets::PAGES * 32,
         targets::stream,
     );
+}
+
+#[test]
+fn inventories_survive() {
+    // Two tables.
+    let limit = 2 * targets::PAGES * 17 + MIB;
+    assault("inventory", &[inventory()], limit, targets::inventory);
 }
 
 #[test]

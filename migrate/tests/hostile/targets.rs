@@ -19,6 +19,23 @@ use migrate::wire::{
 /// Pages of the guest that batches and streams are for.
 pub const PAGES: u64 = 1 << 14;
 
+/// What a destination says that it has of a guest. What is accepted is the same when it is written
+/// again.
+pub fn inventory(bytes: &[u8]) {
+    use migrate::guest::PageTable;
+    use migrate::shadow::inventory::{decode, encode};
+    let digester = Digester::new(&DigestKey::new([1; 32]));
+    let mut table = PageTable::new(PAGES);
+    let Ok(end) = decode(bytes, &digester, 0, &mut table) else {
+        return;
+    };
+    assert!(end <= PAGES);
+    let (mut again, mut same) = (Vec::new(), PageTable::new(PAGES));
+    encode(&table, &digester, 0, end, &mut again);
+    assert_eq!(decode(&again, &digester, 0, &mut same), Ok(end));
+    assert!((0..PAGES).all(|pfn| same.get(pfn) == table.get(pfn)));
+}
+
 /// Pages of the guest that arrives, which are all kept.
 pub const ARRIVING_PAGES: u64 = 64;
 

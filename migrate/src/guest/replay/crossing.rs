@@ -10,12 +10,14 @@
 //! what it held (its lock, its end of the link) is let go of as the kernel would.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::slice;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::Duration;
 
 use super::destination::{ReplayDestination, Restored};
+use super::guest::UUID;
 use super::site::{Call, Site, Watch};
 use super::source::ReplaySource;
 use crate::connections::Untouched;
@@ -27,14 +29,14 @@ use crate::guest::Source;
 use crate::handover::journal::{self, Begin, Entry, JOURNAL_VERSION, Journal, Role, find};
 use crate::handover::lock::GuestLock;
 use crate::handover::recovery::Owner;
-use crate::image::Image;
 use crate::link::{Conversation, Link, Rate};
 use crate::outgoing::random;
 use crate::pages::PAGE_SIZE;
 use crate::report::{Observer, Progress, Report, TrackerKind};
+use crate::shadow::{ShadowPolicy, Shadows};
 use crate::source::{self, Move, Plan};
 use crate::wire::{
-    CpuPolicy, GuestKind, MoveId, Offer, Role as WireRole, Text, TscOffer, XenVersion,
+    CpuPolicy, GuestKind, MoveId, Offer, Purpose, Role as WireRole, Text, TscOffer, XenVersion,
 };
 
 /// How long another worker may hold the guest's lock.
@@ -189,7 +191,11 @@ pub fn leave(
     crossing: &mut Crossing,
     ask: &mut dyn FnMut(&Entry) -> Result<Owner>,
 ) -> Result<Left> {
-    let key = DigestKey::new(random()?);
+    let shadows = Shadows::new(&from.directories, ShadowPolicy::default());
+    let key = match shadows.key(UUID) {
+        Some(key) => key,
+        None => DigestKey::new(random()?),
+    };
     let move_id = MoveId::from_random(random()?);
     let watch = &crossing.at_source;
     let mut guest = ReplaySource::open(from, &key, crossing.tracker, Arc::clone(watch))?;
@@ -213,6 +219,7 @@ pub fn leave(
                 observer: crossing.observer.as_mut(),
                 connections: &mut Untouched,
                 plan: crossing.plan.clone(),
+                shadows: &shadows,
                 control,
                 unchanged: &mut || Ok(()),
                 keep: &mut || {
@@ -306,10 +313,14 @@ fn prepare(
         Arc::clone(watch),
     );
     let (site, watch) = (Arc::clone(to), Arc::clone(watch));
+    let shadows = Shadows::new(&to.directories, ShadowPolicy::default());
+    let (image, shadow) = shadows.image(offer, slice::from_ref(&(0..offer.pages)), &memory)?;
     Ok(Prepared {
         guest: Box::new(guest),
         journal,
-        image: Image::create(&memory, offer.pages)?,
+        image,
+        shadow,
+        shadows,
         digester: Digester::new(&offer.digest_key),
         xen: xen(),
         warnings: Vec::new(),
@@ -371,5 +382,6 @@ fn offer(guest: &mut ReplaySource, move_id: MoveId, key: &DigestKey, verify: boo
         xen: xen(),
         digest_key: key.clone(),
         verify,
+        purpose: Purpose::Move,
     }
 }

@@ -7,6 +7,9 @@ use super::memory::{Change, Memory, Write};
 use crate::guest::{Facts, Kind};
 use crate::pages::PageSet;
 
+/// The UUID of every guest that is replayed: a site has one at most.
+pub(super) const UUID: &str = "5eed5eed-0000-4000-8000-000000000001";
+
 /// A guest in this process.
 #[derive(Debug)]
 pub struct Guest {
@@ -30,7 +33,7 @@ impl Guest {
         Guest {
             facts: Facts {
                 name: name.to_owned(),
-                uuid: "5eed5eed-0000-4000-8000-000000000001".into(),
+                uuid: UUID.into(),
                 kind: Kind::Pv,
                 pages: memory.pages(),
                 vcpus: 1,

@@ -13,6 +13,10 @@
 //! that was fed becomes a hole, or more pages come than fit (a balloon that moved), nothing more is
 //! fed; at the round's end this restore is ended (libxl destroys the domain) and a new one fed from
 //! the image.
+//!
+//! An image that was a shadow is fed from the start too, but for its page tables: they may point at
+//! pages that the guest no longer has, and the restore would make those. They wait for the first
+//! round's end, when the image is the guest as it was not long ago.
 
 use std::io::{PipeWriter, Write};
 use std::os::fd::AsFd;
@@ -90,6 +94,8 @@ pub struct XenDestination {
     frames: Vec<u64>,
     /// Pages that the guest has in this round.
     populated: u64,
+    /// A round has come to its end: what the image holds is the guest's.
+    confirmed: bool,
     /// Pages that the restore writes itself: known once the guest's state is.
     rewritten: Vec<u64>,
     restore: Option<Restore>,
@@ -148,6 +154,7 @@ impl XenDestination {
             static_data: None,
             frames: Vec::new(),
             populated: 0,
+            confirmed: false,
             rewritten: Vec::new(),
             restore: None,
             domid: None,
@@ -298,7 +305,19 @@ impl XenDestination {
             log::debug!("Can't enlarge a pipe: {error}");
         }
         let shared = Arc::new(Shared::default());
-        let given = known_pages(&*locked(&image)?);
+        let given = match self.confirmed {
+            true => known_pages(&*locked(&image)?, PageType::has_data),
+            false => {
+                let normal = |page_type| page_type == PageType::Normal;
+                let known = known_pages(&*locked(&image)?, normal);
+                // A shadow of a time when the guest had more: which of them it still has is known
+                // after a round.
+                match known.len() <= limit {
+                    true => known,
+                    false => PageSet::new(known.pages()),
+                }
+            }
+        };
         {
             let mut work = locked(&shared.work)?;
             work.pending = given.clone();
@@ -391,6 +410,16 @@ impl XenDestination {
                 Err(error) => return Err(error).context(|| "Can't hold the guest's memory"),
             }
         }
+    }
+
+    /// Feeds what the image held from the start and the source did not send anew.
+    fn feed_held_back(&mut self) -> Result<()> {
+        let Some(image) = &self.image else {
+            return Ok(());
+        };
+        let mut held = known_pages(&*locked(image)?, PageType::has_data);
+        held.difference_with(&self.restore()?.given);
+        self.changed(&held.iter().collect::<Vec<_>>())
     }
 
     fn restore(&self) -> Result<&Restore> {
@@ -507,14 +536,11 @@ fn with_end(text: &str) -> Vec<u8> {
     bytes
 }
 
-fn known_pages(image: &Image) -> PageSet {
+fn known_pages(image: &Image, wanted: impl Fn(PageType) -> bool) -> PageSet {
     let table = image.table();
     let mut pages = PageSet::new(table.pages());
     for pfn in 0..table.pages() {
-        if table
-            .get(pfn)
-            .is_some_and(|state| state.page_type.has_data())
-        {
+        if table.get(pfn).is_some_and(|state| wanted(state.page_type)) {
             pages.insert(pfn);
         }
     }
@@ -582,7 +608,11 @@ impl Destination for XenDestination {
     fn end_round(&mut self, vanished: bool) -> Result<bool> {
         // The guest isn't suspended before this: hotplug is no part of its silence.
         self.devices_attached()?;
+        let first = !std::mem::replace(&mut self.confirmed, true);
         if !vanished && !self.restore()?.stale {
+            if first {
+                self.feed_held_back()?;
+            }
             return Ok(false);
         }
         self.end_restore()?;

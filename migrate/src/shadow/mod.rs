@@ -1,0 +1,446 @@
+//! Shadows: what a site holds of guests that do not run there.
+//!
+//! ```text
+//! shadows/<uuid>.table     type and digest of each page, as the guest was when it left or arrived
+//! shadows/<uuid>.memory    the pages themselves, sparse; only where the guest left
+//!
+//!   a guest leaves A for B          A: table and memory       B: table
+//!   it comes back                   A: "I have what it was when its digest was D"
+//!                                   B: knows that table, and sends what differs
+//!   a copy to B breaks              B: table and memory of what arrived
+//!   it is tried again               B: tells its table; A sends what is missing
+//! ```
+//!
+//! A shadow is believed page by page. When its memory is taken up again every page is digested,
+//! and what is not as the table says counts as missing. So nothing has to be synced, a stale or
+//! damaged shadow costs bytes and never the guest, and the digest of the whole memory proves the
+//! move as it proves any other.
+//!
+//! Digests are made by the guest's own secret, which is kept with the table and goes along with
+//! the guest: they stay valid from move to move.
+
+pub mod inventory;
+mod leaving;
+mod policy;
+mod table_file;
+
+pub use leaving::Leaving;
+pub use policy::ShadowPolicy;
+pub use table_file::{Head, TABLE_VERSION};
+
+use std::fs;
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+
+use crate::digest::{DigestKey, Digester, MemoryDigest};
+use crate::directories::Directories;
+use crate::error::{Error, IoContext, Result, chain};
+use crate::guest::PageTable;
+use crate::image::Image;
+use crate::pages::{PAGE_SIZE, PageSet};
+use crate::wire::{Offer, ShadowHead};
+use policy::Kept;
+
+/// A shadow that lacks pages in more places than this is told of by its inventory.
+const MOST_LACKING: usize = 1000;
+
+/// The shadows of one site.
+#[derive(Debug, Clone)]
+pub struct Shadows {
+    directory: PathBuf,
+    policy: ShadowPolicy,
+}
+
+/// One shadow, for the operator.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Listed {
+    /// The guest's name, when it was kept.
+    pub name: String,
+    /// The guest's UUID.
+    pub uuid: String,
+    /// The other site: where the guest went, or came from.
+    pub peer: String,
+    /// Seconds since 1970.
+    pub kept_at: u64,
+    /// The guest's memory, in bytes, holes counted.
+    pub guest_bytes: u64,
+    /// Whether its pages are here, not what is known of them alone.
+    pub memory: bool,
+    /// On the disk.
+    pub bytes: u64,
+}
+
+/// A guest that is to be kept: what names it.
+#[derive(Debug, Clone, Copy)]
+pub struct Named<'a> {
+    /// Its UUID.
+    pub uuid: &'a str,
+    /// Its name.
+    pub name: &'a str,
+    /// The other site.
+    pub peer: &'a str,
+}
+
+/// A shadow that was taken up again.
+#[derive(Debug)]
+pub struct Recalled {
+    /// Its pages, as far as they are what the table says.
+    pub image: Image,
+    /// The digest of the table that it was kept with, if that is by the same secret.
+    pub basis: Option<MemoryDigest>,
+    /// What of that table is no longer here.
+    pub lacking: PageSet,
+}
+
+impl Shadows {
+    /// Those of a host.
+    #[must_use]
+    pub fn new(directories: &Directories, policy: ShadowPolicy) -> Self {
+        Shadows {
+            directory: directories.shadows(),
+            policy,
+        }
+    }
+
+    /// Whether memory is kept here at all.
+    #[must_use]
+    pub fn keep(&self) -> bool {
+        self.policy.keep
+    }
+
+    fn table_path(&self, uuid: &str) -> Result<PathBuf> {
+        // It becomes a file's name.
+        let plain = |byte: u8| byte.is_ascii_hexdigit() || byte == b'-';
+        if uuid.is_empty() || !uuid.bytes().all(plain) {
+            return Err(Error::Refused(format!("{uuid:?} is no UUID")));
+        }
+        let uuid = uuid.to_ascii_lowercase();
+        Ok(self.directory.join(format!("{uuid}.table")))
+    }
+
+    fn memory_path(&self, uuid: &str) -> Result<PathBuf> {
+        Ok(self.table_path(uuid)?.with_extension("memory"))
+    }
+
+    /// What is known here of a guest's pages. None where nothing is, or where what is there can't
+    /// be read: that is dropped.
+    #[must_use]
+    pub fn known(&self, uuid: &str) -> Option<(Head, PageTable)> {
+        let path = self.table_path(uuid).ok()?;
+        match table_file::read(&path) {
+            Ok(known) => Some(known),
+            Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => None,
+            Err(error) => {
+                log::warn!("A shadow is of no use: {}", chain(&error));
+                self.drop_quietly(uuid);
+                None
+            }
+        }
+    }
+
+    /// The secret of a guest's digests, if this site has it.
+    #[must_use]
+    pub fn key(&self, uuid: &str) -> Option<DigestKey> {
+        let path = self.table_path(uuid).ok()?;
+        table_file::read_head(&path)
+            .ok()
+            .map(|head| head.digest_key)
+    }
+
+    /// Takes a guest's shadow up as the file `to`, which is its image from now on; its digests
+    /// become those of `key`, and room is reserved for the pages in `reserved`. None where there is
+    /// none for a guest of so many pages. Every page is read once.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where the disk has no room for all of it; [`Error::Io`].
+    pub fn recall(
+        &self,
+        uuid: &str,
+        pages: u64,
+        reserved: &[Range<u64>],
+        key: &DigestKey,
+        to: &Path,
+    ) -> Result<Option<Recalled>> {
+        let memory = self.memory_path(uuid)?;
+        if !memory.exists() {
+            return Ok(None);
+        }
+        let Some((head, table)) = self.known(uuid).filter(|(head, _)| head.pages == pages) else {
+            self.drop_quietly(uuid);
+            return Ok(None);
+        };
+        // From here on it is an image, which whoever settles the move removes.
+        fs::rename(&memory, to).context(|| format!("Can't rename {}", memory.display()))?;
+        let old = Digester::new(&head.digest_key);
+        let new = (head.digest_key != *key).then(|| Digester::new(key));
+        let basis = new.is_none().then_some(head.digest);
+        let (image, lacking) = Image::recall(to, table, reserved, &old, new.as_ref())?;
+        Ok(Some(Recalled {
+            image,
+            basis,
+            lacking,
+        }))
+    }
+
+    /// Where the memory of a guest that comes goes: into its shadow if there is one, with what is to
+    /// be told of that, else into a new file `memory`. Room is reserved for the pages in `reserved`.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where the disk has no room; [`Error::Io`].
+    pub fn image(
+        &self,
+        offer: &Offer,
+        reserved: &[Range<u64>],
+        memory: &Path,
+    ) -> Result<(Image, Option<ShadowHead>)> {
+        if let Err(error) = self.prune() {
+            log::warn!("{}", chain(&error));
+        }
+        let recalled = match self.policy.keep {
+            true => self.recall(
+                &offer.uuid,
+                offer.pages,
+                reserved,
+                &offer.digest_key,
+                memory,
+            )?,
+            false => None,
+        };
+        let Some(Recalled {
+            image,
+            basis,
+            lacking,
+        }) = recalled
+        else {
+            return Ok((Image::create_in_part(memory, offer.pages, reserved)?, None));
+        };
+        let runs: Vec<(u64, u64)> = lacking
+            .runs()
+            .take(MOST_LACKING + 1)
+            .map(|run| (run.start, run.end - run.start))
+            .collect();
+        let head = match basis {
+            Some(basis) if runs.len() <= MOST_LACKING => ShadowHead {
+                basis: Some(basis),
+                lacking: runs,
+            },
+            _ => ShadowHead {
+                basis: None,
+                lacking: Vec::new(),
+            },
+        };
+        Ok((image, Some(head)))
+    }
+
+    fn head(&self, named: Named<'_>, key: &DigestKey, table: &PageTable) -> Head {
+        Head {
+            uuid: named.uuid.to_ascii_lowercase(),
+            name: named.name.to_owned(),
+            pages: table.pages(),
+            digest_key: key.clone(),
+            digest: table.digest(&Digester::new(key)),
+            peer: named.peer.to_owned(),
+            kept_at: now(),
+        }
+    }
+
+    /// Keeps what is known of a guest that arrived: its old site has just these pages.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn remember(&self, named: Named<'_>, key: &DigestKey, table: &PageTable) -> Result<()> {
+        if !self.policy.keep {
+            return self.drop_shadow(named.uuid);
+        }
+        let head = self.head(named, key, table);
+        // Memory that is still here is of another time.
+        remove(&self.memory_path(named.uuid)?)?;
+        table_file::write(&self.table_path(named.uuid)?, &head, table)
+    }
+
+    /// Keeps an image that will not become a guest now: its file moves here. Whether it was kept.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; then the file is where it was.
+    pub fn keep_image(&self, named: Named<'_>, key: &DigestKey, image: &Image) -> Result<bool> {
+        let table = image.table();
+        if !self.policy.keep || (0..table.pages()).all(|pfn| table.get(pfn).is_none()) {
+            return Ok(false);
+        }
+        image.thin()?;
+        if !self.make_room(named.uuid, image.bytes()?)? {
+            return Ok(false);
+        }
+        let head = self.head(named, key, table);
+        table_file::write(&self.table_path(named.uuid)?, &head, table)?;
+        image.rename(&self.memory_path(named.uuid)?)?;
+        Ok(true)
+    }
+
+    /// Begins to keep the memory of a guest that leaves, as `table` has it. None where the policy
+    /// or the disk has no room for it.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn leave(
+        &self,
+        named: Named<'_>,
+        key: &DigestKey,
+        table: &PageTable,
+    ) -> Result<Option<Leaving>> {
+        if !self.policy.keep {
+            return Ok(None);
+        }
+        let zeros = Digester::new(key).zeros();
+        let content = |pfn: &u64| {
+            table.get(*pfn).is_some_and(|state| {
+                state.page_type.has_data() && state.digest != zeros.of(state.page_type)
+            })
+        };
+        let bytes = (0..table.pages()).filter(content).count() as u64 * PAGE_SIZE as u64;
+        if !self.make_room(named.uuid, bytes)? {
+            return Ok(None);
+        }
+        let head = self.head(named, key, table);
+        Leaving::begin(
+            self.table_path(named.uuid)?,
+            self.memory_path(named.uuid)?,
+            head,
+        )
+        .map(Some)
+    }
+
+    /// Drops what is too old or too much, so that `bytes` of `uuid` find room; whether they do.
+    fn make_room(&self, uuid: &str, bytes: u64) -> Result<bool> {
+        self.drop_shadow(uuid)?;
+        let (kept, used) = self.kept()?;
+        let free = self.free()?;
+        let most = self.policy.most_bytes(used, free);
+        for uuid in self
+            .policy
+            .too_many(&kept, now(), most, bytes.max(PAGE_SIZE as u64))
+        {
+            log::info!("The shadow of {uuid} goes");
+            self.drop_quietly(&uuid);
+        }
+        // A disk that is nearly full keeps what it has for others.
+        let free = self.free()?;
+        Ok(bytes <= most && bytes.saturating_add(free / 10) <= free)
+    }
+
+    fn free(&self) -> Result<u64> {
+        let doing = || format!("Can't look at {}", self.directory.display());
+        let stat = nix::sys::statvfs::statvfs(&self.directory)
+            .map_err(std::io::Error::from)
+            .context(doing)?;
+        Ok(stat.blocks_available() * stat.fragment_size())
+    }
+
+    /// Drops what the policy does not keep any longer.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn prune(&self) -> Result<()> {
+        let (kept, used) = self.kept()?;
+        let most = self.policy.most_bytes(used, self.free()?);
+        for uuid in self.policy.too_many(&kept, now(), most, 0) {
+            self.drop_quietly(&uuid);
+        }
+        Ok(())
+    }
+
+    /// The shadows whose memory is here, and the bytes that they take.
+    fn kept(&self) -> Result<(Vec<Kept>, u64)> {
+        let kept: Vec<Kept> = self
+            .list()?
+            .into_iter()
+            .filter(|listed| listed.memory)
+            .map(|listed| Kept {
+                uuid: listed.uuid,
+                kept_at: listed.kept_at,
+                bytes: listed.bytes,
+            })
+            .collect();
+        let used = kept.iter().map(|kept| kept.bytes).sum();
+        Ok((kept, used))
+    }
+
+    /// All shadows here, the newest first. One that can't be read is left out, and told.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the directory can't be read.
+    pub fn list(&self) -> Result<Vec<Listed>> {
+        let doing = || format!("Can't read {}", self.directory.display());
+        let entries = match fs::read_dir(&self.directory) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.context(doing)?,
+        };
+        let mut listed = Vec::new();
+        for entry in entries {
+            let path = entry.context(doing)?.path();
+            if path
+                .extension()
+                .is_none_or(|extension| extension != "table")
+            {
+                continue;
+            }
+            match table_file::read_head(&path) {
+                Ok(head) => {
+                    let memory = fs::metadata(path.with_extension("memory")).ok();
+                    let table = fs::metadata(&path).map_or(0, |table| table.blocks() * 512);
+                    listed.push(Listed {
+                        name: head.name,
+                        uuid: head.uuid,
+                        peer: head.peer,
+                        kept_at: head.kept_at,
+                        guest_bytes: head.pages * PAGE_SIZE as u64,
+                        bytes: table + memory.as_ref().map_or(0, |memory| memory.blocks() * 512),
+                        memory: memory.is_some(),
+                    });
+                }
+                Err(error) => log::warn!("{}", chain(&error)),
+            }
+        }
+        listed.sort_by_key(|listed| std::cmp::Reverse(listed.kept_at));
+        Ok(listed)
+    }
+
+    /// Drops what is kept of a guest. Harmless where nothing is.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn drop_shadow(&self, uuid: &str) -> Result<()> {
+        // First the table: memory without one is nothing.
+        remove(&self.table_path(uuid)?)?;
+        remove(&self.memory_path(uuid)?)
+    }
+
+    fn drop_quietly(&self, uuid: &str) {
+        if let Err(error) = self.drop_shadow(uuid) {
+            log::warn!("{}", chain(&error));
+        }
+    }
+}
+
+fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).context(|| format!("Can't remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Seconds since 1970.
+fn now() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,272 @@
+use super::*;
+use crate::guest::PageState;
+use crate::image::{Arrived, Arriving};
+use crate::pages::{Page, PageType};
+
+const UUID: &str = "6C1c2b54-62a4-4f3b-9d5a-0d8e7d1b6b0f";
+const PAGES: u64 = 64;
+
+struct Site {
+    root: tempfile::TempDir,
+    shadows: Shadows,
+}
+
+fn site(policy: ShadowPolicy) -> Site {
+    let root = tempfile::tempdir().unwrap();
+    let directories = Directories::under(root.path());
+    directories.create().unwrap();
+    let shadows = Shadows::new(&directories, policy);
+    Site { root, shadows }
+}
+
+fn key(number: u8) -> DigestKey {
+    DigestKey::new([number; 32])
+}
+
+fn named(uuid: &str) -> Named<'_> {
+    Named {
+        uuid,
+        name: "g1",
+        peer: "b",
+    }
+}
+
+/// What the guest has at a pfn: content, zeros, a page table, a hole, or it is not known.
+fn page(pfn: u64) -> Option<(PageType, Page)> {
+    match pfn {
+        0..30 => Some((PageType::Normal, [pfn as u8 + 1; PAGE_SIZE])),
+        30..40 => Some((PageType::Normal, [0; PAGE_SIZE])),
+        40..45 => Some((PageType::PinnedL2, [pfn as u8; PAGE_SIZE])),
+        45..50 => Some((PageType::Invalid, [0; PAGE_SIZE])),
+        _ => None,
+    }
+}
+
+fn table(digester: &Digester) -> PageTable {
+    let mut table = PageTable::new(PAGES);
+    for pfn in 0..PAGES {
+        if let Some((page_type, content)) = page(pfn) {
+            let digest = digester.page(page_type, &content);
+            table.set(pfn, PageState { page_type, digest });
+        }
+    }
+    table
+}
+
+/// A guest leaves its shadow, but for the pages that are `left_out`.
+fn leave(site: &Site, key: &DigestKey, left_out: &[u64]) {
+    let table = table(&Digester::new(key));
+    let leaving = site
+        .shadows
+        .leave(named(UUID), key, &table)
+        .unwrap()
+        .unwrap();
+    for pfn in (0..PAGES).filter(|pfn| !left_out.contains(pfn)) {
+        match page(pfn) {
+            Some((page_type, content)) if page_type.has_data() && content != [0; PAGE_SIZE] => {
+                leaving.write(pfn, &content).unwrap();
+            }
+            _ => {}
+        }
+    }
+    leaving.finish(&table).unwrap();
+}
+
+fn recall(site: &Site, key: &DigestKey) -> Option<Recalled> {
+    let to = site.root.path().join("m.memory");
+    site.shadows
+        .recall(UUID, PAGES, std::slice::from_ref(&(0..PAGES)), key, &to)
+        .unwrap()
+}
+
+fn same_as_left(recalled: &Recalled, digester: &Digester, but: &[u64]) {
+    let expected = table(digester);
+    for pfn in 0..PAGES {
+        let state = recalled.image.table().get(pfn);
+        if but.contains(&pfn) {
+            assert_eq!(state, None, "{pfn}");
+            continue;
+        }
+        assert_eq!(state, expected.get(pfn), "{pfn}");
+        if let Some((page_type, content)) = page(pfn).filter(|(kind, _)| kind.has_data()) {
+            let held = recalled.image.held(pfn).unwrap();
+            assert_eq!((held.state.page_type, held.content), (page_type, &content));
+        }
+    }
+}
+
+#[test]
+fn a_guest_that_comes_back_finds_its_pages() {
+    let site = site(ShadowPolicy::default());
+    leave(&site, &key(1), &[]);
+    let listed = site.shadows.list().unwrap();
+    assert_eq!(listed.len(), 1);
+    assert!(listed[0].memory && listed[0].uuid == UUID.to_ascii_lowercase());
+    assert_eq!(site.shadows.key(UUID), Some(key(1)));
+    let digester = Digester::new(&key(1));
+    let recalled = recall(&site, &key(1)).unwrap();
+    same_as_left(&recalled, &digester, &[]);
+    assert_eq!(recalled.basis, Some(table(&digester).digest(&digester)));
+    assert!(recalled.lacking.is_empty());
+    // It is the move's now.
+    assert!(recall(&site, &key(1)).is_none());
+}
+
+#[test]
+fn what_is_not_as_it_was_is_missing() {
+    let site = site(ShadowPolicy::default());
+    leave(&site, &key(1), &[3, 41]);
+    let path = site.shadows.memory_path(UUID).unwrap();
+    let mut memory = fs::read(&path).unwrap();
+    memory[7 * PAGE_SIZE + 100] ^= 1;
+    memory.truncate(44 * PAGE_SIZE);
+    fs::write(&path, memory).unwrap();
+    let recalled = recall(&site, &key(1)).unwrap();
+    same_as_left(&recalled, &Digester::new(&key(1)), &[3, 7, 41, 44]);
+    assert_eq!(recalled.lacking.iter().collect::<Vec<_>>(), [3, 7, 41, 44]);
+    assert!(recalled.basis.is_some());
+}
+
+#[test]
+fn another_secret_makes_other_digests() {
+    let site = site(ShadowPolicy::default());
+    leave(&site, &key(1), &[5]);
+    let recalled = recall(&site, &key(2)).unwrap();
+    same_as_left(&recalled, &Digester::new(&key(2)), &[5]);
+    assert_eq!(recalled.basis, None, "the source can't know it");
+}
+
+#[test]
+fn a_shadow_of_another_size_or_with_a_bad_table_is_dropped() {
+    let site = site(ShadowPolicy::default());
+    let to = site.root.path().join("m.memory");
+    leave(&site, &key(1), &[]);
+    assert!(
+        site.shadows
+            .recall(UUID, PAGES + 1, &[], &key(1), &to)
+            .unwrap()
+            .is_none()
+    );
+    assert!(site.shadows.list().unwrap().is_empty());
+    leave(&site, &key(1), &[]);
+    let path = site.shadows.table_path(UUID).unwrap();
+    let mut bytes = fs::read(&path).unwrap();
+    let last = bytes.len() - 20;
+    bytes[last] ^= 1;
+    fs::write(&path, bytes).unwrap();
+    assert!(recall(&site, &key(1)).is_none());
+    assert!(!path.exists() && !to.exists());
+}
+
+#[test]
+fn what_arrived_of_a_broken_move_is_kept() {
+    let site = site(ShadowPolicy::default());
+    let digester = Digester::new(&key(1));
+    let path = site.root.path().join("incoming");
+    let mut image = Image::create(&path, PAGES).unwrap();
+    assert!(
+        !site
+            .shadows
+            .keep_image(named(UUID), &key(1), &image)
+            .unwrap(),
+        "there is nothing"
+    );
+    let state = |page_type, content: &Page| PageState {
+        page_type,
+        digest: digester.page(page_type, content),
+    };
+    for pfn in 0..50 {
+        let Some((page_type, content)) = page(pfn) else {
+            continue;
+        };
+        // First something else, so that bytes of it stay in the file where there are zeros now.
+        let old = [0xee; PAGE_SIZE];
+        for (page_type, content) in [(PageType::Normal, old), (page_type, content)] {
+            let arriving = match page_type.has_data() && content != [0; PAGE_SIZE] {
+                true => Arriving::Content(&content),
+                false => Arriving::Nothing,
+            };
+            image
+                .store(&[Arrived {
+                    pfn,
+                    state: state(page_type, &content),
+                    content: arriving,
+                }])
+                .unwrap();
+        }
+    }
+    assert!(
+        site.shadows
+            .keep_image(named(UUID), &key(1), &image)
+            .unwrap()
+    );
+    image.remove().unwrap();
+    drop(image);
+    let recalled = recall(&site, &key(1)).unwrap();
+    same_as_left(&recalled, &digester, &[]);
+    assert!(recalled.lacking.is_empty());
+}
+
+#[test]
+fn a_guest_that_arrived_is_known_without_its_pages() {
+    let site = site(ShadowPolicy::default());
+    leave(&site, &key(1), &[]);
+    let digester = Digester::new(&key(1));
+    let table = table(&digester);
+    site.shadows.remember(named(UUID), &key(1), &table).unwrap();
+    let (head, known) = site.shadows.known(UUID).unwrap();
+    assert_eq!(head.digest, known.digest(&digester));
+    assert!(
+        recall(&site, &key(1)).is_none(),
+        "pages of another time are gone"
+    );
+    assert!(!site.shadows.list().unwrap()[0].memory);
+}
+
+#[test]
+fn a_site_that_keeps_nothing_keeps_nothing() {
+    let policy = ShadowPolicy {
+        keep: false,
+        ..ShadowPolicy::default()
+    };
+    let site = site(policy);
+    let table = table(&Digester::new(&key(1)));
+    assert!(
+        site.shadows
+            .leave(named(UUID), &key(1), &table)
+            .unwrap()
+            .is_none()
+    );
+    site.shadows.remember(named(UUID), &key(1), &table).unwrap();
+    assert!(site.shadows.list().unwrap().is_empty());
+}
+
+#[test]
+fn the_number_of_guests_is_limited() {
+    let policy = ShadowPolicy {
+        guests: 2,
+        ..ShadowPolicy::default()
+    };
+    let site = site(policy);
+    let table = table(&Digester::new(&key(1)));
+    for uuid in ["a", "b", "c"] {
+        let leaving = site.shadows.leave(named(uuid), &key(1), &table).unwrap();
+        leaving.unwrap().finish(&table).unwrap();
+    }
+    assert_eq!(site.shadows.list().unwrap().len(), 2);
+    site.shadows.drop_shadow("c").unwrap();
+    site.shadows.drop_shadow("c").unwrap();
+    assert_eq!(site.shadows.list().unwrap().len(), 1);
+}
+
+#[test]
+fn a_draft_leaves_nothing_and_a_path_is_no_uuid() {
+    let site = site(ShadowPolicy::default());
+    let table = table(&Digester::new(&key(1)));
+    let leaving = site.shadows.leave(named(UUID), &key(1), &table).unwrap();
+    drop(leaving);
+    assert_eq!(fs::read_dir(&site.shadows.directory).unwrap().count(), 0);
+    for uuid in ["", "../x", "a/b", "x"] {
+        assert!(site.shadows.drop_shadow(uuid).is_err(), "{uuid:?}");
+    }
+}
