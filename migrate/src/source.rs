@@ -445,9 +445,10 @@ impl<'a> Session<'a> {
             ..Round::default()
         };
         let bytes_before = self.go.peer.bytes().0;
+        let populated = self.go.guest.populated();
         self.go.peer.send(&ToDestination::P2mFrames {
             max_pfn: self.held.table().pages().saturating_sub(1),
-            populated: self.go.guest.populated(),
+            populated,
             frames: self.go.guest.p2m_frames().to_vec(),
         })?;
         let mut encoded = Vec::new();
@@ -499,7 +500,7 @@ impl<'a> Session<'a> {
                 left: round.pages - done,
                 next: deferred.len(),
                 spent: started.elapsed(),
-                pages: dirty.pages(),
+                pages: populated,
             };
             let outlook = self
                 .forecast

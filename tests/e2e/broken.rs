@@ -7,7 +7,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use testbed::{Guest, Hypervisor, SiteName, Testbed};
+use testbed::{Guest, Hypervisor, Kind, SiteName, Testbed};
 
 use crate::scene::{
     go_on, hold_at, move_guest, said, settled, sites, small_guest, wait_until, with,
@@ -96,6 +96,26 @@ fn the_destination_killed() {
 #[ignore = "minutes: make test-full"]
 fn the_destination_killed_at_every_point() {
     destination_killed_at(&DESTINATION);
+}
+
+/// A PVH guest that was suspended goes on here; one that is committed is found.
+#[test]
+#[ignore = "minutes: make test-full"]
+fn a_pvh_guest_whose_workers_are_killed() {
+    let testbed = sites(with(Hypervisor::Release));
+    let guest = Guest {
+        kind: Kind::Pvh,
+        memory_mib: 128,
+        ..small_guest()
+    };
+    testbed.start_guest(SiteName::A, &guest).unwrap();
+    kill_everywhere(&testbed, &guest, false, &["suspended", "committed"]);
+    let at = testbed.where_is("g1").unwrap();
+    hold_at(&testbed, at[0], at[0].other(), "restored", |worker| {
+        let there = testbed.site(at[0].other());
+        there.run(&format!("kill -9 {worker}")).unwrap();
+    });
+    assert_eq!(settled(&testbed, &guest, "killed at restored"), at[0]);
 }
 
 #[test]

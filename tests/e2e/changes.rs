@@ -4,7 +4,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use testbed::{Guest, Hypervisor, Options, SiteName, Testbed};
+use testbed::{Guest, Hypervisor, Kind, Options, SiteName, Testbed};
 
 use crate::scene::{hold_at, move_guest, settled, sites, with};
 
@@ -34,10 +34,21 @@ fn balloon(testbed: &Testbed, site: SiteName, mib: u32) {
 }
 
 /// Memory that comes and goes between two rounds.
-fn ballooned_on_the_way(options: Options, sizes: &[u32]) {
+fn ballooned_on_the_way(options: Options, kind: Kind, tracker: &str, sizes: &[u32]) {
     let testbed = sites(options);
-    let guest = growing_guest();
+    let guest = match kind {
+        // Emulated, what it does is so slow that it leaves dom0 little of the processor.
+        Kind::Pvh => Guest {
+            kind,
+            vcpus: 1,
+            run: vec!["rewrite 1 1".into(), "random 4".into()],
+            ..growing_guest()
+        },
+        _ => growing_guest(),
+    };
     testbed.start_guest(SiteName::A, &guest).unwrap();
+    let listed = testbed.site(SiteName::A).run("vmshadow list").unwrap();
+    assert!(listed.contains(tracker), "{listed}");
     let mut at = SiteName::A;
     for &mib in sizes {
         let (moved, said) = hold_at(&testbed, at, at, "recopying", |_| {
@@ -52,13 +63,26 @@ fn ballooned_on_the_way(options: Options, sizes: &[u32]) {
 
 #[test]
 fn ballooned_on_the_way_with_log_dirty() {
-    ballooned_on_the_way(with(Hypervisor::Release), &[88, 136]);
+    ballooned_on_the_way(with(Hypervisor::Release), Kind::Pv, "log-dirty", &[88, 136]);
 }
 
 #[test]
 #[ignore = "minutes: make test-full"]
 fn ballooned_on_the_way_with_scan() {
-    ballooned_on_the_way(with(Hypervisor::Security), &[88, 136]);
+    ballooned_on_the_way(with(Hypervisor::Security), Kind::Pv, "scan", &[88, 136]);
+}
+
+/// A PVH guest that began with less memory than it may have. There is log-dirty for it where there
+/// is none for PV guests.
+#[test]
+#[ignore = "minutes: make test-full"]
+fn a_pvh_guest_ballooned_on_the_way_without_shadow_paging() {
+    ballooned_on_the_way(
+        with(Hypervisor::Security),
+        Kind::Pvh,
+        "log-dirty",
+        &[88, 136],
+    );
 }
 
 #[test]

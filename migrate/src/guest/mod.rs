@@ -428,6 +428,15 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_guest_with_a_device_model_is_not_taken() {
+        for kind in [Kind::Pv, Kind::Pvh] {
+            assert_eq!(Kind::try_from(GuestKind::from(kind)).unwrap(), kind);
+        }
+        let refused = Kind::try_from(GuestKind::Hvm).unwrap_err();
+        assert!(refused.to_string().contains("device model"), "{refused}");
+    }
+
+    #[test]
     fn room_is_reserved_for_memory_and_not_for_holes() {
         const MIB: u64 = 256;
         let ranges = |pages, most| Kind::Pvh.memory_ranges(pages, most);
