@@ -30,7 +30,7 @@ RETARGET := one_stream_survives_one_move one_socket_is_made_anew_over_ipv6 a_tho
 SCRIPTS := .ci/run packaging/build-deb packaging/deb/postinst packaging/deb/prerm \
 	packaging/deb/postrm $(wildcard tests/testbed/install-packages)
 
-.PHONY: help demo test test-full oracle unit bench-xl deb lint clean packages root toolchain
+.PHONY: help demo test test-full oracle unit bench record bench-xl deb lint clean packages root toolchain
 .DEFAULT_GOAL := help
 
 help:
@@ -39,6 +39,8 @@ help:
 	@echo '  make demo       two Xen sites here, a guest, and its move, to look at'
 	@echo '  make test       all tests, with a pairwise selection of the matrix'
 	@echo '  make test-full  all tests, with the whole matrix: hours'
+	@echo '  make bench      measure the engine beside compressors and QEMU'
+	@echo '  make record     record real guests for make bench: some minutes, once'
 	@echo '  make bench-xl   measure against xl migrate'
 	@echo '  make bench-proxy  measure the proxy against HAProxy, and the stall of a move'
 	@echo '  make deb        the Debian package, into dist/'
@@ -71,6 +73,17 @@ unit: packages
 	$(CARGO) test -p netproxy --locked --lib --test loopback --test upgrade
 	$(CARGO) test -p netproxy --locked --test namespaces -- --test-threads=1 $(RETARGET)
 	$(CARGO) test -p netproxy --locked --doc
+
+# Over guests that are replayed: those of `make record`, and a generated one. Give the machine
+# nothing else to do.
+bench: packages
+	$(CARGO) bench --locked -p migrate --bench engine
+
+# Real guests' memory over time, into the cache, for `make bench`.
+record: packages
+	$(CARGO) build --release --locked -p testbed
+	$(CARGO) build --release --locked -p migrate --example record
+	VMSHADOW_RECORDER='$(abspath $(TARGET))/release/examples/record' $(TESTBED) record
 
 bench-xl: deb
 	$(CARGO) build --release --locked -p testbed

@@ -196,6 +196,14 @@ pub fn remove_all() -> Result<()> {
     Ok(())
 }
 
+/// Where recordings of guests' memory are kept.
+///
+/// # Errors
+/// When nothing says where a cache may be.
+pub fn recordings() -> Result<PathBuf> {
+    Ok(cache_root()?.join("recordings"))
+}
+
 fn cache_root() -> Result<PathBuf> {
     let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
     variable("VMSHADOW_CACHE")

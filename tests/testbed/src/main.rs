@@ -1,5 +1,6 @@
 //! `testbed`: two real Xen sites in QEMU, from the command line.
 
+mod record;
 mod show;
 
 use anyhow::{Context, Result};
@@ -33,6 +34,15 @@ enum Command {
     Demo,
     /// Measure moves beside `xl migrate`; VMSHADOW_DEB names the package
     BenchXl,
+    /// Record guests' memory for benchmarks; VMSHADOW_RECORDER names the program
+    Record {
+        /// For this long each
+        #[arg(long, default_value_t = 40, value_name = "S")]
+        seconds: u32,
+        /// What guests do: idle, edit, build, browse
+        #[arg(default_values = ["idle", "edit", "build", "browse"])]
+        states: Vec<String>,
+    },
     /// Start two sites; they run until `down`
     Up(Up),
     /// End the sites, and remove what they wrote
@@ -197,7 +207,7 @@ enum GuestCommand {
     /// The guests, and where they are
     List,
     /// Send a command to a guest: status, verify, rewrite MIB [RATE], random MIB,
-    /// text MIB, churn, drop, disk PATH MIB, balloon MIB, online, reboot, poweroff,
+    /// text MIB, churn, edit, build, browse, drop, disk PATH MIB, balloon MIB, online, reboot, poweroff,
     /// crash
     Ask {
         /// The guest's name
@@ -323,6 +333,7 @@ fn carry_out(arguments: Arguments) -> Result<ExitCode> {
         Command::Logs { directory } => attach()?.collect_logs(&directory)?,
         Command::Demo => show::demo()?,
         Command::BenchXl => show::bench_xl()?,
+        Command::Record { seconds, states } => record::record(seconds, &states)?,
         Command::Build => {
             let images = image::Images::obtain()?;
             println!("{}", images.directory().display());

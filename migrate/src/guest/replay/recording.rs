@@ -2,9 +2,10 @@
 //!
 //! ```text
 //! "VMSHDREC" | version u32 | pages u64 | length u16 | what the guest did: text
-//! step 0:  milliseconds u64 | n u64 | n entries u64 | contents, 4 KiB each      everything
-//! step 1:  the same                                                             what was dirty
+//! part:  milliseconds u64 | n u64 | n entries u64 | contents, 4 KiB each
 //! ...
+//!
+//! parts of the same time are a step:  the first has everything, the others what was dirty
 //!
 //! entry:   63..60 type | 59 all zero | 51..0 pfn      content follows: has data, is not all zero
 //! ```
@@ -145,10 +146,15 @@ impl Recording {
                     content: content.then_some(number),
                 }
             };
-            recording.steps.push(RecordedStep {
-                at: Duration::from_millis(u64::from_le_bytes(at)),
-                pages: step.into_iter().map(page).collect(),
-            });
+            let at = Duration::from_millis(u64::from_le_bytes(at));
+            let pages = step.into_iter().map(page);
+            match recording.steps.last_mut() {
+                Some(last) if last.at == at => last.pages.extend(pages),
+                _ => recording.steps.push(RecordedStep {
+                    at,
+                    pages: pages.collect(),
+                }),
+            }
         }
         Ok(recording)
     }
@@ -246,17 +252,16 @@ impl<W: Write> Recorder<W> {
         Ok(Recorder { to })
     }
 
-    /// Adds what changed up to `at`: pages as they were read, each once.
+    /// Adds pages that changed up to `at`, each once. Those of the same `at` belong together.
     ///
     /// # Errors
-    /// Where writing fails; [`Error::Guest`] where a batch lacks a page of its own.
-    pub fn step(&mut self, at: Duration, batches: &[Batch]) -> Result<()> {
+    /// Where writing fails; [`Error::Guest`] where the batch lacks a page of its own.
+    pub fn add(&mut self, at: Duration, batch: &Batch) -> Result<()> {
         let doing = || "Can't write the recording";
-        let entries = || batches.iter().flat_map(|batch| &batch.entries);
-        let mut head = Vec::new();
+        let mut head = Vec::with_capacity(16 + batch.entries.len() * 8);
         head.extend((at.as_millis() as u64).to_le_bytes());
-        head.extend((entries().count() as u64).to_le_bytes());
-        for entry in entries() {
+        head.extend((batch.entries.len() as u64).to_le_bytes());
+        for entry in &batch.entries {
             let zero = match entry.content {
                 Found::Slot(_) => 0,
                 Found::Nothing | Found::Zero => ALL_ZERO,
@@ -265,14 +270,12 @@ impl<W: Write> Recorder<W> {
             head.extend(word.to_le_bytes());
         }
         self.to.write_all(&head).context(doing)?;
-        for batch in batches {
-            for entry in &batch.entries {
-                if let Found::Slot(slot) = entry.content {
-                    let content = batch.content(slot).ok_or_else(|| Error::Guest {
-                        what: format!("page {:#x} was lost", entry.pfn),
-                    })?;
-                    self.to.write_all(content).context(doing)?;
-                }
+        for entry in &batch.entries {
+            if let Found::Slot(slot) = entry.content {
+                let content = batch.content(slot).ok_or_else(|| Error::Guest {
+                    what: format!("page {:#x} was lost", entry.pfn),
+                })?;
+                self.to.write_all(content).context(doing)?;
             }
         }
         Ok(())
@@ -325,14 +328,14 @@ mod tests {
             batch(&[(0, PageType::Normal, Some(7)), (1, PageType::L1, Some(9))]),
             batch(&[(2, PageType::Normal, Some(0)), (3, PageType::Invalid, None)]),
         ];
-        recorder
-            .step(Duration::from_millis(40), &everything)
-            .unwrap();
-        let later = [batch(&[
+        for batch in &everything {
+            recorder.add(Duration::from_millis(40), batch).unwrap();
+        }
+        let later = batch(&[
             (0, PageType::Invalid, None),
             (3, PageType::PinnedL4, Some(5)),
-        ])];
-        recorder.step(Duration::from_millis(90), &later).unwrap();
+        ]);
+        recorder.add(Duration::from_millis(90), &later).unwrap();
         recorder.end().unwrap()
     }
 
@@ -362,11 +365,13 @@ mod tests {
     #[test]
     fn a_recording_that_is_cut_short_is_none() {
         let whole = record();
-        let first_step = 8 + 4 + 8 + 2 + 4 + 16 + 4 * 8 + 2 * PAGE_SIZE;
+        let head = 8 + 4 + 8 + 2 + 4;
+        let first = head + 16 + 2 * 8 + 2 * PAGE_SIZE;
+        let second = first + 16 + 2 * 8;
         for end in 0..whole.len() {
             let read = Recording::read(&whole[..end]);
-            let between_steps = end == first_step || end == 26;
-            assert_eq!(read.is_ok(), between_steps, "{end}");
+            let between = [head, first, second].contains(&end);
+            assert_eq!(read.is_ok(), between, "{end}");
         }
     }
 

@@ -1,6 +1,6 @@
 //! The servers: echo, and control.
 
-use crate::{Guest, disk, memory, spawn, system};
+use crate::{Guest, disk, memory, spawn, system, work};
 use serde_json::{Value, json};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
@@ -88,6 +88,9 @@ fn carry_out(guest: &Arc<Guest>, line: &str) -> Result<Value, String> {
         ["random", mib] => memory::hold(guest, number(mib)?, true),
         ["text", mib] => memory::hold(guest, number(mib)?, false),
         ["churn"] => memory::churn(guest),
+        ["edit"] => work::edit(guest),
+        ["build"] => work::build(guest),
+        ["browse"] => work::browse(guest),
         ["verify"] => Ok(memory::verify(guest)),
         ["drop"] => Ok(memory::stop(guest)),
         ["disk", path, mib] => disk::start(guest, path, number(mib)?),

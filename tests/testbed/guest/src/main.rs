@@ -18,6 +18,7 @@ mod disk;
 mod faults;
 mod memory;
 mod system;
+mod work;
 
 use std::sync::Arc;
 use std::{env, process, thread};

@@ -78,6 +78,11 @@ impl Memory {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// A workload that was started under another number ends.
+    pub fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Relaxed)
+    }
+
     /// Whole passes of the slowest-started rewriting thread.
     pub fn generation(&self) -> u64 {
         self.generation.load(Ordering::Relaxed)
