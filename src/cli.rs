@@ -141,6 +141,10 @@ pub struct Migrate {
     /// Leave the guest's connections at the edge as they are: they end
     #[arg(long)]
     pub no_edge: bool,
+    /// After a lost link go on trying for S seconds without a step forward; 0: give up at once. The
+    /// guest runs here meanwhile
+    #[arg(long, value_name = "S", default_value_t = 600)]
+    pub retry: u64,
     /// Keep no shadow of the guest here when it has left. Its way back is longer then
     #[arg(long)]
     pub no_shadow: bool,

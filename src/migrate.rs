@@ -49,6 +49,7 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
             cli::Tracker::Scan => TrackerKind::Scan,
         }),
         rate: options.bandwidth,
+        retry: Duration::from_secs(options.retry),
         purpose: Purpose::Move,
         shadows: ShadowPolicy {
             keep: policy.shadows.keep && !options.no_shadow,

@@ -11,6 +11,7 @@ use migrate::guest::xen::checks::Allowed;
 use migrate::link::ssh::Remote;
 use migrate::outgoing::{Moved, Request, migrate};
 use migrate::report::Report;
+use migrate::retry;
 use migrate::source::Plan;
 use migrate::wire::Purpose;
 
@@ -37,6 +38,7 @@ pub fn run(options: &cli::Shadow, directories: &Directories) -> anyhow::Result<(
         },
         tracker: None,
         rate: options.bandwidth,
+        retry: retry::AWAY,
         purpose: Purpose::Shadow,
         shadows: policy::read()?.shadows,
     };

@@ -58,6 +58,8 @@ pub struct Request {
     pub tracker: Option<TrackerKind>,
     /// At most this many bytes a second.
     pub rate: Option<u64>,
+    /// How long a move whose link was lost is tried again without a step forward.
+    pub retry: Duration,
     /// Whether the guest is to run there, or only its pages are to be kept.
     pub purpose: Purpose,
     /// What this site keeps of a guest that leaves.
@@ -152,13 +154,14 @@ pub fn migrate(
         let pause = moved.result.as_ref().err().and_then(|error| {
             let ended = retry::Ended {
                 error,
-                copied: moved
+                recalled: moved
                     .report
                     .as_ref()
-                    .is_some_and(|report| report.tracker.is_some()),
+                    .filter(|report| report.tracker.is_some())
+                    .map(|report| report.recalled),
                 runs_here: moved.left == Some(Left::Running),
             };
-            attempts.pause(ended, started.elapsed(), timeout)
+            attempts.pause(ended, started.elapsed(), timeout, request.retry)
         });
         let (Some(pause), Err(error)) = (pause, &moved.result) else {
             if let Some(report) = &mut moved.report {

@@ -18,7 +18,7 @@ use serde::Serialize;
 use crate::error::Error;
 use crate::wire::RefusalCode;
 
-/// How long a link may be away where no time-out was given.
+/// How long it goes on without a step forward, if nothing else is said.
 pub const AWAY: Duration = Duration::from_secs(600);
 
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -41,8 +41,8 @@ pub struct Interruption {
 pub struct Ended<'a> {
     /// Why.
     pub error: &'a Error,
-    /// Whether pages had begun to cross.
-    pub copied: bool,
+    /// Pages that the destination had when they began to cross; none where it did not come to that.
+    pub recalled: Option<u64>,
     /// Whether the guest is known to run here.
     pub runs_here: bool,
 }
@@ -50,27 +50,30 @@ pub struct Ended<'a> {
 /// Attempts of one move.
 #[derive(Debug, Clone, Default)]
 pub struct Attempts {
-    /// Whether any of them came to copy pages.
-    copied: bool,
-    /// Attempts since one did.
+    /// The most pages that the destination had at the start of one of them; none where none came
+    /// to copy pages.
+    most: Option<u64>,
+    /// Attempts since one got further than those before.
     in_vain: u32,
-    /// When the link was last known to be there.
-    seen: Duration,
+    /// When that was.
+    forward: Duration,
 }
 
 impl Attempts {
     /// How long to wait before another attempt after one that ended `now`, since the command's
-    /// start; none where there is to be none. `timeout` is for the whole move.
+    /// start; none where there is to be none. `timeout` is for the whole move. Without a step forward
+    /// it goes on for `away`: a link that always breaks at the same place ends too.
     pub fn pause(
         &mut self,
         ended: Ended<'_>,
         now: Duration,
         timeout: Option<Duration>,
+        away: Duration,
     ) -> Option<Duration> {
-        if ended.copied {
-            self.copied = true;
+        if ended.recalled > self.most {
+            self.most = ended.recalled;
             self.in_vain = 0;
-            self.seen = now;
+            self.forward = now;
         }
         let again = match ended.error {
             Error::LinkLost { .. } => true,
@@ -79,14 +82,14 @@ impl Attempts {
             _ => false,
         };
         // A host that can't be reached at all is told at once.
-        if !again || !self.copied || !ended.runs_here {
+        if !again || self.most.is_none() || !ended.runs_here {
             return None;
         }
         let pause = FIRST_PAUSE
             .saturating_mul(1 << self.in_vain.min(10))
             .min(LONGEST_PAUSE);
         self.in_vain += 1;
-        let end = timeout.unwrap_or(self.seen + AWAY);
+        let end = timeout.unwrap_or(Duration::MAX).min(self.forward + away);
         (now + pause < end).then_some(pause)
     }
 }
@@ -102,10 +105,10 @@ mod tests {
         }
     }
 
-    fn after(error: &Error, copied: bool) -> Ended<'_> {
+    fn after(error: &Error, recalled: Option<u64>) -> Ended<'_> {
         Ended {
             error,
-            copied,
+            recalled,
             runs_here: true,
         }
     }
@@ -118,7 +121,7 @@ mod tests {
     fn a_host_that_never_answered_is_not_asked_again() {
         let mut attempts = Attempts::default();
         assert_eq!(
-            attempts.pause(after(&lost(), false), seconds(1), None),
+            attempts.pause(after(&lost(), None), seconds(1), None, AWAY),
             None
         );
     }
@@ -127,11 +130,11 @@ mod tests {
     fn pauses_grow_and_end() {
         let mut attempts = Attempts::default();
         let mut now = seconds(100);
-        let first = attempts.pause(after(&lost(), true), now, None);
+        let first = attempts.pause(after(&lost(), Some(0)), now, None, AWAY);
         assert_eq!(first, Some(FIRST_PAUSE));
         let mut last = FIRST_PAUSE;
         let mut count = 0;
-        while let Some(pause) = attempts.pause(after(&lost(), false), now, None) {
+        while let Some(pause) = attempts.pause(after(&lost(), None), now, None, AWAY) {
             assert!(pause >= last && pause <= LONGEST_PAUSE);
             last = pause;
             now += pause;
@@ -141,9 +144,24 @@ mod tests {
         assert!(count > 10);
         // One that gets somewhere begins anew.
         assert_eq!(
-            attempts.pause(after(&lost(), true), now, None),
+            attempts.pause(after(&lost(), Some(10)), now, None, AWAY),
             Some(FIRST_PAUSE)
         );
+    }
+
+    #[test]
+    fn one_that_always_breaks_at_the_same_place_ends() {
+        let mut attempts = Attempts::default();
+        let mut now = Duration::ZERO;
+        let mut count = 0;
+        while let Some(pause) = attempts.pause(after(&lost(), Some(7)), now, None, seconds(100)) {
+            now += pause + seconds(5);
+            count += 1;
+        }
+        assert!((3..100).contains(&count), "{count}");
+        let mut attempts = Attempts::default();
+        let none = attempts.pause(after(&lost(), Some(0)), now, None, Duration::ZERO);
+        assert_eq!(none, None, "no retries are wanted");
     }
 
     #[test]
@@ -152,11 +170,11 @@ mod tests {
         let timeout = Some(seconds(10));
         assert!(
             attempts
-                .pause(after(&lost(), true), seconds(8), timeout)
+                .pause(after(&lost(), Some(0)), seconds(8), timeout, AWAY)
                 .is_some()
         );
         assert_eq!(
-            attempts.pause(after(&lost(), true), seconds(9), timeout),
+            attempts.pause(after(&lost(), Some(0)), seconds(9), timeout, AWAY),
             None
         );
     }
@@ -180,10 +198,10 @@ mod tests {
         for (error, runs_here, again) in ended {
             let ended = Ended {
                 error: &error,
-                copied: true,
+                recalled: Some(0),
                 runs_here,
             };
-            let pause = Attempts::default().pause(ended, seconds(1), None);
+            let pause = Attempts::default().pause(ended, seconds(1), None, AWAY);
             assert_eq!(pause.is_some(), again, "{error:?}");
         }
     }

@@ -90,7 +90,10 @@ fn lying_peers() {
     for command in &commands {
         there.write("/tmp/command", command.as_bytes()).unwrap();
         let moved = here
-            .output(&migrate(SiteName::A, "--remote-command 'sh /tmp/command'"))
+            .output(&migrate(
+                SiteName::A,
+                "--retry 0 --remote-command 'sh /tmp/command'",
+            ))
             .unwrap();
         assert_eq!(moved.status.code(), Some(1), "{command}: {}", said(&moved));
         assert_eq!(settled(&testbed, &guest, command), SiteName::A);

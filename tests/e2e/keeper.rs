@@ -32,9 +32,9 @@ fn a_guest_that_stops_after_its_move() {
         ..small_guest()
     };
     testbed.start_guest(SiteName::A, &guest).unwrap();
-    let (moved, said) = hold_at(&testbed, SiteName::A, SiteName::B, "restored", |worker| {
-        let kill = format!("kill -9 {worker}");
-        testbed.site(SiteName::B).run(&kill).unwrap();
+    let (moved, said) = hold_at(&testbed, SiteName::A, SiteName::A, "final-sent", |worker| {
+        let give_up = format!("kill -TERM {worker}");
+        testbed.site(SiteName::A).run(&give_up).unwrap();
     });
     assert!(!moved, "{said}");
     assert_eq!(settled(&testbed, &guest, "a failed move"), SiteName::A);
