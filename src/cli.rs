@@ -115,17 +115,27 @@ pub struct Migrate {
     /// How HOST is reached
     #[command(flatten)]
     pub remote: RemoteOptions,
-    /// Suspend the guest once what is left to copy would cross in MS milliseconds. Suspending and
-    /// restoring it add to the time that it is silent
+    /// Suspend the guest once it would be silent for no more than MS milliseconds. Where suspending
+    /// and restoring it take most of that, once what is left would cross in a third of it. 0: copy
+    /// for as long as rounds gain anything
     #[arg(long, value_name = "MS", default_value_t = 300)]
     pub downtime: u64,
     /// Send at most RATE bits a second, with k, M or G: 50M is 50 Mbit/s. At least 256k
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub bandwidth: Option<u64>,
-    /// Give up, with the guest running here, when it is not yet time to suspend it S seconds after
-    /// HOST was called. What comes then, the silence, is not bounded by this
+    /// When it is not yet time to suspend the guest S seconds after HOST was called, do what
+    /// --on-timeout says. What comes then, the silence, is not bounded by this
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..))]
     pub timeout: Option<u64>,
+    /// What to do with a move whose time is over. A handover waits until all memory has crossed once
+    #[arg(
+        long,
+        value_enum,
+        value_name = "WHAT",
+        default_value = "fail",
+        requires = "timeout"
+    )]
+    pub on_timeout: OnTimeout,
     /// Move a guest that has writable disks, without their content: they are shared storage, which
     /// HOST has at the same paths
     #[arg(long)]
@@ -247,6 +257,15 @@ pub struct RemoteOptions {
     /// What to run at HOST, where vmshadow is not in the PATH of ssh
     #[arg(long, value_name = "COMMAND", default_value = "vmshadow")]
     pub remote_command: String,
+}
+
+/// What to do when time is up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OnTimeout {
+    /// Give the move up; the guest goes on here
+    Fail,
+    /// Suspend the guest, send what is left, and hand it over
+    Handover,
 }
 
 /// How dirty pages are found.

@@ -13,7 +13,7 @@ use migrate::outgoing::{Left, Moved, Request, find_domain, migrate};
 use migrate::report::TrackerKind;
 use migrate::rounds::Limits;
 use migrate::shadow::ShadowPolicy;
-use migrate::source::Plan;
+use migrate::source::{OnTimeout, Plan};
 use migrate::wire::Purpose;
 
 use crate::cli;
@@ -40,6 +40,10 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
             },
             verify: options.verify,
             timeout: options.timeout.map(Duration::from_secs),
+            on_timeout: match options.on_timeout {
+                cli::OnTimeout::Fail => OnTimeout::Fail,
+                cli::OnTimeout::Handover => OnTimeout::HandOver,
+            },
         },
         allowed: Allowed {
             disks: options.no_disks,

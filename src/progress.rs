@@ -49,11 +49,12 @@ impl Observer for Lines {
                 number,
                 round,
                 left,
+                hot,
             } => {
-                let left = if left == u64::MAX {
-                    "?".to_owned()
-                } else {
-                    left.to_string()
+                let left = match (left, hot) {
+                    (u64::MAX, _) => "?".to_owned(),
+                    (left, 0) => left.to_string(),
+                    (left, hot) => format!("{left} ({hot} of them hot)"),
                 };
                 tell!(
                     "{at:7.1} s  round {number}: {} of {} pages sent, {} on the wire, {left} left",
@@ -161,6 +162,14 @@ pub fn summary(report: &Report) -> String {
         .map(|(name, seconds)| format!("{name} {seconds:.2}"))
         .collect();
     text.push_str(&format!("  silence, s: {}\n", parts.join(", ")));
+    if let Some(predicted) = report.predicted.after_first_round {
+        text.push_str(&format!(
+            "  predicted after round 1: {:.1} s, {} on the wire, silent for {:.2} s\n",
+            predicted.seconds,
+            HumanBytes(predicted.bytes),
+            predicted.downtime,
+        ));
+    }
     if report.verified {
         text.push_str("  verified: all memory compared at both hosts\n");
     }

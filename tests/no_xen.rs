@@ -312,6 +312,7 @@ fn bad_usage_is_told_before_anything_happens() {
         &["migrate", "g1", "b", "--bandwidth", "9k"],
         &["migrate", "g1", "b", "--downtime", "-1"],
         &["migrate", "g1", "b", "--timeout", "0"],
+        &["migrate", "g1", "b", "--on-timeout", "handover"],
         &["migrate", "g1", "b", "--nonsense"],
         &["resolve"],
         &["resolve", "--all", "g1"],

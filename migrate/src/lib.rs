@@ -21,6 +21,7 @@ pub mod codec;
 pub mod configuration;
 pub mod connections;
 pub mod control;
+pub mod costs;
 pub mod destination;
 pub mod digest;
 pub mod directories;

@@ -15,6 +15,7 @@ use xen_sys::ctl::ShutdownReason;
 
 use crate::connections::Connections;
 use crate::control::{self, Ended, Server, Shared, Watched};
+use crate::costs::{Costs, Past};
 use crate::digest::{DigestKey, Digester};
 use crate::directories::Directories;
 use crate::error::{Error, IoContext, Result, chain};
@@ -301,6 +302,8 @@ fn prepare_and_move(
         },
     )?;
     let rate = Rate::new(request.rate);
+    let guest_bytes = guest.populated() * PAGE_SIZE as u64;
+    let mut costs = Costs::read(directories);
     let control = Shared::new(
         control::Facts {
             role: Role::Source,
@@ -309,7 +312,7 @@ fn prepare_and_move(
             uuid: uuid.clone(),
             domid: Some(domid.get()),
             peer: request.remote.host.clone(),
-            guest_bytes: guest.populated() * PAGE_SIZE as u64,
+            guest_bytes,
         },
         rate.clone(),
         request.plan.limits.downtime,
@@ -349,6 +352,7 @@ fn prepare_and_move(
             plan: request.plan.clone(),
             control: control.clone(),
             shadows: &shadows,
+            earlier: costs.earlier(&uuid, &request.remote.host, guest_bytes),
             unchanged: &mut unchanged,
             keep: &mut keep,
             ask: &mut recovery::ask,
@@ -373,6 +377,11 @@ fn prepare_and_move(
         _ => guardian.finish(),
     }
     session.finish(Duration::from_secs(10));
+    if result.is_ok()
+        && let Err(error) = costs.note(Past::of(&report))
+    {
+        log::warn!("{}", chain(&error));
+    }
     let left = result.as_ref().err().map(|_| look(&host, &uuid));
     server.end(ended(&name, &request.remote.host, &result, left));
     Ok(Moved {

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::codec::{Class, PagesByTechnique};
 use crate::connections::Kept;
 use crate::retry::Interruption;
-use crate::rounds::{Outlook, Stop, seconds};
+use crate::rounds::{Outlook, Prediction, Stop, seconds};
 
 /// How dirty pages are found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, serde::Deserialize)]
@@ -53,6 +53,8 @@ pub struct Round {
     /// Of these, left for a later round: page tables that can't be translated while the guest
     /// runs.
     pub deferred: u64,
+    /// Besides these pages, hot ones that were held back for a later round.
+    pub held: u64,
     /// Bytes on the wire.
     pub wire_bytes: u64,
     /// How long it took.
@@ -79,6 +81,14 @@ impl Round {
     pub const fn sent(&self) -> u64 {
         self.no_data + self.zero + self.raw + self.retyped + self.reference + self.delta
     }
+
+    /// Pages that were sent with content, and one in 16 of the others that were looked at: about
+    /// what they cost.
+    #[must_use]
+    pub const fn with_content(&self) -> u64 {
+        let content = self.raw + self.reference + self.delta;
+        content + self.pages.saturating_sub(content) / 16
+    }
 }
 
 /// The guest's silence and what it went into.
@@ -98,6 +108,15 @@ pub struct Link {
     pub rtt_ms: f64,
     /// The rate at which the first round crossed, Mbit/s.
     pub mbit: f64,
+}
+
+/// What was foretold of a move, to be compared with what came.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Predicted {
+    /// Before it began, from earlier moves to the same site; none before the first.
+    pub at_start: Option<Prediction>,
+    /// After round 1.
+    pub after_first_round: Option<Prediction>,
 }
 
 /// A whole move.
@@ -136,6 +155,8 @@ pub struct Report {
     pub link: Link,
     /// Pages of which the destination had something at the start: its shadow's.
     pub recalled: u64,
+    /// What was foretold: of `seconds`, `wire_bytes` and `downtime`.
+    pub predicted: Predicted,
     /// Why pre-copy ended.
     pub stop: Option<Stop>,
     /// Each pass, the last one with the guest suspended.
@@ -222,6 +243,8 @@ pub enum Progress {
         round: Round,
         /// Pages expected dirty now.
         left: u64,
+        /// Of these, hot ones.
+        hot: u64,
     },
 }
 

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use crate::codec::AdaptiveEncoder;
 use crate::connections::Connections;
 use crate::control::Shared;
+use crate::costs::Earlier;
 use crate::digest::{DigestKey, Digester, MemoryDigest};
 use crate::error::{Error, Result, chain};
 use crate::guest::{Batch, Found, Moment, PageTable, Source};
@@ -28,10 +29,13 @@ use crate::hold::hold;
 use crate::link::{Conversation, Received};
 use crate::pages::{PAGE_SIZE, PageSet};
 use crate::report::{
-    Downtime, Link as LinkReport, Observer, Progress, REPORT_VERSION, Report, Round, Stopwatch,
-    rounded,
+    Downtime, Link as LinkReport, Observer, Predicted, Progress, REPORT_VERSION, Report, Round,
+    Stopwatch, TrackerKind, rounded,
 };
-use crate::rounds::{FixedCost, Forecast, InRound, Limits, Meter, RoundFacts, decide};
+use crate::rounds::{
+    Backlog, Forecast, InRound, Left, Limits, Meter, Next, Prediction, RoundFacts, Sent, Stop,
+    decide,
+};
 use crate::shadow::{Named, Shadows, inventory};
 use crate::wire::{Message, Offer, RefusalCode, ShadowHead, Text, ToDestination, ToSource};
 
@@ -63,6 +67,10 @@ const RESTORING: Duration = Duration::from_secs(300);
 /// How long a destination may take to let a guest run.
 const RUNNING: Duration = Duration::from_secs(60);
 
+/// Reading the log holds the guest up for a moment, and takes its time here: no more than one part
+/// in so many is spent on it.
+const LOOKING_SHARE: u32 = 20;
+
 /// How long a source goes on asking what became of a commit without an answer.
 const ASKING: Duration = Duration::from_secs(60);
 
@@ -73,8 +81,20 @@ pub struct Plan {
     pub limits: Limits,
     /// Compare all memory at both sides.
     pub verify: bool,
-    /// Give up when the guest isn't suspended after this long.
+    /// How long it may take until the guest is suspended.
     pub timeout: Option<Duration>,
+    /// What to do when that is over.
+    pub on_timeout: OnTimeout,
+}
+
+/// What to do with a move whose time is over.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum OnTimeout {
+    /// Give it up; the guest goes on here.
+    #[default]
+    Fail,
+    /// Suspend the guest, and send what is left.
+    HandOver,
 }
 
 /// All that a move needs.
@@ -97,6 +117,8 @@ pub struct Move<'a> {
     pub control: Shared,
     /// What this site holds of guests that run elsewhere.
     pub shadows: &'a Shadows,
+    /// What earlier moves tell of this one.
+    pub earlier: Earlier,
     /// Checks, right before and after the suspend, that the guest still is what was offered.
     pub unchanged: &'a mut dyn FnMut() -> Result<()>,
     /// Starts what takes the place of `xl`'s monitor: called where the guest goes on here after it
@@ -112,11 +134,18 @@ struct Session<'a> {
     watch: Stopwatch,
     report: Report,
     held: Held,
-    dirty: PageSet,
+    backlog: Backlog,
+    /// When the log of dirty pages was read last, and how long to wait until it is read again.
+    looked: Instant,
+    look_after: Duration,
+    /// What the destination was told last of where the p2m is.
+    told_frames: (u64, Vec<u64>),
     encoder: AdaptiveEncoder,
     history: Vec<RoundFacts>,
     forecast: Forecast,
     meter: Meter,
+    /// The time that the operator gave is over, and the guest is to be handed over.
+    time_is_up: bool,
     suspend_started: Option<Instant>,
 }
 
@@ -179,22 +208,31 @@ impl<'a> Session<'a> {
             link: LinkReport::default(),
             recalled: 0,
             interruptions: Vec::new(),
+            predicted: Predicted {
+                at_start: go.earlier.prediction,
+                after_first_round: None,
+            },
             stop: None,
             rounds: Vec::new(),
             verified: false,
             connections: None,
         };
+        let forecast = Forecast::new(go.earlier.fixed);
         Session {
             held: Held::nothing(facts.pages, go.digester.clone(), HOT_BYTES),
-            dirty: PageSet::new(facts.pages),
+            backlog: Backlog::new(PageSet::new(facts.pages), go.plan.limits.looking),
+            looked: Instant::now(),
+            look_after: go.plan.limits.looking,
+            told_frames: (0, Vec::new()),
             encoder: AdaptiveEncoder::default(),
             go,
             key,
             watch: Stopwatch::default(),
             report,
             history: Vec::new(),
-            forecast: Forecast::new(FixedCost::default()),
+            forecast,
             meter: Meter::default(),
+            time_is_up: false,
             suspend_started: None,
         }
     }
@@ -218,12 +256,10 @@ impl<'a> Session<'a> {
         self.go.journal.reach(Phase::Tracking)?;
         self.report.tracker = Some(self.go.guest.begin()?);
         self.phase("copying");
-        let mut dirty = std::mem::replace(&mut self.dirty, PageSet::new(0));
-        self.go.guest.next_dirty(&mut dirty, Moment::Live)?;
-        dirty.fill();
-        let mut deferred = PageSet::new(dirty.pages());
+        self.begin_copying()?;
         let started = Instant::now();
-        let round = self.round(1, &mut dirty, &mut deferred, Moment::Live, started)?;
+        self.backlog.begin_round(false);
+        let round = self.round(1, Moment::Live, started)?;
         self.report.rounds.push(round);
         self.watch.lap("copy");
         self.go.peer.send(&ToDestination::Keep)?;
@@ -367,106 +403,205 @@ impl<'a> Session<'a> {
         self.go.journal.reach(Phase::Tracking)?;
         self.report.tracker = Some(self.go.guest.begin()?);
         self.phase("copying");
-        let mut dirty = std::mem::replace(&mut self.dirty, PageSet::new(0));
-        self.go.guest.next_dirty(&mut dirty, Moment::Live)?;
-        // The first time everything is dirty, whatever a tracker knows: what the guest has, and
-        // what the destination may have of it.
-        dirty.union_with(&self.go.guest.everything());
-        dirty.union_with(&self.held.table().known());
-        let mut asked = Instant::now();
+        self.begin_copying()?;
+        let mut hold_back = false;
         for number in 1.. {
             let started = Instant::now();
-            let mut deferred = PageSet::new(dirty.pages());
-            let round = self.round(number, &mut dirty, &mut deferred, Moment::Live, started)?;
-            dirty = deferred;
-            let before = dirty.len();
-            self.go.guest.next_dirty(&mut dirty, Moment::Live)?;
-            let since = std::mem::replace(&mut asked, Instant::now()).elapsed();
-            let scans = self.report.tracker == Some(crate::report::TrackerKind::Scan);
-            let sent = round.sent();
-            // A scan can't know what is dirty before it looks: expect as much as it found this
-            // time, which is what one pass's time makes dirty.
-            let left = match (scans, number) {
-                (false, _) => dirty.len(),
-                (true, 1) => u64::MAX,
-                (true, _) => sent.max(before),
-            };
+            let (_, held) = self.backlog.begin_round(hold_back);
+            let mut round = self.round(number, Moment::Live, started)?;
+            round.held = held;
+            self.look()?;
+            let left = self.left(&round, number);
+            let all = left.cold.saturating_add(left.hot);
             self.report.rounds.push(round);
             self.go.observer.notice(Progress::Round {
                 number,
                 round,
-                left,
+                left: all,
+                hot: left.hot,
             });
-            self.forecast.sent(number == 1, sent, round.took);
-            match (scans, number) {
-                (false, _) => self.forecast.dirtied(dirty.len() - before, since),
-                (true, 1) => {}
-                (true, _) => self.forecast.dirtied(sent, since),
+            self.forecast.sent(Sent {
+                first: number == 1,
+                pages: round.with_content(),
+                bytes: round.wire_bytes,
+                took: round.took,
+            });
+            if self.scans() && number > 1 {
+                let sent = round.sent();
+                self.forecast.dirtied(sent, sent, round.took);
             }
-            let wire_bytes = round.wire_bytes;
             self.history.push(RoundFacts {
-                sent,
-                left,
-                wire_bytes,
+                sent: round.sent(),
+                left: all,
+                wire_bytes: round.wire_bytes,
                 took: round.took,
             });
             if number == 1 {
                 let seconds = round.took.as_secs_f64().max(1e-6);
                 self.report.link.mbit =
                     (round.wire_bytes as f64 * 8e-6 / seconds * 10.0).round() / 10.0;
+                self.report.predicted.after_first_round = self.predict(&left);
             }
-            if let Some(stop) = decide(&self.history, &self.limits()) {
-                self.report.stop = Some(stop);
-                break;
+            self.check_time(number + 1, all)?;
+            let next = match self.time_is_up {
+                true => Next::Suspend(Stop::Timeout),
+                false => decide(&self.history, &left, &self.forecast, &self.limits()),
+            };
+            match next {
+                Next::Round { hold } => hold_back = hold,
+                Next::Suspend(stop) => {
+                    self.report.stop = Some(stop);
+                    break;
+                }
             }
         }
-        self.dirty = dirty;
         self.go.connections.prepare()?;
         self.watch.lap("pre-copy");
         Ok(Copied)
     }
 
-    /// One pass over `dirty`; waits until it has crossed.
-    fn round(
-        &mut self,
-        number: u32,
-        dirty: &mut PageSet,
-        deferred: &mut PageSet,
-        moment: Moment,
-        started: Instant,
-    ) -> Result<Round> {
+    /// The first time everything waits, whatever a tracker knows: what the guest has, and what the
+    /// destination may have of it.
+    fn begin_copying(&mut self) -> Result<()> {
+        let mut everything = PageSet::new(self.held.table().pages());
+        self.go.guest.next_dirty(&mut everything, Moment::Live)?;
+        everything.union_with(&self.go.guest.everything());
+        everything.union_with(&self.held.table().known());
+        self.backlog.changed(&everything);
+        self.looked = Instant::now();
+        Ok(())
+    }
+
+    fn scans(&self) -> bool {
+        self.report.tracker == Some(TrackerKind::Scan)
+    }
+
+    /// Reads the log of dirty pages.
+    fn look(&mut self) -> Result<()> {
+        let began = Instant::now();
+        let mut written = PageSet::new(self.held.table().pages());
+        self.go.guest.next_dirty(&mut written, Moment::Live)?;
+        let over = began - std::mem::replace(&mut self.looked, began);
+        self.look_after = (began.elapsed() * LOOKING_SHARE).max(self.go.plan.limits.looking);
+        if self.scans() {
+            // It names all pages, as each has to be looked at.
+            self.backlog.changed(&written);
+        } else {
+            let grown = self.backlog.written(&written, over);
+            self.forecast.dirtied(written.len(), grown, over);
+        }
+        Ok(())
+    }
+
+    /// What waits after a round.
+    fn left(&self, round: &Round, number: u32) -> Left {
+        if self.scans() {
+            // A scan can't know what is dirty before it looks: expect as much as it found this
+            // time, which is what one pass's time makes dirty.
+            let cold = match number {
+                1 => u64::MAX,
+                _ => round.sent().max(round.deferred),
+            };
+            return Left {
+                cold,
+                ..Left::default()
+            };
+        }
+        let (cold, hot) = self.backlog.waiting();
+        Left { cold, hot }
+    }
+
+    /// What the whole move will take, told after round 1.
+    fn predict(&self, left: &Left) -> Option<Prediction> {
+        let pages = self.go.guest.populated();
+        // Where a scan knows nothing yet: as if nothing had changed.
+        let next = match left.cold {
+            u64::MAX => 0,
+            cold => cold,
+        };
+        let between = InRound {
+            number: 1,
+            done: 0,
+            left: 0,
+            next,
+            hot: left.hot,
+            unseen: Duration::ZERO,
+            spent: Duration::ZERO,
+            bytes: 0,
+            pages,
+        };
+        let course = self.forecast.course(&between, &self.limits())?;
+        let (written, read) = self.go.peer.bytes();
+        let seconds = self.watch.total() + course.rest;
+        Some(Prediction {
+            seconds: rounded(seconds) + self.forecast.fixed().clean_up,
+            bytes: written + read + course.bytes as u64,
+            downtime: rounded(course.downtime),
+        })
+    }
+
+    /// Tells the destination where the p2m is, and how large the guest; in the middle of a round
+    /// only where that has changed.
+    fn tell_frames(&mut self, always: bool) -> Result<()> {
+        let populated = self.go.guest.populated();
+        let frames = self.go.guest.p2m_frames();
+        if !always && (populated, frames) == (self.told_frames.0, self.told_frames.1.as_slice()) {
+            return Ok(());
+        }
+        let frames = frames.to_vec();
+        self.told_frames = (populated, frames.clone());
+        self.go.peer.send(&ToDestination::P2mFrames {
+            max_pfn: self.held.table().pages().saturating_sub(1),
+            populated,
+            frames,
+        })
+    }
+
+    /// One pass over the pages that the backlog has for it; waits until it has crossed.
+    fn round(&mut self, number: u32, moment: Moment, started: Instant) -> Result<Round> {
         hold(match (moment, number) {
             (Moment::Live, 1) => "copying",
             (Moment::Live, _) => "recopying",
             (Moment::Last, _) => "last-round",
         });
         let mut round = Round {
-            pages: dirty.len(),
+            pages: self.backlog.this_round().len(),
             ..Round::default()
         };
         let bytes_before = self.go.peer.bytes().0;
         let populated = self.go.guest.populated();
-        self.go.peer.send(&ToDestination::P2mFrames {
-            max_pfn: self.held.table().pages().saturating_sub(1),
-            populated,
-            frames: self.go.guest.p2m_frames().to_vec(),
-        })?;
+        self.tell_frames(true)?;
         let mut encoded = Vec::new();
         self.held.begin_round();
         self.encoder.resume(self.go.peer.sent());
         let mut pfns = Vec::with_capacity(READ_BATCH);
-        let mut cursor = 0;
         let mut batch = Batch::default();
+        let mut deferred = PageSet::new(self.held.table().pages());
         let mut done = 0;
-        while dirty.take_batch(&mut cursor, READ_BATCH, &mut pfns) > 0 {
+        loop {
             self.check_cancelled()?;
             if moment == Moment::Live {
                 self.check_time(number, round.pages - done)?;
+                if self.time_is_up {
+                    break;
+                }
+                if !self.scans() && self.looked.elapsed() >= self.look_after {
+                    self.look()?;
+                    self.tell_frames(false)?;
+                }
+            }
+            if self.backlog.take(READ_BATCH, &mut pfns) == 0 {
+                break;
             }
             batch.clear();
-            self.go
-                .guest
-                .read(&pfns, self.held.table(), moment, &mut batch, deferred)?;
+            let known = self.held.table();
+            let guest = &mut self.go.guest;
+            guest.read(&pfns, known, moment, &mut batch, &mut deferred)?;
+            if !deferred.is_empty() {
+                round.deferred += deferred.len();
+                self.backlog.deferred(&deferred);
+                deferred.clear();
+            }
             done += pfns.len() as u64;
             pfns.clear();
             round.same += batch.unchanged;
@@ -494,12 +629,16 @@ impl<'a> Session<'a> {
             }
             let wire_bytes = self.go.peer.bytes().0;
             self.meter.note(Instant::now(), wire_bytes);
+            let waiting = self.backlog.waiting();
             let so_far = InRound {
                 number,
                 done,
                 left: round.pages - done,
-                next: deferred.len(),
+                next: waiting.0,
+                hot: waiting.1,
+                unseen: self.looked.elapsed(),
                 spent: started.elapsed(),
+                bytes: wire_bytes - bytes_before,
                 pages: populated,
             };
             let outlook = self
@@ -513,7 +652,8 @@ impl<'a> Session<'a> {
                 outlook,
             });
         }
-        round.deferred = deferred.len();
+        // Where time was up, the rest of them wait.
+        round.pages = done;
         let last = moment == Moment::Last;
         self.go.peer.send(&ToDestination::RoundEnd {
             round: number,
@@ -550,15 +690,23 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Fails once the time that the operator gave is over.
-    fn check_time(&self, round: u32, left: u64) -> Result<()> {
+    /// Once the time that the operator gave is over: fails, or notes that the guest is to be handed
+    /// over.
+    fn check_time(&mut self, round: u32, left: u64) -> Result<()> {
         let took = self.watch.total();
-        match self.go.plan.timeout {
-            Some(timeout) if took > timeout => Err(Error::TimedOut(format!(
+        if self.go.plan.timeout.is_none_or(|timeout| took <= timeout) {
+            return Ok(());
+        }
+        match self.go.plan.on_timeout {
+            OnTimeout::Fail => Err(Error::TimedOut(format!(
                 "{left} pages are left in round {round} after {:.0} s",
                 took.as_secs_f64()
             ))),
-            _ => Ok(()),
+            OnTimeout::HandOver => {
+                // Before the end of round 1 nearly all memory would cross in the guest's silence.
+                self.time_is_up = round > 1;
+                Ok(())
+            }
         }
     }
 
@@ -582,12 +730,13 @@ impl<'a> Session<'a> {
         hold("suspended");
         (self.go.unchanged)()?;
         let last = Instant::now();
-        let mut dirty = std::mem::replace(&mut self.dirty, PageSet::new(0));
-        self.go.guest.next_dirty(&mut dirty, Moment::Last)?;
+        let mut written = PageSet::new(self.held.table().pages());
+        self.go.guest.next_dirty(&mut written, Moment::Last)?;
+        self.backlog.changed(&written);
+        self.backlog.begin_last();
         let number = self.history.len() as u32 + 1;
-        let mut deferred = PageSet::new(dirty.pages());
-        let read_last = dirty.clone();
-        let round = self.round(number, &mut dirty, &mut deferred, Moment::Last, last)?;
+        let read_last = self.backlog.this_round().clone();
+        let round = self.round(number, Moment::Last, last)?;
         self.report.rounds.push(round);
         self.part("last delta", last.elapsed());
         let state = Instant::now();

@@ -7,11 +7,20 @@ use std::time::Duration;
 use lz4_flex::block::{compress_into, get_maximum_output_size};
 use migrate::guest::replay::Memory;
 use migrate::pages::{PAGE_SIZE, Page, PageSet};
-use migrate::rounds::{Limits, RoundFacts, decide};
+use migrate::rounds::{FixedCost, Forecast, Left, Limits, Next, RoundFacts, Sent, decide};
 use zstd_safe::zstd_sys::ZSTD_EndDirective;
 use zstd_safe::{CCtx, CParameter, InBuffer, OutBuffer};
 
 use crate::subject::Subject;
+
+/// The link alone costs time.
+const NO_COST: FixedCost = FixedCost {
+    set_up: 0.0,
+    suspend: 0.0,
+    restore: 0.0,
+    commit: 0.0,
+    clean_up: 0.0,
+};
 
 /// Before each page: which it is.
 const HEAD: u64 = 8;
@@ -90,10 +99,13 @@ pub fn simulate(subject: &Subject, mut way: Way, rate: u64, limits: &Limits) -> 
     let mut now = Duration::ZERO;
     let mut dirty = PageSet::full(memory.pages());
     let mut history: Vec<RoundFacts> = Vec::new();
+    let mut forecast = Forecast::new(NO_COST);
+    // Only ours knows hot pages.
+    let mut left = Left::default();
     let mut first = 0;
     let mut whole = 0;
     loop {
-        let suspended = decide(&history, limits).is_some();
+        let suspended = matches!(decide(&history, &left, &forecast, limits), Next::Suspend(_));
         let (sent, bytes) = send(&memory, &dirty, &mut way);
         let took = Duration::from_secs_f64(bytes as f64 / rate as f64);
         now += took;
@@ -117,6 +129,13 @@ pub fn simulate(subject: &Subject, mut way: Way, rate: u64, limits: &Limits) -> 
                 }
             }
         }
+        forecast.sent(Sent {
+            first: history.is_empty(),
+            pages: sent,
+            bytes,
+            took,
+        });
+        left.cold = dirty.len();
         history.push(RoundFacts {
             sent,
             left: dirty.len(),

@@ -1,19 +1,23 @@
-//! When to go on copying a running guest, and when to suspend it.
+//! When to go on copying a running guest, when to suspend it, and which pages wait till then.
 //!
 //! Pure policies over what each round has shown. A round sends what was dirty; meanwhile the
 //! guest dirties more. Pre-copy pays while what is left keeps falling.
 //!
 //! ```text
 //! round 1: everything    round 2: dirtied during 1    ...    suspend    last: what is left
+//!                        but for hot pages                              hot pages too
 //! ```
 //!
-//! [`decide`] suspends when what is left would cross within the downtime target, when there is
-//! next to nothing left, or when further rounds gain nothing (CloudNet's smart stop, VEE'11: once
-//! what is left stops falling, the newest minimum is the moment).
+//! [`decide`] suspends when the silence would be as short as was asked for, when there is next to
+//! nothing left, when all that is left is hot, or when further rounds gain nothing (CloudNet's
+//! smart stop, VEE'11: once what is left stops falling below what was sent, the newest minimum is
+//! the moment).
 
+mod backlog;
 mod prediction;
 
-pub use prediction::{FixedCost, Forecast, InRound, Meter, Outlook};
+pub use backlog::Backlog;
+pub use prediction::{Course, FixedCost, Forecast, InRound, Meter, Outlook, Prediction, Sent};
 
 use std::time::Duration;
 
@@ -22,15 +26,22 @@ use serde::Serialize;
 /// With this few pages left a further round can't be shorter.
 pub const FEW_PAGES: u64 = 50;
 
+/// Hot pages are held back for the last round at the price of this part of them that goes with
+/// them although it is not hot.
+const MOSTLY_HOT: u64 = 8;
+
 /// What the operator asks for.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Limits {
-    /// How long the last round may take on the link.
+    /// How long the guest may be silent. Zero asks for as short a silence as rounds can make: then
+    /// hot pages are not held back either.
     pub downtime: Duration,
     /// After this many rounds the guest is suspended whatever is left. At least 1.
     pub rounds: u32,
-    /// How many rounds may pass without a new minimum of what is left.
+    /// How many rounds a minimum of what is left is waited for, once it no longer falls.
     pub window: usize,
+    /// How often the log of dirty pages is read within a round, to learn which pages are hot.
+    pub looking: Duration,
 }
 
 impl Default for Limits {
@@ -39,7 +50,17 @@ impl Default for Limits {
             downtime: Duration::from_millis(300),
             rounds: 12,
             window: 3,
+            looking: Duration::from_secs(1),
         }
+    }
+}
+
+impl Limits {
+    /// How long the last round may take where a handover costs `fixed` besides. Where that alone
+    /// is too long it is a third of the downtime: shorter, it would hardly make a difference.
+    #[must_use]
+    pub fn last_round(&self, fixed: Duration) -> Duration {
+        self.downtime.saturating_sub(fixed).max(self.downtime / 3)
     }
 }
 
@@ -48,7 +69,7 @@ impl Default for Limits {
 pub struct RoundFacts {
     /// Pages that crossed, zero pages included.
     pub sent: u64,
-    /// Pages known, or expected, to be dirty at its end.
+    /// Pages known, or expected, to be dirty at its end, hot ones included.
     pub left: u64,
     /// Bytes on the wire.
     pub wire_bytes: u64,
@@ -71,67 +92,94 @@ pub(crate) mod seconds {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Stop {
-    /// What is left crosses within the downtime target.
+    /// The silence is predicted to be as short as was asked for.
     DowntimeTarget,
     /// Next to nothing is left.
     FewPages,
+    /// All that is left is written all the time.
+    Hot,
     /// What is left no longer falls.
     NoProgress,
     /// The limit of rounds is reached.
     Rounds,
+    /// The time that was given is over, and the operator wants the guest handed over then.
+    Timeout,
 }
 
-/// How long `pages` would take on the link at the rate the rounds have shown.
-pub fn predict(history: &[RoundFacts], pages: u64) -> Option<Duration> {
-    // The newest rounds tell most: their pages are the hot ones, which compress worse.
-    let recent = history.iter().rev().filter(|round| round.sent > 0).take(2);
-    let (sent, took) = recent.fold((0u64, Duration::ZERO), |(sent, took), round| {
-        (sent + round.sent, took + round.took)
-    });
-    if sent == 0 {
-        None
-    } else {
-        // Out of range where nothing is known of what is left.
-        Duration::try_from_secs_f64(took.as_secs_f64() * (pages as f64 / sent as f64)).ok()
-    }
+/// What waits after a round.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Left {
+    /// Pages that are not hot; `u64::MAX` where nothing is known.
+    pub cold: u64,
+    /// Pages that are.
+    pub hot: u64,
 }
 
-/// Whether to suspend after the last round of `history`, and why.
-pub fn decide(history: &[RoundFacts], limits: &Limits) -> Option<Stop> {
-    let last = history.last()?;
-    if last.left <= FEW_PAGES {
-        return Some(Stop::FewPages);
+/// What comes after a round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// Another one.
+    Round {
+        /// Hot pages wait.
+        hold: bool,
+    },
+    /// The last one.
+    Suspend(Stop),
+}
+
+/// What to do after the last round of `history`, which left that much.
+#[must_use]
+pub fn decide(history: &[RoundFacts], left: &Left, forecast: &Forecast, limits: &Limits) -> Next {
+    let all = left.cold.saturating_add(left.hot);
+    if history.is_empty() {
+        return Next::Round { hold: false };
     }
-    if predict(history, last.left).is_some_and(|time| time <= limits.downtime) {
-        return Some(Stop::DowntimeTarget);
+    if all <= FEW_PAGES {
+        return Next::Suspend(Stop::FewPages);
+    }
+    let sending = forecast.sending(all);
+    if sending.is_some_and(|time| time <= limits.last_round(forecast.fixed().total())) {
+        return Next::Suspend(Stop::DowntimeTarget);
     }
     if history.len() >= limits.rounds as usize {
-        return Some(Stop::Rounds);
+        return Next::Suspend(Stop::Rounds);
     }
-    no_progress(history, limits.window).then_some(Stop::NoProgress)
+    // Hot pages are written each time that the log is read. Sent in much less than that takes, most
+    // of them would not be written again before they have crossed: then a round makes them fewer.
+    let hold = left.hot > 0
+        && !limits.downtime.is_zero()
+        && sending.is_some_and(|time| time * 2 >= limits.looking);
+    if hold && left.cold <= FEW_PAGES.max(left.hot / MOSTLY_HOT) {
+        return Next::Suspend(Stop::Hot);
+    }
+    if no_longer_falls(history, limits.window) {
+        return Next::Suspend(Stop::NoProgress);
+    }
+    Next::Round { hold }
 }
 
-/// Over the last `window` rounds nothing came noticeably below what was left before them, and the
-/// newest is as low as it has been since.
-fn no_progress(history: &[RoundFacts], window: usize) -> bool {
-    let Some(start) = history.len().checked_sub(window).filter(|start| *start > 0) else {
+/// Rounds leave about as much as they had to send, and the newest leaves the least of these, or
+/// has been waited for long enough.
+fn no_longer_falls(history: &[RoundFacts], window: usize) -> bool {
+    // A tenth less is progress. What a scan leaves is not known at first.
+    let falls = |before: u64, left: u64| {
+        before == u64::MAX || left.saturating_mul(10) < before.saturating_mul(9)
+    };
+    let mut had = history.first().map_or(u64::MAX, |round| round.sent);
+    let stands = history.iter().position(|round| {
+        let before = std::mem::replace(&mut had, round.left);
+        round.left != u64::MAX && !falls(before, round.left)
+    });
+    let Some(first) = stands else {
         return false;
     };
-    let before = history[..start]
-        .iter()
-        .map(|round| round.left)
-        .min()
-        .unwrap_or(u64::MAX);
-    let recent = &history[start..];
-    let lowest = recent
-        .iter()
-        .map(|round| round.left)
-        .min()
-        .unwrap_or(u64::MAX);
-    let newest = recent.last().map_or(u64::MAX, |round| round.left);
-    // A tenth less is progress; the newest may be a twentieth above the lowest.
-    lowest.saturating_mul(10) >= before.saturating_mul(9)
-        && newest.saturating_mul(20) <= lowest.saturating_mul(21)
+    let Some((newest, before)) = history[first..].split_last() else {
+        return false;
+    };
+    let lowest = before.iter().map(|round| round.left).min();
+    // The newest may be a twentieth above the lowest.
+    lowest.is_some_and(|lowest| newest.left.saturating_mul(20) <= lowest.saturating_mul(21))
+        || before.len() >= window
 }
 
 #[cfg(test)]
@@ -147,18 +195,51 @@ mod tests {
         }
     }
 
+    /// Without a fixed cost.
+    fn free() -> Forecast {
+        Forecast::new(FixedCost {
+            set_up: 0.0,
+            suspend: 0.0,
+            restore: 0.0,
+            commit: 0.0,
+            clean_up: 0.0,
+        })
+    }
+
+    /// A guest whose rounds leave these pages, none of them hot.
     fn stop_of(lefts: &[u64]) -> (usize, Option<Stop>) {
-        let limits = Limits::default();
+        let traces: Vec<_> = lefts.iter().map(|left| (*left, 0)).collect();
+        let (rounds, stop, _) = follow(&traces, free(), &Limits::default());
+        (rounds, stop)
+    }
+
+    /// Goes through rounds that leave so many cold and hot pages each, as they were recorded. When
+    /// it ended, why, and the pages that crossed before the last round.
+    fn follow(
+        trace: &[(u64, u64)],
+        mut forecast: Forecast,
+        limits: &Limits,
+    ) -> (usize, Option<Stop>, u64) {
         let mut history = Vec::new();
-        let mut sent = 32_768;
-        for (number, left) in lefts.iter().enumerate() {
-            history.push(round(sent, *left));
-            if let Some(stop) = decide(&history, &limits) {
-                return (number + 1, Some(stop));
+        let (mut sent, mut all) = (32_768, 0);
+        for (number, (cold, hot)) in trace.iter().copied().enumerate() {
+            let facts = round(sent, cold + hot);
+            forecast.sent(Sent {
+                first: number == 0,
+                pages: sent,
+                bytes: facts.wire_bytes,
+                took: facts.took,
+            });
+            history.push(facts);
+            all += sent;
+            let left = Left { cold, hot };
+            match decide(&history, &left, &forecast, limits) {
+                Next::Suspend(stop) => return (number + 1, Some(stop), all),
+                Next::Round { hold: true } => sent = cold,
+                Next::Round { hold: false } => sent = cold + hot,
             }
-            sent = *left;
         }
-        (lefts.len(), None)
+        (trace.len(), None, all)
     }
 
     #[test]
@@ -180,29 +261,144 @@ mod tests {
     fn a_working_set_that_is_always_rewritten_stops_soon() {
         assert_eq!(
             stop_of(&[2048, 2048, 2048, 2048, 2048]),
-            (4, Some(Stop::NoProgress))
+            (3, Some(Stop::NoProgress))
         );
     }
 
     #[test]
     fn a_peak_is_waited_out() {
-        // At round 4 the newest is far above the window's lowest: not the moment.
+        // At rounds 3 and 4 the newest is above the lowest: not the moment.
         assert_eq!(
-            stop_of(&[2048, 2048, 2048, 4000, 2048]),
+            stop_of(&[2048, 2048, 4000, 3000, 2048]),
+            (5, Some(Stop::NoProgress))
+        );
+        // A low is not waited for in vain.
+        assert_eq!(
+            stop_of(&[2048, 2048, 4000, 5000, 6000, 7000]),
             (5, Some(Stop::NoProgress))
         );
     }
 
     #[test]
+    fn a_scan_that_finds_less_and_less_goes_on() {
+        // What round 1 leaves is not known; from then on as much is expected as was found.
+        let decided = |history: &[RoundFacts]| {
+            let left = Left {
+                cold: history.last().map_or(0, |round| round.left),
+                ..Left::default()
+            };
+            let mut forecast = free();
+            forecast.sent(Sent {
+                first: true,
+                pages: 1000,
+                bytes: 1 << 20,
+                took: Duration::from_secs(1),
+            });
+            decide(history, &left, &forecast, &Limits::default())
+        };
+        let on = Next::Round { hold: false };
+        let mut history = vec![round(32_768, u64::MAX), round(5000, 5000)];
+        assert_eq!(decided(&history), on);
+        history.push(round(3000, 3000));
+        assert_eq!(decided(&history), on);
+        history.push(round(3000, 3000));
+        assert_eq!(decided(&history), on);
+        history.push(round(3000, 3000));
+        assert_eq!(decided(&history), Next::Suspend(Stop::NoProgress));
+    }
+
+    #[test]
     fn it_always_ends() {
-        let wild: Vec<u64> = (0..40).map(|n| 3000 + (n * 7919) % 5000).collect();
-        let (rounds, stop) = stop_of(&wild);
-        assert!(rounds <= 12 && stop.is_some());
+        for seed in 1..50u64 {
+            let wild: Vec<u64> = (0..40).map(|n| 3000 + (n * 7919 * seed) % 5000).collect();
+            let (rounds, stop) = stop_of(&wild);
+            assert!(rounds <= 12 && stop.is_some());
+        }
+    }
+
+    #[test]
+    fn the_fixed_cost_is_part_of_the_silence() {
+        let limits = Limits {
+            downtime: Duration::from_millis(900),
+            ..Limits::default()
+        };
+        // 1,000 pages cross in 650 ms.
+        let (rounds, stop, _) = follow(&[(1000, 0)], free(), &limits);
+        assert_eq!((rounds, stop), (1, Some(Stop::DowntimeTarget)));
+        let costly = |suspend| {
+            Forecast::new(FixedCost {
+                set_up: 0.0,
+                suspend,
+                restore: 0.1,
+                commit: 0.1,
+                clean_up: 0.0,
+            })
+        };
+        assert_eq!(follow(&[(1000, 0)], costly(0.1), &limits).1, None);
+        assert_eq!(
+            follow(&[(800, 0)], costly(0.1), &limits).1,
+            Some(Stop::DowntimeTarget)
+        );
+        // What is out of reach is not chased: a third of the target for the last round.
+        assert_eq!(
+            follow(&[(450, 0)], costly(5.0), &limits).1,
+            Some(Stop::DowntimeTarget)
+        );
+    }
+
+    #[test]
+    fn hot_pages_cross_twice() {
+        // Known to be hot when round 1 ends: 8 MB that are always rewritten, and next to nothing
+        // else.
+        let trace = [(120, 2048), (100, 2048), (90, 2048)];
+        let (rounds, stop, sent) = follow(&trace, free(), &Limits::default());
+        assert_eq!((rounds, stop), (1, Some(Stop::Hot)));
+        assert_eq!(sent, 32_768);
+        // With other work going on besides, that crosses meanwhile, and the hot pages don't.
+        let trace = [(3000, 2048), (900, 2048), (200, 2048)];
+        let (rounds, stop, sent) = follow(&trace, free(), &Limits::default());
+        assert_eq!((rounds, stop), (3, Some(Stop::Hot)));
+        assert_eq!(sent, 32_768 + 3000 + 900);
+    }
+
+    #[test]
+    fn without_a_silence_to_reach_nothing_is_held_back() {
+        let limits = Limits {
+            downtime: Duration::ZERO,
+            ..Limits::default()
+        };
+        let trace = [(120, 2048), (100, 2048), (90, 2048)];
+        let (rounds, stop, sent) = follow(&trace, free(), &limits);
+        assert_eq!((rounds, stop), (3, Some(Stop::NoProgress)));
+        assert_eq!(sent, 32_768 + 2168 + 2148);
+    }
+
+    #[test]
+    fn on_a_link_that_outruns_the_guest_hot_pages_go() {
+        // 400 pages cross in 260 ms. They were written in each second, not in each such moment.
+        let limits = Limits {
+            downtime: Duration::from_millis(100),
+            ..Limits::default()
+        };
+        let trace = [(100, 400), (80, 60)];
+        let (rounds, stop, sent) = follow(&trace, free(), &limits);
+        assert_eq!((rounds, stop), (2, Some(Stop::DowntimeTarget)));
+        assert_eq!(sent, 32_768 + 500);
     }
 
     #[test]
     fn nothing_sent_predicts_nothing() {
-        assert_eq!(predict(&[], 10), None);
-        assert_eq!(predict(&[round(0, 10)], 10), None);
+        assert_eq!(free().sending(10), None);
+        let left = Left {
+            cold: u64::MAX,
+            ..Left::default()
+        };
+        let decided = decide(
+            &[round(32_768, u64::MAX)],
+            &left,
+            &free(),
+            &Limits::default(),
+        );
+        assert_eq!(decided, Next::Round { hold: false });
     }
 }

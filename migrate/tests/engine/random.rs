@@ -131,20 +131,28 @@ fn trouble() -> impl Strategy<Value = Trouble> {
     ]
 }
 
-fn options() -> impl Strategy<Value = (TrackerKind, bool, u32)> {
+/// Tracker, verify mode, rounds, and whether the log is read all the time and hot pages wait.
+type Options = (TrackerKind, bool, u32, bool);
+
+fn options() -> impl Strategy<Value = Options> {
     let tracker = prop::sample::select(vec![TrackerKind::LogDirty, TrackerKind::Scan]);
-    (tracker, any::<bool>(), 1..6u32)
+    (tracker, any::<bool>(), 1..6u32, any::<bool>())
 }
 
-fn plain((tracker, verify, rounds): (TrackerKind, bool, u32)) -> Crossing {
+fn plain((tracker, verify, rounds, looking): Options) -> Crossing {
+    let (looking, downtime) = match looking {
+        true => (Duration::ZERO, Duration::from_nanos(1)),
+        false => (Limits::default().looking, Duration::ZERO),
+    };
     Crossing {
         tracker,
         plan: Plan {
             verify,
             // As many rounds as are allowed: this process is too fast for more than one.
             limits: Limits {
-                downtime: Duration::ZERO,
+                downtime,
                 rounds,
+                looking,
                 ..Limits::default()
             },
             ..Plan::default()
@@ -154,7 +162,7 @@ fn plain((tracker, verify, rounds): (TrackerKind, bool, u32)) -> Crossing {
 }
 
 /// One move in which things go wrong. Where the guest is then.
-fn attempt(scene: &Scene, troubles: &[Trouble], options: (TrackerKind, bool, u32)) -> Place {
+fn attempt(scene: &Scene, troubles: &[Trouble], options: Options) -> Place {
     let mut shape = Shape::default();
     let mut deeds = Vec::new();
     for trouble in troubles {

@@ -52,6 +52,29 @@ fn a_guest_that_writes_all_the_time_arrives_as_it_left() {
 }
 
 #[test]
+fn with_its_log_read_all_the_time_a_guest_arrives_as_it_left() {
+    let scene = Scene::new();
+    let mut random = Random::new(6);
+    let mut guest = busy(6);
+    // Steps enough for each look at the log to find the working set written again.
+    guest.live(history(&mut random, 200, 60), Clock::Calls);
+    scene.near.start(guest);
+    let crossed = scene.moves(Crossing {
+        plan: Plan {
+            limits: Limits {
+                downtime: Duration::from_nanos(1),
+                looking: Duration::ZERO,
+                ..Limits::default()
+            },
+            ..Plan::default()
+        },
+        ..Crossing::default()
+    });
+    let report = crossed.report.unwrap();
+    assert!(report.predicted.after_first_round.is_some(), "{report:?}");
+}
+
+#[test]
 fn there_and_back() {
     let there = Scene::with(busy(4));
     there.moves(Crossing::default());

@@ -22,6 +22,7 @@ use super::site::{Call, Site, Watch};
 use super::source::ReplaySource;
 use crate::connections::Untouched;
 use crate::control::{Facts, Shared};
+use crate::costs::Earlier;
 use crate::destination::{self, Prepared};
 use crate::digest::{DigestKey, Digester};
 use crate::error::{Error, Result};
@@ -221,6 +222,7 @@ pub fn leave(
                 plan: crossing.plan.clone(),
                 shadows: &shadows,
                 control,
+                earlier: Earlier::default(),
                 unchanged: &mut || Ok(()),
                 keep: &mut || {
                     watch(Call::Keep)?;
