@@ -13,6 +13,7 @@ macro_rules! tell {
 mod cancel;
 mod check;
 mod cli;
+mod dry_run;
 mod edge;
 mod list;
 mod migrate;

@@ -17,6 +17,7 @@ use migrate::source::{OnTimeout, Plan};
 use migrate::wire::Purpose;
 
 use crate::cli;
+use crate::dry_run;
 use crate::edge::{Departure, Edge, Paths};
 use crate::policy;
 use crate::progress;
@@ -66,6 +67,9 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
         .map(ReportFile::open)
         .transpose()?;
     crate::require_xen()?;
+    if options.dry_run {
+        return dry_run::run(options, &request, report, directories);
+    }
     let edge = match options.no_edge {
         true => None,
         false => policy.edge,

@@ -165,6 +165,7 @@ fn nothing_else_works_and_each_says_why() {
         &["list", "--json"],
         &["migrate", "g1", "nowhere.invalid"],
         &["migrate", "g1", "nowhere.invalid", "--report", &report_path],
+        &["migrate", "g1", "nowhere.invalid", "--dry-run"],
         &["resolve", "g1"],
         &["resolve", "--all"],
         &["receive"],

@@ -78,16 +78,24 @@ pub struct Prepared {
 /// Says whether this site takes a guest, and prepares for it: checks, journal, guardian, image.
 pub type Prepare<'a> = dyn FnMut(&Offer) -> Result<Prepared> + 'a;
 
-/// Receives one guest from `peer`.
+/// Says whether this site would take a guest, and makes nothing.
+pub type Judge<'a> = dyn FnMut(&Offer) -> Result<Acceptance> + 'a;
+
+/// Receives one guest from `peer`; or only says whether it would, by `judge`.
 ///
 /// # Errors
 /// Whatever failed; then nothing of the guest is left here, or the journal says what is.
-pub fn run(mut peer: Conversation, prepare: &mut Prepare<'_>) -> Result<()> {
-    let accepted = peer
+pub fn run(mut peer: Conversation, prepare: &mut Prepare<'_>, judge: &mut Judge<'_>) -> Result<()> {
+    let answered = peer
         .greet(Instant::now() + GREETING)
         .and_then(|_| receive_offer(&mut peer))
-        .and_then(|offer| prepare(&offer).map(|prepared| (offer, prepared)));
-    match accepted {
+        .and_then(|offer| match offer.purpose {
+            Purpose::DryRun => judge(&offer).map(Answer::Would),
+            Purpose::Move | Purpose::Shadow => {
+                prepare(&offer).map(|prepared| Answer::Does(offer, Box::new(prepared)))
+            }
+        });
+    match answered {
         Err(error) => {
             tell(&mut peer, &error, |reason| {
                 let code = match &error {
@@ -99,8 +107,21 @@ pub fn run(mut peer: Conversation, prepare: &mut Prepare<'_>) -> Result<()> {
             peer.close();
             Err(error)
         }
-        Ok((offer, prepared)) => Receiving::new(peer, *offer, prepared).run(),
+        Ok(Answer::Would(acceptance)) => {
+            let told = peer.send(&ToSource::Accept(Box::new(acceptance)));
+            peer.close();
+            told
+        }
+        Ok(Answer::Does(offer, prepared)) => Receiving::new(peer, *offer, *prepared).run(),
     }
+}
+
+/// To an offer that is not refused.
+enum Answer {
+    /// It was a question only.
+    Would(Acceptance),
+    /// All is prepared.
+    Does(Box<Offer>, Box<Prepared>),
 }
 
 fn receive_offer(peer: &mut Conversation) -> Result<Box<Offer>> {
@@ -109,6 +130,7 @@ fn receive_offer(peer: &mut Conversation) -> Result<Box<Offer>> {
         let received = peer.receive(deadline)?;
         match ToDestination::decode(received.frame())? {
             ToDestination::Ping(token) => peer.send(&ToSource::Pong(token))?,
+            ToDestination::Probe(_) => {}
             ToDestination::Offer(offer) => return Ok(offer),
             other => return Err(unexpected(peer, &other)),
         }

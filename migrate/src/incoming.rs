@@ -14,9 +14,10 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use nix::sys::statvfs::statvfs;
 use xen_sys::ctl::{CpuPolicy, GuestKind as CpuKind};
 
-use crate::configuration::{SitePolicy, accept};
+use crate::configuration::{Accepted, SitePolicy, accept};
 use crate::connections::{Expect, Expected};
 use crate::control::{self, Ended, Server, Shared};
 use crate::destination::{Prepared, run};
@@ -36,7 +37,7 @@ use crate::keeper;
 use crate::link::{Conversation, Link, Rate};
 use crate::pages::PAGE_SIZE;
 use crate::shadow::{ShadowPolicy, Shadows};
-use crate::wire::{Offer, Purpose, Role as WireRole, Text, XenVersion};
+use crate::wire::{Acceptance, Offer, Purpose, Role as WireRole, Text, XenVersion};
 
 /// How long whoever settles an earlier move of the guest may hold its lock.
 const LOCKED: Duration = Duration::from_secs(5);
@@ -79,7 +80,7 @@ pub fn receive(
     let conversation =
         Conversation::start(&peer, link, WireRole::Destination, rate.clone(), cancel);
     let mut server = None;
-    let result = run(conversation, &mut |offer| match &missing {
+    let mut take = |offer: &Offer| match &missing {
         Some(missing) => Err(Error::Refused(missing.clone())),
         None => {
             let control = control(&peer, offer, rate.clone(), Arc::clone(&stop));
@@ -93,7 +94,12 @@ pub fn receive(
                 &mut server,
             )
         }
-    });
+    };
+    let mut judge = |offer: &Offer| match &missing {
+        Some(missing) => Err(Error::Refused(missing.clone())),
+        None => would_take(directories, &policies.site, offer),
+    };
+    let result = run(conversation, &mut take, &mut judge);
     if let Some(server) = server {
         let name = &server.shared().facts().domain;
         let what = match &result {
@@ -141,32 +147,14 @@ fn prepare(
         return Err(Error::Refused("This site keeps no shadows".into()));
     }
     let host = Host::open()?;
-    let physical = host
-        .ctl()
-        .physical_info()
-        .context(|| "Can't read about this host")?;
-    refuse_oversize(
-        kind,
-        offer.pages,
-        offer.populated_pages,
-        physical.total_pages,
-    )?;
     // An earlier attempt for the same guest may be among it.
     recovery::settle_all(directories);
-    let accepted = accept(offer, &policies.site).map_err(|error| Error::Refused(chain(&error)))?;
     let lock = GuestLock::wait(directories, &offer.uuid, &offer.name, LOCKED)?;
-    recovery::refuse_open_moves(directories, &offer.uuid, &offer.name)?;
-    refuse_conflicts(&host, offer)?;
-    check_cpu(&host, offer, kind)?;
-    let xen = xen_version(&host)?;
-    let mut warnings = warnings(&host, &xen, offer)?;
-    if !accepted.left_out.is_empty() {
-        let names: Vec<String> = accepted.left_out.iter().map(ToString::to_string).collect();
-        warnings.push(format!(
-            "The destination leaves out of the configuration: {}",
-            names.join(", ")
-        ));
-    }
+    let Judged {
+        accepted,
+        xen,
+        warnings,
+    } = judge(directories, &host, &policies.site, offer, kind)?;
     let memory = directories
         .incoming()
         .join(format!("{}.memory", offer.move_id));
@@ -233,6 +221,95 @@ fn prepare(
             guardian.finish();
         }),
         control,
+    })
+}
+
+/// What was found of an offer that this host can take.
+struct Judged {
+    accepted: Accepted,
+    xen: XenVersion,
+    warnings: Vec<String>,
+}
+
+/// Looks at all that may speak against the guest, and makes nothing.
+fn judge(
+    directories: &Directories,
+    host: &Host,
+    policy: &SitePolicy,
+    offer: &Offer,
+    kind: Kind,
+) -> Result<Judged> {
+    let physical = host
+        .ctl()
+        .physical_info()
+        .context(|| "Can't read about this host")?;
+    refuse_oversize(
+        kind,
+        offer.pages,
+        offer.populated_pages,
+        physical.total_pages,
+    )?;
+    let accepted = accept(offer, policy).map_err(|error| Error::Refused(chain(&error)))?;
+    recovery::refuse_open_moves(directories, &offer.uuid, &offer.name)?;
+    refuse_conflicts(host, offer)?;
+    check_cpu(host, offer, kind)?;
+    let xen = xen_version(host)?;
+    let mut warnings = warnings(host, &xen, offer)?;
+    if !accepted.left_out.is_empty() {
+        let names: Vec<String> = accepted.left_out.iter().map(ToString::to_string).collect();
+        warnings.push(format!(
+            "The destination leaves out of the configuration: {}",
+            names.join(", ")
+        ));
+    }
+    Ok(Judged {
+        accepted,
+        xen,
+        warnings,
+    })
+}
+
+/// The answer to a dry run: as if the guest came now.
+fn would_take(directories: &Directories, policy: &SitePolicy, offer: &Offer) -> Result<Acceptance> {
+    let host = Host::open()?;
+    let kind = Kind::try_from(offer.kind)?;
+    let judged = judge(directories, &host, policy, offer, kind)?;
+    let guest = XenDestination::new(
+        Incoming {
+            name: offer.name.clone(),
+            uuid: offer.uuid.clone(),
+            kind,
+            configuration: judged.accepted.configuration,
+            pages: offer.pages,
+            populated: offer.populated_pages,
+        },
+        Digester::new(&offer.digest_key),
+    )?;
+    guest.refuse_lack_of_memory()?;
+    let directory = directories.incoming();
+    let disk = statvfs(&directory)
+        .map_err(io::Error::from)
+        .context(|| format!("Can't look at {}", directory.display()))?;
+    let free = disk.blocks_available() * disk.fragment_size();
+    let needed = offer.pages * PAGE_SIZE as u64;
+    if free < needed {
+        return Err(Error::Refused(format!(
+            "Not enough room in {}: {} MiB needed, {} MiB free",
+            directory.display(),
+            needed >> 20,
+            free >> 20
+        )));
+    }
+    Ok(Acceptance {
+        xen: judged.xen,
+        tsc_khz: None,
+        warnings: judged
+            .warnings
+            .iter()
+            .map(|warning| Text::new(warning))
+            .collect(),
+        edge_site: None,
+        shadow: None,
     })
 }
 

@@ -25,6 +25,7 @@ pub mod costs;
 pub mod destination;
 pub mod digest;
 pub mod directories;
+pub mod dry_run;
 pub mod error;
 pub mod guest;
 pub mod handover;
@@ -42,6 +43,7 @@ pub mod retry;
 pub mod rounds;
 pub mod shadow;
 pub mod source;
+pub mod survey;
 pub mod wire;
 
 pub use error::{Error, Result};

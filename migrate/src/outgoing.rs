@@ -14,7 +14,7 @@ use xen_sys::DomId;
 use xen_sys::ctl::ShutdownReason;
 
 use crate::connections::Connections;
-use crate::control::{self, Ended, Server, Shared, Watched};
+use crate::control::{self, Bandwidth, Change, Ended, Server, Shared, Watched};
 use crate::costs::{Costs, Past};
 use crate::digest::{DigestKey, Digester};
 use crate::directories::Directories;
@@ -39,7 +39,7 @@ use crate::wire::{
 };
 
 /// How long whoever settles an earlier move of the guest may hold its lock.
-const LOCKED: Duration = Duration::from_secs(5);
+pub(crate) const LOCKED: Duration = Duration::from_secs(5);
 
 /// How often a pause looks whether it was cancelled.
 const TICK: Duration = Duration::from_millis(100);
@@ -147,7 +147,7 @@ pub fn migrate(
     loop {
         let mut moved = attempt(
             directories,
-            &request,
+            &mut request,
             observer,
             connections,
             Arc::clone(cancel),
@@ -185,21 +185,59 @@ pub fn migrate(
             wire_bytes: moved.report.as_ref().map_or(0, |report| report.wire_bytes),
         });
         let until = Instant::now() + pause;
+        let server = waiting(directories, &request, &moved, cancel);
         while Instant::now() < until {
             if cancel.load(Ordering::Relaxed) {
                 moved.result = Err(Error::Cancelled);
+                if let Some(server) = server {
+                    let name = server.shared().facts().domain.clone();
+                    let peer = &request.remote.host;
+                    server.end(ended(&name, peer, &moved.result, moved.left));
+                }
                 return moved;
             }
             thread::sleep(TICK);
+        }
+        if let Some(server) = server {
+            let limits = server.shared().set(Change::default());
+            request.rate = limits.bandwidth.and_then(Bandwidth::bytes);
+            request.plan.limits.downtime = server.shared().downtime();
         }
         request.plan.timeout = timeout.map(|timeout| timeout.saturating_sub(started.elapsed()));
     }
 }
 
-/// One attempt.
-fn attempt(
+/// Watched and steered as any other, a move that waits for its link. That this can't be done is no
+/// reason to give it up.
+fn waiting(
     directories: &Directories,
     request: &Request,
+    moved: &Moved,
+    cancel: &Arc<AtomicBool>,
+) -> Option<Server> {
+    let report = moved.report.as_ref()?;
+    let facts = control::Facts {
+        role: Role::Source,
+        move_id: MoveId::from_random(random().ok()?).to_string(),
+        domain: report.domain.clone(),
+        uuid: report.uuid.clone(),
+        domid: None,
+        peer: request.remote.host.clone(),
+        guest_bytes: report.guest_bytes,
+    };
+    let rate = Rate::new(request.rate);
+    let downtime = request.plan.limits.downtime;
+    let shared = Shared::new(facts, rate, downtime, Arc::clone(cancel));
+    shared.note(&Progress::Phase("waiting for the link"));
+    Server::start(directories, shared)
+        .inspect_err(|error| log::warn!("{}", chain(error)))
+        .ok()
+}
+
+/// One attempt. Limits that were changed meanwhile are in the request afterwards.
+fn attempt(
+    directories: &Directories,
+    request: &mut Request,
     observer: &mut dyn Observer,
     connections: &mut dyn Connections,
     cancel: Arc<AtomicBool>,
@@ -248,7 +286,7 @@ pub fn find_domain(host: &Host, domain: &str) -> Result<DomId> {
 
 fn prepare_and_move(
     directories: &Directories,
-    request: &Request,
+    request: &mut Request,
     observer: &mut dyn Observer,
     connections: &mut dyn Connections,
     cancel: Arc<AtomicBool>,
@@ -274,7 +312,7 @@ fn prepare_and_move(
     let shadows = Shadows::new(directories, request.shadows.clone());
     // A shadow is one pass: there is nothing to log meanwhile.
     let tracker = match request.purpose {
-        Purpose::Move => request.tracker,
+        Purpose::Move | Purpose::DryRun => request.tracker,
         Purpose::Shadow => Some(TrackerKind::Scan),
     };
     // One that has moved before keeps its own: what a site has of it stays comparable.
@@ -338,7 +376,7 @@ fn prepare_and_move(
     let mut unchanged = || layout.unchanged(&host, domid);
     let mut keep = || keeper::start(directories, &name, &uuid);
     let run = match request.purpose {
-        Purpose::Move => run,
+        Purpose::Move | Purpose::DryRun => run,
         Purpose::Shadow => run_shadow,
     };
     let (report, result) = run(
@@ -378,10 +416,15 @@ fn prepare_and_move(
     }
     session.finish(Duration::from_secs(10));
     if result.is_ok()
+        && request.purpose == Purpose::Move
         && let Err(error) = costs.note(Past::of(&report))
     {
         log::warn!("{}", chain(&error));
     }
+    // Another attempt goes on with them.
+    let limits = control.set(Change::default());
+    request.rate = limits.bandwidth.and_then(Bandwidth::bytes);
+    request.plan.limits.downtime = control.downtime();
     let left = result.as_ref().err().map(|_| look(&host, &uuid));
     server.end(ended(&name, &request.remote.host, &result, left));
     Ok(Moved {
@@ -404,7 +447,7 @@ fn ended(name: &str, peer: &str, result: &Result<()>, left: Option<Left>) -> End
     Ended::of(result, what)
 }
 
-fn offer(
+pub(crate) fn offer(
     host: &Host,
     guest: &mut dyn Source,
     domid: DomId,

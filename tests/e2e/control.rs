@@ -124,6 +124,44 @@ fn limits_are_changed_on_the_way(testbed: &Testbed, guest: &Guest, from: SiteNam
     assert!(said(&none).contains("No move of g1"), "{}", said(&none));
 }
 
+/// A move that is only foretold leaves everything as it was.
+fn foretold(testbed: &Testbed, guest: &Guest, from: SiteName) {
+    let site = testbed.site(from);
+    let address = from.other().address();
+    let dry_run = format!("vmshadow migrate g1 {address} --dry-run --json");
+    let journals = || {
+        let count = "ls /var/lib/vmshadow/moves | grep -c journal || true";
+        testbed
+            .sites()
+            .each_ref()
+            .map(|site| site.run(count).unwrap())
+    };
+    let before = journals();
+    let told: Value = serde_json::from_str(&site.run(&dry_run).unwrap()).unwrap();
+    assert_eq!(journals(), before);
+    assert!(told["refused"].is_null(), "{told}");
+    assert!(told["link"]["probed_bytes"].is_number(), "{told}");
+    let predicted = &told["predicted"];
+    for field in ["seconds", "bytes", "downtime"] {
+        assert!(predicted[field].as_f64().unwrap() > 0.0, "{told}");
+    }
+    // It holds some random data, and rewrites some.
+    assert!(predicted["bytes"].as_u64().unwrap() > 4 << 20, "{told}");
+    assert!(told["memory"]["hot"].as_f64().unwrap() > 0.0, "{told}");
+    assert_eq!(settled(testbed, guest, "a dry run"), from);
+    // What the other site says of a guest that it would not take.
+    let other = testbed.site(from.other());
+    other.run("mv /etc/vmshadow/vmshadow.toml /root/").unwrap();
+    let refused = site.output(&dry_run).unwrap();
+    other.run("mv /root/vmshadow.toml /etc/vmshadow/").unwrap();
+    assert!(!refused.status.success());
+    assert!(
+        said(&refused).contains("would refuse"),
+        "{}",
+        said(&refused)
+    );
+}
+
 #[test]
 fn a_move_is_steered_and_given_up() {
     let testbed = sites(with(Hypervisor::Release));
@@ -132,6 +170,7 @@ fn a_move_is_steered_and_given_up() {
     let points = ["offering", "copying", "suspended", "ready"];
     cancelled_at(&testbed, &guest, SiteName::A, &points);
     cancelled_at(&testbed, &guest, SiteName::B, &["receiving"]);
+    foretold(&testbed, &guest, SiteName::A);
     refused_once_committed(&testbed, &guest);
     limits_are_changed_on_the_way(&testbed, &guest, SiteName::B);
 }

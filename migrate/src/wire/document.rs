@@ -189,6 +189,8 @@ pub enum Purpose {
     Move,
     /// The destination keeps them as a shadow, and the guest stays where it is.
     Shadow,
+    /// Nothing: the destination is only to say if it would take the guest, and makes nothing.
+    DryRun,
 }
 
 /// An offer that does not hold together.

@@ -45,6 +45,8 @@ pub enum Tag {
     Recall = 0x0b,
     /// [`ToDestination::Keep`](super::ToDestination::Keep).
     Keep = 0x0c,
+    /// [`ToDestination::Probe`](super::ToDestination::Probe).
+    Probe = 0x0d,
     /// [`ToSource::Accept`](super::ToSource::Accept).
     Accept = 0x81,
     /// [`ToSource::Refuse`](super::ToSource::Refuse).
@@ -70,7 +72,7 @@ pub enum Tag {
 }
 
 impl Tag {
-    const ALL: [Self; 23] = [
+    const ALL: [Self; 24] = [
         Self::Offer,
         Self::P2mFrames,
         Self::Pages,
@@ -81,6 +83,7 @@ impl Tag {
         Self::Abort,
         Self::SourcePing,
         Self::SourcePong,
+        Self::Probe,
         Self::Accept,
         Self::Refuse,
         Self::RoundAck,
@@ -119,7 +122,7 @@ impl Tag {
             Self::Pages => MAX_BATCH_BYTES,
             Self::Inventory => 8 + MAX_CHUNK_BYTES,
             Self::State => 16 * MIB,
-            Self::Accept | Self::Ready => 64 * KIB,
+            Self::Accept | Self::Ready | Self::Probe => 64 * KIB,
             Self::Refuse | Self::Abort | Self::Failed => 8 * KIB,
             Self::RoundEnd | Self::RoundAck | Self::Progress | Self::Final => 64,
             Self::Commit

@@ -13,7 +13,7 @@ use crate::bytes::Bytes;
 use std::io::{self, Read, Write};
 
 /// The lowest version of the protocol that this program speaks. Version 1 had no zstd, and
-/// version 2 neither references nor deltas; version 3 knew nothing of shadows.
+/// version 2 neither references nor deltas; version 3 knew nothing of shadows and dry runs.
 pub const MIN_PROTOCOL: u16 = 4;
 /// The highest version of the protocol that this program speaks.
 pub const MAX_PROTOCOL: u16 = 4;

@@ -37,6 +37,9 @@ pub trait Message {
     }
 }
 
+/// The most bytes in a [`ToDestination::Probe`].
+pub const MAX_PROBE: usize = 64 << 10;
+
 /// A message of the source's.
 #[derive(Clone, PartialEq)]
 pub enum ToDestination<'a> {
@@ -82,6 +85,8 @@ pub enum ToDestination<'a> {
     Ping(u64),
     /// Answers a [`ToSource::Ping`].
     Pong(u64),
+    /// Bytes of no meaning, up to [`MAX_PROBE`], before the offer: to measure the link.
+    Probe(&'a [u8]),
 }
 
 /// A message of the destination's.
@@ -141,6 +146,7 @@ impl Message for ToDestination<'_> {
             Self::Abort(_) => Tag::Abort,
             Self::Ping(_) => Tag::SourcePing,
             Self::Pong(_) => Tag::SourcePong,
+            Self::Probe(_) => Tag::Probe,
         }
     }
 
@@ -160,7 +166,7 @@ impl Message for ToDestination<'_> {
                 to.extend(populated.to_le_bytes());
                 frames.iter().for_each(|pfn| to.extend(pfn.to_le_bytes()));
             }
-            Self::Pages(_) | Self::Commit | Self::Keep => {}
+            Self::Pages(_) | Self::Probe(_) | Self::Commit | Self::Keep => {}
             Self::Recall { known } => to.push(u8::from(*known)),
             Self::RoundEnd { round, pages, last } => {
                 to.extend(round.to_le_bytes());
@@ -177,7 +183,7 @@ impl Message for ToDestination<'_> {
 
     fn bulk(&self) -> &[u8] {
         match self {
-            Self::Pages(batch) => batch,
+            Self::Pages(bytes) | Self::Probe(bytes) => bytes,
             _ => &[],
         }
     }
@@ -216,6 +222,7 @@ impl<'a> ToDestination<'a> {
             Tag::Abort => Self::Abort(Text::from_bytes(decode_rest(&mut from))),
             Tag::SourcePing => Self::Ping(from.u64().map_err(&malformed)?),
             Tag::SourcePong => Self::Pong(from.u64().map_err(&malformed)?),
+            Tag::Probe => Self::Probe(decode_rest(&mut from)),
             _ => return Err(WireError::WrongDirection(tag)),
         };
         if from.is_empty() {
@@ -241,6 +248,7 @@ impl fmt::Debug for ToDestination<'_> {
                 frames.len()
             ),
             Self::Pages(batch) => write!(f, "Pages({} bytes)", batch.len()),
+            Self::Probe(bytes) => write!(f, "Probe({} bytes)", bytes.len()),
             Self::RoundEnd { round, pages, last } => f
                 .debug_struct("RoundEnd")
                 .field("round", round)

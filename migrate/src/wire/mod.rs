@@ -48,7 +48,7 @@ pub use document::{
 };
 pub use frame::{FRAME_HEADER_SIZE, Frame, FrameReader, FrameWriter, Tag};
 pub use hello::{Agreement, Hello, MAX_PROTOCOL, MIN_PROTOCOL, Role};
-pub use message::{Direction, Message, ToDestination, ToSource};
+pub use message::{Direction, MAX_PROBE, Message, ToDestination, ToSource};
 pub use text::Text;
 
 use crate::bytes::Malformed;

@@ -259,11 +259,13 @@ pub fn arrive(to: &Arc<Site>, link: Link, restored: Restored, watch: &Arc<Watch>
     let peer = Conversation::start("source", link, WireRole::Destination, None, Arc::default());
     let mut path = None;
     let ended = survive(|| {
-        destination::run(peer, &mut |offer| {
+        let mut take = |offer: &Offer| {
             let prepared = prepare(to, offer, restored, watch)?;
             path = Some(prepared.journal.entry().path.clone());
             Ok(prepared)
-        })
+        };
+        let mut judge = |_: &Offer| Err(Error::Refused("No dry runs are replayed".into()));
+        destination::run(peer, &mut take, &mut judge)
     });
     if let Some(path) = path {
         to.settle(&path, &mut |_| Ok(Owner::Unknown))?;

@@ -192,10 +192,35 @@ impl XenDestination {
             .ok_or_else(|| Error::Refused("Nothing to restore from".into()))?;
         let mut configuration = self.configuration(populated)?;
         let _lock = XlLock::wait(XL_PATIENCE)?;
+        self.check_memory(&mut configuration)?;
+        let bare = self
+            .host
+            .toolstack()
+            .config_to_json(&configuration)
+            .context(|| "Can't write the guest's configuration")?;
+        let restore = self.spawn(image, configuration, populated)?;
+        let shown = self.wait_for_domain(&restore);
+        self.restore = Some(restore);
+        let domid = shown?;
+        self.domid = Some(domid);
+        self.hold_memory(populated)?;
+        self.attach_devices(domid, &bare)
+    }
+
+    /// Whether there is memory for the guest now. Nothing is held.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] where there is not.
+    pub fn refuse_lack_of_memory(&self) -> Result<()> {
+        let mut configuration = self.configuration(self.incoming.populated)?;
+        self.check_memory(&mut configuration)
+    }
+
+    fn check_memory(&self, configuration: &mut DomainConfig) -> Result<()> {
         let needed = self
             .host
             .toolstack()
-            .needed_memory(&mut configuration)
+            .needed_memory(configuration)
             .context(|| "Can't tell how much memory the guest needs")?;
         let free = self
             .host
@@ -209,18 +234,7 @@ impl XenDestination {
                 free / 1024
             )));
         }
-        let bare = self
-            .host
-            .toolstack()
-            .config_to_json(&configuration)
-            .context(|| "Can't write the guest's configuration")?;
-        let restore = self.spawn(image, configuration, populated)?;
-        let shown = self.wait_for_domain(&restore);
-        self.restore = Some(restore);
-        let domid = shown?;
-        self.domid = Some(domid);
-        self.hold_memory(populated)?;
-        self.attach_devices(domid, &bare)
+        Ok(())
     }
 
     /// Attaches network interfaces and disks while memory still arrives. Their hotplug scripts
