@@ -12,6 +12,8 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 TESTBED := $(TARGET)/release/testbed
 VERSION := $(shell sed -n '/^\[workspace\.package\]/,/^\[/s/^version = "\(.*\)"/\1/p' Cargo.toml)
 DEB := $(CURDIR)/dist/vmshadow_$(VERSION)_amd64.deb
+# For edges. The testbed takes it from beside the other one.
+DEB_EDGE := $(CURDIR)/dist/netproxy_$(VERSION)_amd64.deb
 
 # Runs inside the testbed's guests, which bring it along themselves.
 WORKSPACE := --workspace --exclude testbed-guest
@@ -28,7 +30,8 @@ RETARGET := one_stream_survives_one_move one_socket_is_made_anew_over_ipv6 a_tho
 	a_smaller_path_mtu a_guest_that_is_routed clients_who_come_or_go steps_out_of_order
 
 SCRIPTS := .ci/run packaging/build-deb packaging/deb/postinst packaging/deb/prerm \
-	packaging/deb/postrm $(wildcard tests/testbed/install-packages)
+	packaging/deb/postrm packaging/netproxy/postinst packaging/netproxy/prerm \
+	packaging/netproxy/postrm $(wildcard tests/testbed/install-packages)
 
 .PHONY: help demo test test-full oracle unit bench record bench-xl deb lint clean packages root toolchain
 .DEFAULT_GOAL := help
@@ -43,8 +46,8 @@ help:
 	@echo '  make record     record real guests for make bench: some minutes, once'
 	@echo '  make bench-xl   measure against xl migrate'
 	@echo '  make bench-proxy  measure the proxy against HAProxy, and the stall of a move'
-	@echo '  make deb        the Debian package, into dist/'
-	@echo '  make lint       formatting, warnings, shell scripts, the package'
+	@echo '  make deb        the Debian packages, into dist/'
+	@echo '  make lint       formatting, warnings, shell scripts, the packages'
 	@echo '  make clean      remove what was built'
 	@echo
 	@echo 'They need Debian 12, root and a Rust toolchain, and install the Debian'
@@ -104,7 +107,7 @@ lint: deb
 	for script in $(SCRIPTS); do sh -n "$$script" || exit 1; done
 	if command -v shellcheck >/dev/null; then shellcheck $(SCRIPTS); fi
 	if command -v lintian >/dev/null; then \
-		lintian --allow-root --fail-on error,warning '$(DEB)'; fi
+		lintian --allow-root --fail-on error,warning '$(DEB)' '$(DEB_EDGE)'; fi
 
 clean:
 	$(CARGO) clean

@@ -74,7 +74,7 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
         true => None,
         false => policy.edge,
     };
-    let mut connections = connections(edge, &options.domain)?;
+    let mut connections = connections(edge, &options.domain, directories)?;
     let mut observer = progress::observer(options.json);
     let moved = migrate(
         directories,
@@ -100,13 +100,18 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
 }
 
 /// What keeps the guest's connections. The edge knows guests by their names.
-fn connections(edge: Option<Edge>, domain: &str) -> anyhow::Result<Box<dyn Connections>> {
+fn connections(
+    edge: Option<Edge>,
+    domain: &str,
+    directories: &Directories,
+) -> anyhow::Result<Box<dyn Connections>> {
     let Some(edge) = edge else {
         return Ok(Box::new(Untouched));
     };
     let host = Host::open()?;
-    let name = host.name(find_domain(&host, domain)?)?;
-    Ok(Box::new(Departure::new(edge, &name)))
+    let domid = find_domain(&host, domain)?;
+    let (name, uuid) = (host.name(domid)?, host.uuid_text(&host.info(domid)?));
+    Ok(Box::new(Departure::new(edge, &name, &uuid, directories)))
 }
 
 /// A guest that has moved is not reached here any more.

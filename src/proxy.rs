@@ -77,7 +77,7 @@ fn open(edge: &Edge, directories: &Directories, domain: &str) -> anyhow::Result<
     let configuration = Layout::read(&host, domid)?.document();
     directories.create()?;
     if !Paths::new(directories).open(edge, &name, &uuid, &configuration, false)? {
-        bail!("The edge does not know {name}, or reaches it by its own address: nothing to open");
+        bail!("The edge does not know {name}: nothing to open");
     }
     say!("{name}: open to the edge");
     Ok(())

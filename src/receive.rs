@@ -2,14 +2,14 @@
 
 use std::io::Write;
 
-use migrate::connections::Expected;
+use migrate::connections::{Arranged, Expected};
 use migrate::directories::Directories;
 use migrate::error::Error;
 use migrate::handover::recovery;
 use migrate::incoming::{self, Policies};
 
 use crate::cli;
-use crate::edge::Paths;
+use crate::edge::{Detours, Edge, Paths};
 use crate::policy;
 
 /// Receives a guest, or says what became of a move.
@@ -22,12 +22,16 @@ pub fn run(options: &cli::Receive, directories: &Directories) -> anyhow::Result<
     }
     let policy = policy::read()?;
     let paths = Paths::new(directories);
-    let mut expect = |guest: Expected<'_>| match &policy.edge {
-        None => Ok(None),
-        Some(edge) => paths
-            .open(edge, guest.name, guest.uuid, guest.configuration, true)
-            .map(|_| Some(edge.site.clone()))
+    let detours = Detours::new(directories);
+    let arranged = |guest: Expected<'_>| match &policy.edge {
+        None => Ok(Arranged::default()),
+        Some(edge) => arrange(edge, &paths, &detours, guest)
             .map_err(|error| Error::Refused(format!("{error:#}"))),
+    };
+    let mut name = None;
+    let mut expect = |guest: Expected<'_>| {
+        name = Some(guest.name.to_owned());
+        arranged(guest)
     };
     let cancel = crate::cancelled()?;
     let policies = Policies {
@@ -35,9 +39,33 @@ pub fn run(options: &cli::Receive, directories: &Directories) -> anyhow::Result<
         shadows: policy.shadows.clone(),
     };
     let received = incoming::receive(directories, &policies, &mut expect, cancel);
-    if received.is_err() {
+    match (&received, name) {
+        (Ok(()), Some(name)) => {
+            if let Err(error) = detours.settle(&name, true) {
+                log::warn!("The detour of {name} may end early: {error:#}");
+            }
+        }
+        (Ok(()), None) => {}
         // The guest did not come.
-        paths.tidy(directories);
+        (Err(_), _) => {
+            paths.tidy(directories);
+            detours.tidy(directories);
+        }
     }
     received.map_err(Into::into)
+}
+
+/// Opens the path to a guest that comes, and says how its own connections are led.
+fn arrange(
+    edge: &Edge,
+    paths: &Paths,
+    detours: &Detours,
+    guest: Expected<'_>,
+) -> anyhow::Result<Arranged> {
+    let (name, uuid) = (guest.name, guest.uuid);
+    paths.open(edge, name, uuid, guest.configuration, true)?;
+    Ok(Arranged {
+        site: Some(edge.site.clone()),
+        outgoing: edge.lead(name, uuid, detours)?,
+    })
 }

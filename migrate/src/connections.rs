@@ -5,8 +5,10 @@
 //! ```text
 //!   source       offer ─ accepted ─ rounds ─ prepare ─ suspend ─ suspended ─ ... ─ runs ─ moved
 //!                                                                   any failure ─ stayed
-//!   destination        └ expected
+//!   destination        └ expected                    outgoing ─ led
 //! ```
+
+use std::thread::JoinHandle;
 
 use serde::Serialize;
 
@@ -40,6 +42,13 @@ pub trait Connections {
 
     /// The guest is suspended. Returns at once.
     fn suspended(&mut self);
+
+    /// What the destination has to know of connections that the guest has begun itself, to lead
+    /// them through this site. Asked once the guest is suspended; nothing may be waited for. None
+    /// where nothing is done about them.
+    fn outgoing(&mut self) -> Option<Vec<u8>> {
+        None
+    }
 
     /// The guest runs at the destination. None where it has no connections to keep; otherwise
     /// what became of them, or why that is not known.
@@ -82,9 +91,21 @@ pub struct Expected<'a> {
     pub configuration: &'a serde_json::Value,
 }
 
-/// Makes a guest reachable at a destination before it arrives, and gives the site's name at the
-/// edge, if it has one.
+/// What a destination has arranged for a guest's connections.
+#[derive(Default)]
+pub struct Arranged {
+    /// What this site is called at the edge that keeps them, if there is one.
+    pub site: Option<String>,
+    /// Takes what [`Connections::outgoing`] gave at the source, from whoever that is.
+    pub outgoing: Option<Lead>,
+}
+
+/// Begins to lead a guest's own connections through the site that it comes from. The guest does
+/// not run before the thread has ended.
+pub type Lead = Box<dyn FnMut(Vec<u8>) -> JoinHandle<()>>;
+
+/// Makes a guest reachable at a destination before it arrives.
 ///
 /// # Errors
 /// Where that can't be: the guest is refused.
-pub type Expect<'a> = dyn FnMut(Expected<'_>) -> Result<Option<String>> + 'a;
+pub type Expect<'a> = dyn FnMut(Expected<'_>) -> Result<Arranged> + 'a;

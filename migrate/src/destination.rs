@@ -18,10 +18,12 @@
 //! start over starts from the image.
 
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::arrival::Arrival;
 use crate::codec::BatchDecoder;
+use crate::connections::{Arranged, Lead};
 use crate::control::Shared;
 use crate::digest::{Digester, MemoryDigest};
 use crate::error::{Error, Result, chain};
@@ -64,8 +66,8 @@ pub struct Prepared {
     pub xen: XenVersion,
     /// What the operator at the source should know.
     pub warnings: Vec<String>,
-    /// What this site is called at the edge that keeps the guest's connections.
-    pub edge_site: Option<String>,
+    /// What is arranged for the guest's connections.
+    pub arranged: Arranged,
     /// Starts what takes the place of `xl`'s monitor: called once the guest runs here.
     pub keep: Box<dyn FnMut() -> Result<()>>,
     /// Called last, however the move ended: gives the guest's lock back, which keeps others from
@@ -156,6 +158,9 @@ struct Receiving {
     owning: bool,
     keep: Box<dyn FnMut() -> Result<()>>,
     ended: Box<dyn FnOnce()>,
+    /// What leads the guest's own connections, if anything does; then the work under way.
+    lead: Option<Lead>,
+    leading: Option<JoinHandle<()>>,
 }
 
 /// What the source says of the suspended guest.
@@ -183,7 +188,7 @@ impl Receiving {
                 xen: prepared.xen,
                 tsc_khz: None,
                 warnings,
-                edge_site: prepared.edge_site.as_deref().map(Text::new),
+                edge_site: prepared.arranged.site.as_deref().map(Text::new),
                 shadow: prepared.shadow,
             },
             decoder: BatchDecoder::new(),
@@ -194,6 +199,8 @@ impl Receiving {
             owning: false,
             keep: prepared.keep,
             ended: prepared.ended,
+            lead: prepared.arranged.outgoing,
+            leading: None,
         }
     }
 
@@ -209,8 +216,16 @@ impl Receiving {
             other => other,
         };
         self.peer.close();
+        self.wait_for_lead();
         (self.ended)();
         result
+    }
+
+    /// Waits until the guest's own connections are led, as far as they can be.
+    fn wait_for_lead(&mut self) {
+        if self.leading.take().is_some_and(|work| work.join().is_err()) {
+            log::error!("Leading the guest's own connections ended by a panic");
+        }
     }
 
     fn phase(&self, name: &'static str) {
@@ -295,6 +310,10 @@ impl Receiving {
                     }
                     pages_here = 0;
                     number = round.saturating_add(1);
+                }
+                (ToDestination::Outgoing(flows), None) if self.leading.is_none() => {
+                    // A site that leads none leaves them to end.
+                    self.leading = self.lead.as_mut().map(|lead| lead(flows));
                 }
                 (ToDestination::State(given), None) => state = Some(*given),
                 (ToDestination::Final(digest), Some(_)) => {
@@ -410,6 +429,7 @@ impl Receiving {
             self.guest.verify()?;
             parts.push(("verify".into(), rounded(verifying.elapsed())));
         }
+        self.wait_for_lead();
         hold("restored");
         self.journal.reach(Phase::Ready)?;
         let parts = parts

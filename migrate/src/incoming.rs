@@ -18,7 +18,7 @@ use nix::sys::statvfs::statvfs;
 use xen_sys::ctl::{CpuPolicy, GuestKind as CpuKind};
 
 use crate::configuration::{Accepted, SitePolicy, accept};
-use crate::connections::{Expect, Expected};
+use crate::connections::{Arranged, Expect, Expected};
 use crate::control::{self, Ended, Server, Shared};
 use crate::destination::{Prepared, run};
 use crate::digest::Digester;
@@ -175,8 +175,8 @@ fn prepare(
     )?;
     let guardian = Guardian::start(directories, &journal.entry().path, &offer.name)?;
     *server = Some(Server::start(directories, control.clone())?);
-    let edge_site = match shadow_only {
-        true => None,
+    let arranged = match shadow_only {
+        true => Arranged::default(),
         false => expect(Expected {
             name: &offer.name,
             uuid: &offer.uuid,
@@ -213,7 +213,7 @@ fn prepare(
         digester,
         xen,
         warnings,
-        edge_site,
+        arranged,
         keep: Box::new(move || keeper::start(&directories, &name, &uuid)),
         ended: Box::new(move || {
             drop(lock);

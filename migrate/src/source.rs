@@ -727,6 +727,9 @@ impl<'a> Session<'a> {
             SILENT
         };
         self.go.peer.set_deadline(Some(started + silent));
+        if let Some(flows) = self.go.connections.outgoing() {
+            self.go.peer.send(&ToDestination::Outgoing(flows))?;
+        }
         hold("suspended");
         (self.go.unchanged)()?;
         let last = Instant::now();

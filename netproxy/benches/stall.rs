@@ -1,18 +1,19 @@
 //! How long streams stall at a re-target, in network namespaces: from the moment when the guest
 //! can be reached at the new site to the first byte of its answer, and to the last pending byte.
 //!
-//! `cargo bench -p netproxy --bench stall [-- MOVES]`, as root. Clients, edge, sites and guest
-//! share this machine's cores, and a thousand answers take their time without any move. So each
-//! row is measured twice: at moves, and as an ordinary exchange over the same connections.
+//! `cargo bench -p netproxy --bench stall [-- MOVES [RTT CONNECTIONS]]`, as root. Clients, edge,
+//! sites and guest share this machine's cores, and a thousand answers take their time without any
+//! move. So each row is measured twice: at moves, and as an ordinary exchange over the same
+//! connections. `random [MOVES [RTT]]` does only the moves at random moments that come last.
 #![allow(missing_docs, dead_code, clippy::unwrap_used)]
 
-#[path = "../tests/namespaces/traffic.rs"]
-mod traffic;
 #[path = "../tests/namespaces/world.rs"]
 mod world;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use mio::{Events, Interest, Poll, Token};
@@ -38,6 +39,62 @@ fn configuration(control: &str) -> Config {
         "[[guest.service]]\nname = \"vnc\"\nlisten = [{LISTEN:?}]\nport = 5900\nsite_port = 15900\n"
     ));
     Config::parse(&text, "bench").unwrap()
+}
+
+/// The guest's server: one thread, so that a thousand answers cost this machine little.
+fn serve(world: &World) {
+    let listener = world.in_namespace("guest", || {
+        let listener = std::net::TcpListener::bind("0.0.0.0:5900").unwrap();
+        socket2::SockRef::from(&listener).listen(4096).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        mio::net::TcpListener::from_std(listener)
+    });
+    std::thread::spawn(move || echo_all(listener));
+}
+
+/// What one connection has to be echoed still, and how many of its bytes are not to be.
+struct Echoed {
+    stream: mio::net::TcpStream,
+    skip: usize,
+    left: Vec<u8>,
+}
+
+fn echo_all(mut listener: mio::net::TcpListener) {
+    const NEW: Token = Token(usize::MAX);
+    let both = Interest::READABLE | Interest::WRITABLE;
+    let mut poll = Poll::new().unwrap();
+    let mut events = Events::with_capacity(1024);
+    let mut clients: Vec<Echoed> = Vec::new();
+    let mut buffer = vec![0; 65_536];
+    poll.registry()
+        .register(&mut listener, NEW, Interest::READABLE)
+        .unwrap();
+    loop {
+        poll.poll(&mut events, None).unwrap();
+        for event in &events {
+            if event.token() == NEW {
+                while let Ok((mut stream, _)) = listener.accept() {
+                    stream.set_nodelay(true).unwrap();
+                    let token = Token(clients.len());
+                    poll.registry().register(&mut stream, token, both).unwrap();
+                    let (skip, left) = (8, Vec::new());
+                    clients.push(Echoed { stream, skip, left });
+                }
+                continue;
+            }
+            let client = &mut clients[event.token().0];
+            while let Ok(length @ 1..) = client.stream.read(&mut buffer) {
+                let skip = client.skip.min(length);
+                client.skip -= skip;
+                client.left.extend_from_slice(&buffer[skip..length]);
+            }
+            while !client.left.is_empty()
+                && let Ok(written) = client.stream.write(&client.left)
+            {
+                client.left.drain(..written);
+            }
+        }
+    }
 }
 
 fn connect(world: &World, count: usize) -> Vec<TcpStream> {
@@ -141,9 +198,124 @@ impl Row {
     }
 }
 
+/// A proxy at the edge of a world, for one guest.
+struct Edge {
+    directory: std::path::PathBuf,
+    control: std::path::PathBuf,
+    _proxy: Arc<Proxy>,
+}
+
+impl Edge {
+    fn start(world: &World) -> Self {
+        let directory = std::env::temp_dir().join(format!("netproxy-{}", world.ns("stall")));
+        let control = directory.join("control");
+        let config = configuration(&control.display().to_string());
+        let proxy = world.in_namespace("edge", move || Proxy::start(config, None).unwrap());
+        Self {
+            directory,
+            control,
+            _proxy: proxy,
+        }
+    }
+
+    fn prepare(&self, site: &str) -> Move {
+        let client = Client::connect(&self.control).unwrap();
+        let (go, warmth) = Move::prepare(client, "desktop", site, WITHIN).unwrap();
+        assert!(warmth.warnings.is_empty(), "{warmth:?}");
+        go
+    }
+}
+
+impl Drop for Edge {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// Moves at random moments of a stream of messages that are echoed: how long after the guest can
+/// be reached the first byte of it comes, beyond a round trip.
+fn random_moves(moves: u64, rtt: u64) {
+    let world = World::new(Duration::from_millis(rtt));
+    serve(&world);
+    let edge = Edge::start(&world);
+    let mut stream = connect(&world, 1).pop().unwrap();
+    stream.set_nonblocking(false).unwrap();
+    let mut writer = stream.try_clone().unwrap();
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopped = Arc::clone(&stop);
+    let writing = std::thread::spawn(move || {
+        let mut dice = Dice(7);
+        while !stopped.load(Ordering::Relaxed) {
+            let length = 1 + dice.below(2000) as usize;
+            writer.write_all(&vec![1; length]).unwrap();
+            std::thread::sleep(Duration::from_micros(dice.below(4000)));
+        }
+        writer.shutdown(std::net::Shutdown::Write).unwrap();
+    });
+    let (sender, arrivals) = std::sync::mpsc::channel();
+    let reading = std::thread::spawn(move || {
+        let mut buffer = vec![0; 65_536];
+        while let Ok(1..) = stream.read(&mut buffer) {
+            sender.send(Instant::now()).unwrap();
+        }
+    });
+    let mut dice = Dice(11);
+    let mut stalls = Vec::new();
+    for number in 0..moves {
+        let site = SITES[usize::from(number % 2 == 0)].0;
+        let mut go = edge.prepare(site);
+        std::thread::sleep(Duration::from_micros(dice.below(20_000)));
+        world.place(None);
+        go.hold(WITHIN).unwrap();
+        go.retarget(WITHIN).unwrap();
+        std::thread::sleep(Duration::from_micros(dice.below(20_000)));
+        // What came before does not count.
+        while arrivals.try_recv().is_ok() {}
+        world.place(Some(site));
+        let start = Instant::now();
+        go.release(Duration::ZERO, WITHIN).unwrap();
+        let first = arrivals.recv_timeout(WITHIN).expect("The stream is stuck");
+        stalls.push((first - start).as_secs_f64() * 1e3 - rtt as f64);
+    }
+    stop.store(true, Ordering::Relaxed);
+    writing.join().unwrap();
+    reading.join().unwrap();
+    stalls.sort_by(f64::total_cmp);
+    let at = |share: usize| stalls[(stalls.len() - 1) * share / 1000];
+    println!(
+        "\n{moves} moves at random moments of a stream of messages, at {rtt} ms of RTT: its first \
+         byte came a round trip and {:.1} ms (median), {:.1} ms (99 %), {:.1} ms (the worst) after \
+         the guest could be reached.",
+        at(500),
+        at(990),
+        at(1000)
+    );
+}
+
+/// xorshift64*.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) % limit
+    }
+}
+
 fn main() {
-    let mut words = std::env::args().skip(1);
-    let moves: usize = words.find_map(|word| word.parse().ok()).unwrap_or(5);
+    let numbers: Vec<u64> = std::env::args()
+        .filter_map(|word| word.parse().ok())
+        .collect();
+    let moves = numbers.first().copied().unwrap_or(5);
+    let chosen = |at: usize, all: [u64; 3]| match numbers.get(at) {
+        Some(number) => vec![*number],
+        None => all.to_vec(),
+    };
+    if std::env::args().any(|word| word == "random") {
+        return random_moves(moves, numbers.get(1).copied().unwrap_or(10));
+    }
     println!(
         "{moves} moves each, in ms: median of the streams' first bytes | the slowest stream's | \
          all pending bytes; the worst move in brackets. Then the release itself, which is the \
@@ -151,14 +323,12 @@ fn main() {
     );
     println!("| RTT | connections | pending | at a move | | | release | without | | |");
     println!("|---|---|---|---|---|---|---|---|---|---|");
-    for rtt in [10, 40, 200] {
-        for count in [1, 100, 1000] {
+    for rtt in chosen(1, [10, 40, 200]) {
+        for count in chosen(2, [1, 100, 1000]) {
+            let count = usize::try_from(count).unwrap();
             let world = World::new(Duration::from_millis(rtt));
-            traffic::serve(&world, 5900);
-            let directory = std::env::temp_dir().join(format!("netproxy-{}", world.ns("stall")));
-            let control = directory.join("control");
-            let config = configuration(&control.display().to_string());
-            let proxy = world.in_namespace("edge", move || Proxy::start(config, None).unwrap());
+            serve(&world);
+            let edge = Edge::start(&world);
             let mut streams = connect(&world, count);
             let mut exchange = |length| {
                 let start = Instant::now();
@@ -180,9 +350,7 @@ fn main() {
                     std::thread::sleep(Duration::from_millis(300));
                     at = 1 - at;
                     let site = SITES[at].0;
-                    let client = Client::connect(&control).unwrap();
-                    let (mut go, warmth) = Move::prepare(client, "desktop", site, WITHIN).unwrap();
-                    assert!(warmth.warnings.is_empty(), "{warmth:?}");
+                    let mut go = edge.prepare(site);
                     // On its way to the guest, and lost: what the guest itself has lost is its
                     // own to repeat.
                     world.place(None);
@@ -194,11 +362,13 @@ fn main() {
                     std::thread::sleep(Duration::from_millis(20));
                     world.place(Some(site));
                     let start = Instant::now();
-                    if size == 0 {
-                        send(&mut streams, length);
-                    }
                     let (reading, release) = std::thread::scope(|scope| {
-                        let reading = scope.spawn(|| answers(&streams, length, start));
+                        let reading = scope.spawn(|| {
+                            if size == 0 {
+                                send(&mut streams, length);
+                            }
+                            answers(&streams, length, start)
+                        });
                         let asked = Instant::now();
                         go.release(Duration::ZERO, WITHIN).unwrap();
                         let release = asked.elapsed();
@@ -215,9 +385,9 @@ fn main() {
                     without.show()
                 );
             }
-            drop(streams);
-            drop(proxy);
-            let _ = std::fs::remove_dir_all(&directory);
         }
+    }
+    if numbers.len() < 2 {
+        random_moves(1000, 10);
     }
 }

@@ -4,8 +4,8 @@
 //! version = 1
 //!
 //! [proxy]
-//! control = "/run/vmshadow/netproxy.sock"
-//! state = "/var/lib/vmshadow/netproxy.json"   # where each guest is; survives a restart
+//! control = "/run/netproxy/netproxy.sock"
+//! state = "/var/lib/netproxy/netproxy.json"   # where each guest is; survives a restart
 //! metrics = "127.0.0.1:9464"
 //!
 //! [limits]
@@ -96,7 +96,7 @@ impl Default for ProxySettings {
     fn default() -> Self {
         Self {
             threads: 0,
-            control: "/run/vmshadow/netproxy.sock".into(),
+            control: "/run/netproxy/netproxy.sock".into(),
             state: None,
             metrics: None,
             pipes: 64,

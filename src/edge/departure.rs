@@ -1,13 +1,17 @@
 //! The connections of a guest that leaves: what [`migrate`] says when, told to the proxy.
 
+use std::net::IpAddr;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use migrate::connections::{Connections, Kept};
+use migrate::directories::Directories;
 use netproxy::control::{Client, Move};
+use netproxy::site::{Side, flows_of, pack_flows};
 
-use super::{Edge, refused};
+use super::outgoing::Settings;
+use super::{Detours, Edge, refused};
 
 /// How long warming the path may take, while the guest runs.
 const PREPARE: Duration = Duration::from_secs(20);
@@ -22,7 +26,13 @@ const REACHED: Duration = Duration::from_secs(20);
 pub struct Departure {
     edge: Edge,
     guest: String,
+    uuid: String,
+    detours: Detours,
     state: State,
+    /// Where its own connections are to be led, if they are: the site, and the guest's address.
+    outgoing: Option<(String, IpAddr)>,
+    /// This site's part of that, under way.
+    leading: Option<JoinHandle<()>>,
 }
 
 enum State {
@@ -40,12 +50,26 @@ enum State {
 }
 
 impl Departure {
-    /// The connections of `guest`, by its name.
-    pub fn new(edge: Edge, guest: &str) -> Self {
+    /// The connections of `guest`, by its name and UUID.
+    pub fn new(edge: Edge, guest: &str, uuid: &str, directories: &Directories) -> Self {
         Departure {
             edge,
             guest: guest.to_owned(),
+            uuid: uuid.to_owned(),
+            detours: Detours::new(directories),
             state: State::Idle,
+            outgoing: None,
+            leading: None,
+        }
+    }
+
+    /// What was set up for its own connections stays, or is as before.
+    fn settle_outgoing(&mut self, here: bool) {
+        if self.leading.take().is_some_and(|work| work.join().is_err()) {
+            log::error!("Leading the guest's own connections ended by a panic");
+        }
+        if let Err(error) = self.detours.settle(&self.guest, here) {
+            log::warn!("The detour of {} may be wrong: {error:#}", self.guest);
         }
     }
 
@@ -74,7 +98,11 @@ impl Departure {
             ));
         }
         // It knows the site, or says so.
-        client.translation(&self.guest, site)?;
+        let reach = client.reach(&self.guest, site)?;
+        let leads = |settings: &Settings| settings.leads_to(site);
+        if self.edge.outgoing.as_ref().is_some_and(leads) {
+            self.outgoing = Some((site.to_owned(), reach.address));
+        }
         self.state = State::Accepted {
             client,
             site: site.to_owned(),
@@ -160,7 +188,34 @@ impl Connections for Departure {
         };
     }
 
+    fn outgoing(&mut self) -> Option<Vec<u8>> {
+        let (site, address) = self.outgoing.take()?;
+        let flows = match flows_of(address) {
+            Ok(flows) => flows,
+            Err(error) => {
+                log::warn!(
+                    "The own connections of {} end: {}",
+                    self.guest,
+                    error.chain()
+                );
+                return None;
+            }
+        };
+        let bytes = pack_flows(&flows);
+        let settings = self.edge.outgoing.as_ref()?;
+        let detour = settings.detour(&self.guest, address, Side::Old, &site, flows)?;
+        let (detours, uuid) = (self.detours.clone(), self.uuid.clone());
+        self.leading = Some(thread::spawn(move || {
+            let guest = detour.guest.clone();
+            if let Err(error) = detours.set(&uuid, detour) {
+                log::warn!("The own connections of {guest} may end: {error:#}");
+            }
+        }));
+        Some(bytes)
+    }
+
     fn moved(&mut self) -> Option<migrate::error::Result<Kept>> {
+        self.settle_outgoing(false);
         let State::Moving { site, steps } = self.take() else {
             return None;
         };
@@ -168,6 +223,7 @@ impl Connections for Departure {
     }
 
     fn stayed(&mut self) {
+        self.settle_outgoing(true);
         // Dropped before its end, the proxy takes everything back by itself.
         if let State::Moving { steps, .. } = self.take()
             && let Ok((connections, _)) = steps.join()

@@ -3,13 +3,16 @@
 //! ```text
 //!  vmshadow migrate ──── departure: hold, retarget, release ────▶ netproxy, here or by ssh
 //!  vmshadow receive ──── what does this site have to translate? ─▶
-//!        └── path: translation and neighbour entry, in this host's kernel
+//!        ├── path: translation and neighbour entry, in this host's kernel
+//!        └── outgoing: the guest's own connections, through the site where they began
 //! ```
 
 mod departure;
+mod outgoing;
 mod path;
 
 pub use departure::Departure;
+pub use outgoing::Detours;
 pub use path::Paths;
 
 use std::path::PathBuf;
@@ -42,6 +45,9 @@ pub struct Edge {
     /// The proxy's control socket.
     #[serde(default = "default_control")]
     pub control: PathBuf,
+    /// What becomes of connections that guests have begun themselves; nothing is done for them, if
+    /// not given.
+    pub outgoing: Option<outgoing::Settings>,
 }
 
 fn default_ssh() -> Vec<String> {
@@ -49,7 +55,7 @@ fn default_ssh() -> Vec<String> {
 }
 
 fn default_control() -> PathBuf {
-    "/run/vmshadow/netproxy.sock".into()
+    "/run/netproxy/netproxy.sock".into()
 }
 
 impl Edge {
@@ -120,6 +126,17 @@ impl Edge {
 /// can't be done is logged.
 pub fn follow(directories: &Directories, settled: &Settled) {
     let paths = Paths::new(directories);
+    let detours = Detours::new(directories);
+    let here = match settled.place {
+        "here" => Some(true),
+        "there" => Some(false),
+        _ => None,
+    };
+    if let Some(here) = here
+        && let Err(error) = detours.settle(&settled.name, here)
+    {
+        log::warn!("The detour of {} may be wrong: {error:#}", settled.name);
+    }
     let result = match settled.place {
         "there" => paths.close(&settled.name).map(drop),
         "here" => policy::read().and_then(|policy| match policy.edge {
@@ -135,6 +152,7 @@ pub fn follow(directories: &Directories, settled: &Settled) {
         );
     }
     paths.tidy(directories);
+    detours.tidy(directories);
 }
 
 /// The engine's error for a failure at the edge.

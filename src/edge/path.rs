@@ -18,13 +18,14 @@ use migrate::directories::Directories;
 use migrate::guest::xen::host::Host;
 use migrate::handover::journal;
 use migrate::handover::recovery::{Action, action};
+use netproxy::control::Reach;
 use netproxy::site::{Neighbour, Translation, forwards_packets};
 use serde::{Deserialize, Serialize};
 
 use super::Edge;
 
-/// The format of the file.
-const VERSION: u32 = 1;
+/// The format of the file. In version 1 each path had a translation.
+const VERSION: u32 = 2;
 
 /// The paths of this site.
 pub struct Paths {
@@ -38,7 +39,8 @@ struct Record {
     uuid: String,
     /// Whether a move has opened it: then it ends with the guest's presence.
     by_move: bool,
-    translation: Translation,
+    /// None where the guest's own address is routed here.
+    translation: Option<Translation>,
     neighbour: Option<Entry>,
 }
 
@@ -77,8 +79,7 @@ impl Paths {
     }
 
     /// Leads the edge's packets to a guest, of which `configuration` says where its interface is.
-    /// False where nothing has to be done: the edge does not know it, or reaches it by its own
-    /// address.
+    /// False where the edge does not know it.
     ///
     /// # Errors
     /// Where the edge can't be reached, or the kernel's tools refuse.
@@ -94,15 +95,17 @@ impl Paths {
         if edge.whereabouts(&mut client, guest)?.is_none() {
             return Ok(false);
         }
-        let Some(translation) = client.translation(guest, &edge.site)? else {
-            return Ok(false);
-        };
+        let Reach {
+            address,
+            translation,
+        } = client.reach(guest, &edge.site)?;
         // The edge may only say how its own packets get to the guest that was asked for.
+        let answers = |of: &Translation| of.guest == guest && of.guest_address == address;
         anyhow::ensure!(
-            translation.guest == guest,
+            translation.as_ref().is_none_or(answers),
             "The edge answers for another guest"
         );
-        if !forwards_packets(translation.guest_address) {
+        if !forwards_packets(address) {
             log::warn!("This host does not forward packets: set net.ipv4.ip_forward=1");
         }
         let record = Record {
@@ -110,7 +113,7 @@ impl Paths {
             uuid: uuid.to_owned(),
             by_move,
             neighbour: interface(configuration).map(|(mac, device)| Entry {
-                address: translation.guest_address,
+                address,
                 mac,
                 device,
             }),
@@ -118,7 +121,9 @@ impl Paths {
         };
         self.close(guest)?;
         self.write(guest, &record)?;
-        record.translation.apply()?;
+        if let Some(translation) = &record.translation {
+            translation.apply()?;
+        }
         if let Some(entry) = &record.neighbour {
             entry.neighbour().apply()?;
         }
@@ -134,7 +139,9 @@ impl Paths {
         let Some(record) = read(&path)? else {
             return Ok(false);
         };
-        record.translation.remove()?;
+        if let Some(translation) = &record.translation {
+            translation.remove()?;
+        }
         if let Some(entry) = &record.neighbour {
             entry.neighbour().remove()?;
         }
@@ -155,25 +162,12 @@ impl Paths {
         if names.is_empty() {
             return Ok(());
         }
-        let host = Host::open()?;
-        let here: Vec<String> = host
-            .ctl()
-            .domains()?
-            .iter()
-            .filter(|info| !info.dying)
-            .map(|info| host.uuid_text(info))
-            .collect();
-        let expected: Vec<String> = journal::list(directories)?
-            .into_iter()
-            .filter(|entry| action(entry) != Action::Nothing)
-            .map(|entry| entry.begin.uuid)
-            .collect();
+        let wanted = present_or_expected(directories)?;
         for name in names {
             let Some(record) = read(&self.file(&name)?)? else {
                 continue;
             };
-            let wanted = here.contains(&record.uuid) || expected.contains(&record.uuid);
-            if record.by_move && !wanted {
+            if record.by_move && !wanted.contains(&record.uuid) {
                 self.close(&name)?;
             }
         }
@@ -205,6 +199,21 @@ impl Paths {
     }
 }
 
+/// The UUIDs of the guests that are here, or that a move may still bring.
+pub(super) fn present_or_expected(directories: &Directories) -> anyhow::Result<Vec<String>> {
+    let host = Host::open()?;
+    let domains = host.ctl().domains()?;
+    let here = domains
+        .iter()
+        .filter(|info| !info.dying)
+        .map(|info| host.uuid_text(info));
+    let expected = journal::list(directories)?
+        .into_iter()
+        .filter(|entry| action(entry) != Action::Nothing)
+        .map(|entry| entry.begin.uuid);
+    Ok(here.chain(expected).collect())
+}
+
 fn read(path: &Path) -> anyhow::Result<Option<Record>> {
     let text = match fs::read(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
@@ -212,7 +221,7 @@ fn read(path: &Path) -> anyhow::Result<Option<Record>> {
     };
     let record: Record =
         serde_json::from_slice(&text).with_context(|| format!("Bad {}", path.display()))?;
-    if record.version != VERSION {
+    if !(1..=VERSION).contains(&record.version) {
         return Err(anyhow!("{} is of another version", path.display()));
     }
     Ok(Some(record))
@@ -273,13 +282,7 @@ mod tests {
             version: VERSION + 1,
             uuid: String::new(),
             by_move: true,
-            translation: Translation {
-                guest: "g1".into(),
-                site_address: [127, 0, 0, 1].into(),
-                guest_address: [127, 0, 0, 2].into(),
-                edges: Vec::new(),
-                forwards: Vec::new(),
-            },
+            translation: None,
             neighbour: None,
         };
         paths.write("g1", &record).unwrap();

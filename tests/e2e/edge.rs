@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use serde_json::Value;
-use testbed::{Edge, Guest, Hypervisor, SiteName, Testbed};
+use testbed::{Edge, Guest, Hypervisor, SERVER, SiteName, Testbed};
 
 use crate::scene::{
     alive, hold_at, move_guest, new_sites, said, settled, small_guest, wait_until, with,
@@ -27,7 +27,10 @@ fn behind_an_edge() -> (Testbed, Guest, Edge) {
 fn paths(testbed: &Testbed, site: SiteName) -> String {
     testbed
         .site(site)
-        .run("nft list tables; ip neighbour show nud permanent dev xenbr1; ls /run/vmshadow/paths 2>/dev/null || true")
+        .run(
+            "nft list tables | grep -v -e 'ip nat' -e outgoing; \
+             ip neighbour show nud permanent dev xenbr1; ls /run/vmshadow/paths 2>/dev/null || true",
+        )
         .unwrap()
 }
 
@@ -37,10 +40,42 @@ fn only_path_is_at(testbed: &Testbed, site: SiteName) {
     assert_eq!(paths(testbed, site.other()).trim(), "");
 }
 
-/// There and back while a client watches by the edge: its connection lives.
+/// Begins a connection of the guest's own to a server on the WAN: as whom it is seen there.
+fn call(testbed: &Testbed, guest: &Guest) -> String {
+    let begun = testbed
+        .ask(SiteName::A, guest, &format!("call {SERVER}"))
+        .unwrap();
+    begun["known_as"].as_str().unwrap().to_owned()
+}
+
+/// The guest's own connections all go on, as whom they were begun.
+fn calls_go_on(testbed: &Testbed, guest: &Guest, known_as: &[String]) {
+    let calls = || {
+        let answer = testbed.ask(SiteName::A, guest, "calls").unwrap();
+        answer["calls"].as_array().unwrap().clone()
+    };
+    let before = calls();
+    let names: Vec<_> = before.iter().map(|call| call["known_as"].clone()).collect();
+    assert_eq!(names, known_as);
+    wait_until("each connection carries more", || {
+        let now = calls();
+        for call in &now {
+            assert_eq!(call["ended"], Value::Null, "{now:?}");
+        }
+        now.iter()
+            .zip(&before)
+            .all(|(now, before)| now["echoed"].as_u64() > before["echoed"].as_u64())
+    });
+}
+
+/// There and back while a client watches by the edge: its connection lives, and so do those that
+/// the guest has begun itself.
 #[test]
 fn connections_outlive_moves_between_networks() {
     let (testbed, guest, edge) = behind_an_edge();
+    edge.lead_outgoing(&testbed).unwrap();
+    let mut known_as = vec![call(&testbed, &guest)];
+    assert_eq!(known_as, ["10.77.0.11"]);
     // From the site without the edge: across the WAN, as most clients.
     let watch = testbed.watch(SiteName::B, &guest).unwrap();
     for trip in 1..=2 {
@@ -53,8 +88,14 @@ fn connections_outlive_moves_between_networks() {
             let at = settled(&testbed, &guest, &format!("trip {trip} from {from:?}"));
             assert_eq!(at, from.other());
             only_path_is_at(&testbed, at);
+            if known_as.len() == 1 {
+                known_as.push(call(&testbed, &guest));
+                assert_eq!(known_as[1], "10.77.0.12");
+            }
+            calls_go_on(&testbed, &guest, &known_as);
         }
     }
+    edge.leave_outgoing(&testbed).unwrap();
     thread::sleep(Duration::from_secs(2));
     let seen = watch.finish().unwrap();
     seen.intact().unwrap();
@@ -65,6 +106,33 @@ fn connections_outlive_moves_between_networks() {
         .run("vmshadow proxy list")
         .unwrap();
     assert!(list.contains("g1"), "{list}");
+
+    // The same guest, reached by its own address from now on: a move changes the route.
+    let here = testbed.site(SiteName::A);
+    here.run("vmshadow proxy close g1").unwrap();
+    edge.reach_by_routes(&testbed, &[&guest], SiteName::A)
+        .unwrap();
+    let watch = testbed.watch(SiteName::B, &guest).unwrap();
+    let before = retargeted(&testbed);
+    for from in [SiteName::A, SiteName::B] {
+        // As an overlay does it: between the suspend and the guest's first act at the other site.
+        let (moved, text) = hold_at(&testbed, from, from, "ready", |_| {
+            edge.route(&testbed, &guest, from.other()).unwrap();
+        });
+        assert!(moved, "{text}");
+        let at = settled(&testbed, &guest, &format!("routed from {from:?}"));
+        assert_eq!(at, from.other());
+    }
+    thread::sleep(Duration::from_secs(2));
+    watch.finish().unwrap().intact().unwrap();
+    assert!(retargeted(&testbed) >= before + 2);
+}
+
+/// Connections that the proxy has made anew so far.
+fn retargeted(testbed: &Testbed) -> u32 {
+    let line = "vmshadow proxy metrics | sed -n 's/^netproxy_retargets_total{.*} //p'";
+    let text = testbed.site(SiteName::A).run(line).unwrap();
+    text.trim().parse().unwrap()
 }
 
 /// A move that fails, however late, leaves connections and paths where they were; one whose worker

@@ -47,6 +47,8 @@ pub enum Tag {
     Keep = 0x0c,
     /// [`ToDestination::Probe`](super::ToDestination::Probe).
     Probe = 0x0d,
+    /// [`ToDestination::Outgoing`](super::ToDestination::Outgoing).
+    Outgoing = 0x0e,
     /// [`ToSource::Accept`](super::ToSource::Accept).
     Accept = 0x81,
     /// [`ToSource::Refuse`](super::ToSource::Refuse).
@@ -72,7 +74,7 @@ pub enum Tag {
 }
 
 impl Tag {
-    const ALL: [Self; 24] = [
+    const ALL: [Self; 25] = [
         Self::Offer,
         Self::P2mFrames,
         Self::Pages,
@@ -84,6 +86,7 @@ impl Tag {
         Self::SourcePing,
         Self::SourcePong,
         Self::Probe,
+        Self::Outgoing,
         Self::Accept,
         Self::Refuse,
         Self::RoundAck,
@@ -122,6 +125,7 @@ impl Tag {
             Self::Pages => MAX_BATCH_BYTES,
             Self::Inventory => 8 + MAX_CHUNK_BYTES,
             Self::State => 16 * MIB,
+            Self::Outgoing => 2 * MIB,
             Self::Accept | Self::Ready | Self::Probe => 64 * KIB,
             Self::Refuse | Self::Abort | Self::Failed => 8 * KIB,
             Self::RoundEnd | Self::RoundAck | Self::Progress | Self::Final => 64,

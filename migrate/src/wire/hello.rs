@@ -13,7 +13,8 @@ use crate::bytes::Bytes;
 use std::io::{self, Read, Write};
 
 /// The lowest version of the protocol that this program speaks. Version 1 had no zstd, and
-/// version 2 neither references nor deltas; version 3 knew nothing of shadows and dry runs.
+/// version 2 neither references nor deltas; version 3 knew nothing of shadows, of dry runs, nor of
+/// connections that a guest has begun itself.
 pub const MIN_PROTOCOL: u16 = 4;
 /// The highest version of the protocol that this program speaks.
 pub const MAX_PROTOCOL: u16 = 4;

@@ -65,6 +65,9 @@ pub enum ToDestination<'a> {
         /// Whether the guest is suspended and no other round follows.
         last: bool,
     },
+    /// What [`Connections::outgoing`](crate::connections::Connections::outgoing) gave, with the
+    /// guest suspended. At most once.
+    Outgoing(Vec<u8>),
     /// What the suspended guest is besides its memory.
     State(Box<GuestState>),
     /// Everything has been sent. The digest is of the memory that the destination must have now.
@@ -138,6 +141,7 @@ impl Message for ToDestination<'_> {
             Self::P2mFrames { .. } => Tag::P2mFrames,
             Self::Pages(_) => Tag::Pages,
             Self::RoundEnd { .. } => Tag::RoundEnd,
+            Self::Outgoing(_) => Tag::Outgoing,
             Self::State(_) => Tag::State,
             Self::Final(_) => Tag::Final,
             Self::Commit => Tag::Commit,
@@ -173,6 +177,7 @@ impl Message for ToDestination<'_> {
                 to.extend(pages.to_le_bytes());
                 to.push(u8::from(*last));
             }
+            Self::Outgoing(flows) => to.extend(flows),
             Self::State(state) => encode_state(state, to)?,
             Self::Final(digest) => to.extend(digest.0),
             Self::Abort(reason) => to.extend(reason.as_str().as_bytes()),
@@ -216,6 +221,7 @@ impl<'a> ToDestination<'a> {
                 known: decode_bool(&mut from, tag)?,
             },
             Tag::Keep => Self::Keep,
+            Tag::Outgoing => Self::Outgoing(decode_rest(&mut from).to_vec()),
             Tag::State => Self::State(Box::new(decode_state(decode_rest(&mut from))?)),
             Tag::Final => Self::Final(MemoryDigest(from.array().map_err(&malformed)?)),
             Tag::Commit => Self::Commit,
@@ -255,6 +261,7 @@ impl fmt::Debug for ToDestination<'_> {
                 .field("pages", pages)
                 .field("last", last)
                 .finish(),
+            Self::Outgoing(flows) => write!(f, "Outgoing({} bytes)", flows.len()),
             Self::State(state) => f.debug_tuple("State").field(state).finish(),
             Self::Final(digest) => f.debug_tuple("Final").field(digest).finish(),
             Self::Commit => f.write_str("Commit"),

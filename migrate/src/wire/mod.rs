@@ -12,6 +12,7 @@
 //!     | Pages, Pages, ..., RoundEnd ------------------> |      a round, the guest running
 //!     | <-------------------------- Progress, RoundAck  |
 //!     |   ...                                           |
+//!     | Outgoing -------------------------------------> |      of connections of its own, if led
 //!     | P2mFrames, Pages, ..., RoundEnd --------------> |      the last round, the guest suspended
 //!     | State, Final ---------------------------------> |
 //!     | <----------------------------------------- Ready |     digests are equal, it could run

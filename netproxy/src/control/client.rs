@@ -7,13 +7,12 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use super::{Answer, Envelope, Request, VERSION, milliseconds};
+use super::{Answer, Envelope, Reach, Request, VERSION, milliseconds};
 use crate::error::{Error, Result, system};
 use crate::event_loop::Tally;
 use crate::proxy::Overview;
 use crate::retarget::lease;
 use crate::retarget::path::Warmth;
-use crate::site::Translation;
 
 /// How long an answer may take, unless the caller says otherwise. No step of a move takes so long.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -50,7 +49,7 @@ impl Client {
     }
 
     /// Connects through a program whose input and output lead to a control socket, such as
-    /// `ssh edge netproxy attach /run/vmshadow/netproxy.sock`. The program is ended with the
+    /// `ssh edge netproxy attach /run/netproxy/netproxy.sock`. The program is ended with the
     /// client.
     ///
     /// # Errors
@@ -276,20 +275,15 @@ impl Client {
         })
     }
 
-    /// What `site` has to translate so that this proxy reaches `guest` there; None where the
-    /// guest's own address is routed.
+    /// How this proxy reaches `guest` at `site`, and what the site has to do for that.
     ///
     /// # Errors
     /// As [`Self::call`].
-    pub fn translation(&mut self, guest: &str, site: &str) -> Result<Option<Translation>> {
-        let answer = self.call(&Request::Translation {
+    pub fn reach(&mut self, guest: &str, site: &str) -> Result<Reach> {
+        self.typed(&Request::Translation {
             guest: guest.to_owned(),
             site: site.to_owned(),
-        })?;
-        match answer.get("translation") {
-            Some(value) => serde_json::from_value(value.clone()).map_err(broken),
-            None => Err(broken("the answer has no translation")),
-        }
+        })
     }
 }
 

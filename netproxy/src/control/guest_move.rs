@@ -35,7 +35,7 @@ use crate::retarget::path::Warmth;
 /// use netproxy::control::{Client, Move};
 /// use std::{path::Path, time::Duration};
 ///
-/// let client = Client::connect(Path::new("/run/vmshadow/netproxy.sock"))?;
+/// let client = Client::connect(Path::new("/run/netproxy/netproxy.sock"))?;
 /// let (mut connections, warmth) =
 ///     Move::prepare(client, "desktop", "dublin", Duration::from_secs(10))?;
 /// warmth.warnings.iter().for_each(|warning| eprintln!("{warning}"));

@@ -13,11 +13,13 @@ mod client;
 mod guest_move;
 mod server;
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::retarget::lease;
+use crate::site::Translation;
 
 pub use client::{Client, attach};
 pub use guest_move::Move;
@@ -89,7 +91,7 @@ pub enum Request {
         /// Where it is.
         site: String,
     },
-    /// What a site has to translate so that the guest is reached there.
+    /// How the guest is reached at a site, and what that has to translate.
     Translation {
         /// The guest.
         guest: String,
@@ -110,6 +112,15 @@ pub enum Request {
     Upgrade,
     /// The metrics, as Prometheus reads them.
     Metrics,
+}
+
+/// How the proxy reaches a guest at a site.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reach {
+    /// The guest's own address.
+    pub address: IpAddr,
+    /// What the site has to translate; nothing where the guest's own address is routed there.
+    pub translation: Option<Translation>,
 }
 
 fn default_lease() -> u64 {

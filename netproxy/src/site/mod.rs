@@ -16,7 +16,10 @@ mod outgoing;
 mod translation;
 
 pub use neighbour::Neighbour;
-pub use outgoing::{Detour, Flow, MAX_FLOWS, Protocol, Side, Tunnel, flows_of};
+pub use outgoing::{
+    Detour, Flow, MAX_FLOWS, Protocol, Side, Tunnel, flows_of, pack as pack_flows,
+    unpack as unpack_flows,
+};
 pub use translation::{Forward, Translation, forwards_packets};
 
 /// The name of a guest's table: names that differ give tables that differ.

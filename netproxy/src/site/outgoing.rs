@@ -69,6 +69,80 @@ pub struct Flow {
     pub remote_port: u16,
 }
 
+/// The format of [`pack`].
+const FORMAT: u8 = 1;
+
+/// Flows as bytes, for the other site.
+#[must_use]
+pub fn pack(flows: &[Flow]) -> Vec<u8> {
+    let mut bytes = vec![FORMAT];
+    for flow in flows {
+        bytes.push(match flow.protocol {
+            Protocol::Tcp => 6,
+            Protocol::Udp => 17,
+        });
+        bytes.extend(flow.guest_port.to_be_bytes());
+        bytes.extend(flow.remote_port.to_be_bytes());
+        match flow.remote {
+            IpAddr::V4(address) => {
+                bytes.push(4);
+                bytes.extend(address.octets());
+            }
+            IpAddr::V6(address) => {
+                bytes.push(6);
+                bytes.extend(address.octets());
+            }
+        }
+    }
+    bytes
+}
+
+/// What [`pack`] made, from whoever it comes.
+///
+/// # Errors
+/// [`Error::Config`] when it is something else, or more than [`MAX_FLOWS`].
+pub fn unpack(bytes: &[u8]) -> Result<Vec<Flow>> {
+    let broken = || Error::Config("The other site's list of flows makes no sense".into());
+    let (version, mut rest) = bytes.split_first().ok_or_else(broken)?;
+    if *version != FORMAT {
+        return Err(broken());
+    }
+    let mut flows = Vec::new();
+    while let Some((head, tail)) = rest.split_first_chunk::<6>() {
+        let [protocol, g1, g2, r1, r2, family] = *head;
+        let (remote, tail) = match family {
+            4 => tail
+                .split_first_chunk::<4>()
+                .map(|(octets, tail)| (IpAddr::from(*octets), tail)),
+            6 => tail
+                .split_first_chunk::<16>()
+                .map(|(octets, tail)| (IpAddr::from(*octets), tail)),
+            _ => None,
+        }
+        .ok_or_else(broken)?;
+        let protocol = match protocol {
+            6 => Protocol::Tcp,
+            17 => Protocol::Udp,
+            _ => return Err(broken()),
+        };
+        if flows.len() == MAX_FLOWS {
+            return Err(broken());
+        }
+        flows.push(Flow {
+            protocol,
+            guest_port: u16::from_be_bytes([g1, g2]),
+            remote,
+            remote_port: u16::from_be_bytes([r1, r2]),
+        });
+        rest = tail;
+    }
+    if rest.is_empty() {
+        Ok(flows)
+    } else {
+        Err(broken())
+    }
+}
+
 /// Which side of the detour a site is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -81,7 +155,7 @@ pub enum Side {
 
 /// The tunnel between the sites.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum Tunnel {
     /// A device that is there already: WireGuard, IPsec, GRE, a private line. It has to take
     /// packets from and to any address: `rp_filter` is 0, or is 2 and it has an address itself.
@@ -171,6 +245,23 @@ fn parse(line: &str, guest: IpAddr) -> Option<Flow> {
 }
 
 impl Detour {
+    /// The number that a guest with this address has at every site: guests of one network differ
+    /// in it, up to 65,536 of them.
+    #[must_use]
+    pub fn number_of(guest_address: IpAddr) -> u16 {
+        let low = match guest_address {
+            IpAddr::V4(address) => {
+                let [.., high, low] = address.octets();
+                [high, low]
+            }
+            IpAddr::V6(address) => {
+                let [.., high, low] = address.octets();
+                [high, low]
+            }
+        };
+        u16::from_be_bytes(low)
+    }
+
     fn family(&self) -> &'static str {
         if self.guest_address.is_ipv4() {
             "ip"
@@ -536,7 +627,34 @@ mod tests {
         }
     }
 
+    #[test]
+    fn flows_cross_as_they_are() {
+        let mut flows = detour(Side::Old).flows;
+        flows.push(Flow {
+            protocol: Protocol::Udp,
+            guest_port: 1,
+            remote: "2001:db8::1".parse().unwrap(),
+            remote_port: 65535,
+        });
+        let bytes = pack(&flows);
+        assert_eq!(unpack(&bytes).unwrap(), flows);
+        assert_eq!(unpack(&pack(&[])).unwrap(), []);
+        assert!(unpack(&[]).is_err());
+        assert!(unpack(&bytes[..bytes.len() - 1]).is_err());
+        assert!(unpack(&[2]).is_err());
+        assert!(unpack(&pack(&vec![flows[0]; MAX_FLOWS + 1])).is_err());
+        assert_eq!(Detour::number_of("10.7.1.2".parse().unwrap()), 0x102);
+        assert_eq!(Detour::number_of("fd00::7".parse().unwrap()), 7);
+    }
+
     proptest! {
+        #[test]
+        fn any_bytes_give_an_answer(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            if let Ok(flows) = unpack(&bytes) {
+                prop_assert_eq!(pack(&flows), bytes);
+            }
+        }
+
         #[test]
         fn any_line_gives_an_answer(line in ".{0,200}") {
             let _ = parse(&line, "10.7.0.5".parse().unwrap());

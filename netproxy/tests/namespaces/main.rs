@@ -516,7 +516,7 @@ fn a_move_is_driven_from_another_host() {
         Client::through(command.arg("attach").arg(&edge.control)).unwrap()
     };
     // The edge knows what its sites have to translate.
-    let translation = connect().translation("desktop", "b").unwrap();
+    let translation = connect().reach("desktop", "b").unwrap().translation;
     assert_eq!(translation, Some(world::translation(SITES[1].1)));
     let at = || {
         let guest = edge.client().list().unwrap().guests.remove(0);
@@ -1192,6 +1192,102 @@ fn a_guest_that_gives_up_during_a_move_is_seen_to() {
     exchange(&mut next, b"next");
     edge.migrate(&world);
     exchange(&mut next, b"moved");
+}
+
+/// Two guests are under way at once, each at its own step; a third that stays notices nothing.
+#[test]
+fn several_guests_move_at_once() {
+    const OTHER: &str = "10.1.0.1:5901";
+    let world = World::new(Duration::from_millis(6));
+    serve(&world, 5900);
+    serve(&world, 5901);
+    let control = std::env::temp_dir()
+        .join(format!("netproxy-{}", world.ns("several")))
+        .join("control");
+    let mut text = configuration(&control.display().to_string(), "", false);
+    let mut guest = |name: &str, address: &str, sites: &str, service: &str| {
+        text.push_str(&format!(
+            "[[guest]]\nname = {name:?}\naddress = {address:?}\nsite = \"a\"\n{sites}\
+             [[guest.service]]\nname = \"x\"\n{service}\n"
+        ));
+    };
+    let sites: String = SITES
+        .iter()
+        .map(|(site, address)| {
+            format!("[guest.sites.{site}]\naddress = {address:?}\nprobe_port = {PROBE_PORT}\n")
+        })
+        .collect();
+    guest(
+        "other",
+        GUEST,
+        &format!("source = {EDGE:?}\n{sites}"),
+        &format!("listen = [{OTHER:?}]\nport = 5901\nsite_port = 15901"),
+    );
+    guest(
+        "still",
+        "10.1.0.2",
+        "[guest.sites.a]\nrouted = true\n",
+        "listen = [\"10.1.0.1:5902\"]\nport = 7000",
+    );
+    for (site, address) in SITES {
+        world.in_namespace(site, move || {
+            let mut translation = world::translation(address);
+            translation.guest = "other".into();
+            translation.forwards[0].site_port = 15901;
+            translation.forwards[0].guest_port = 5901;
+            translation.apply().unwrap();
+        });
+    }
+    let listener = world.in_namespace("client", || {
+        std::net::TcpListener::bind("10.1.0.2:7000").unwrap()
+    });
+    let config = Config::parse(&text, "test").unwrap();
+    let proxy = world.in_namespace("edge", move || Proxy::start(config, None).unwrap());
+    let mut outer = world.in_namespace("client", || TcpStream::connect("10.1.0.1:5902").unwrap());
+    let (mut inner, _) = listener.accept().unwrap();
+    let kinds = all_kinds();
+    let streams: Vec<Running> = [listen(), OTHER.parse().unwrap()]
+        .iter()
+        .flat_map(|to| [0, 3, 4].map(|kind| start(&world, *to, kinds[kind])))
+        .collect();
+    std::thread::sleep(Duration::from_millis(200));
+    let mut client = Client::connect(&control).unwrap();
+    for round in 0..6 {
+        let to = SITES[1 - round % 2].0;
+        for guest in ["desktop", "other"] {
+            client.prepare(guest, to).unwrap();
+        }
+        world.place(None);
+        client.hold("desktop", LEASE).unwrap();
+        exchange_with(&mut outer, &mut inner, b"one is held");
+        client.hold("other", LEASE).unwrap();
+        for guest in ["other", "desktop"] {
+            let tally = client.retarget(guest).unwrap();
+            assert_eq!((tally.connections, tally.failed), (3, 0), "{guest}");
+        }
+        let states: Vec<String> = client
+            .list()
+            .unwrap()
+            .connections
+            .into_iter()
+            .filter(|connection| connection.guest == "still")
+            .map(|connection| connection.state)
+            .collect();
+        assert_eq!(states, ["open"]);
+        world.place(Some(to));
+        assert_eq!(client.release("other", Duration::ZERO).unwrap().failed, 0);
+        exchange_with(&mut outer, &mut inner, b"one is released");
+        // The other one's turn may be much later.
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(client.release("desktop", Duration::ZERO).unwrap().failed, 0);
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    for stream in streams {
+        assert!(stream.finish() > 0);
+    }
+    exchange_with(&mut outer, &mut inner, b"all the same");
+    drop(proxy);
+    std::fs::remove_dir_all(control.parent().unwrap()).unwrap();
 }
 
 /// Neither an end nor a reset comes from a client whose line is cut.

@@ -33,7 +33,34 @@ const SOURCE: &str = "10.77.0.30";
 /// What the port of a guest is at its site's address.
 const SITE_PORTS: u16 = 20_000;
 
-const CONFIGURATION: &str = "/etc/netproxy.toml";
+/// Guests' own connections leave under their site's address.
+const MASQUERADE: &str = "nft 'add table ip nat; \
+    add chain ip nat out { type nat hook postrouting priority srcnat; }; \
+    add rule ip nat out ip saddr 10.7.0.0/24 oifname xenbr0 masquerade'";
+
+/// A server beyond the sites, which tells everybody as whom they came, and echoes.
+pub const SERVER: &str = "10.77.0.31:7777";
+
+const SERVE: &str = r"
+import socket, threading
+listener = socket.create_server(('10.77.0.31', 7777))
+def serve(client, name):
+    client.sendall((name + '\n').encode())
+    while data := client.recv(4096):
+        client.sendall(data)
+while True:
+    client, address = listener.accept()
+    threading.Thread(target=serve, args=(client, address[0]), daemon=True).start()
+";
+
+const CONFIGURATION: &str = "/etc/netproxy/netproxy.toml";
+
+/// As its unit does: the package's user, two capabilities, and directories that are its own.
+const START_PROXY: &str = "install -d -o netproxy -g netproxy -m 750 /run/netproxy && \
+    capabilities=+net_admin,+net_bind_service && \
+    setsid ip netns exec edge setpriv --reuid=netproxy --regid=netproxy --clear-groups \
+    --inh-caps=$capabilities --ambient-caps=$capabilities --bounding-set=-all,$capabilities \
+    --no-new-privs netproxy /etc/netproxy/netproxy.toml > /var/log/netproxy.log 2>&1 < /dev/null &";
 
 /// How long the proxy may take to start, in emulation.
 const START: Duration = Duration::from_secs(120);
@@ -56,14 +83,79 @@ impl Edge {
             )?;
         }
         let site = testbed.site(SiteName::A);
-        site.write(CONFIGURATION, configuration(guests).as_bytes())?;
+        site.run("mkdir -p /etc/netproxy")?;
+        site.write(CONFIGURATION, configuration(guests, false).as_bytes())?;
         site.run(&namespace(guests))?;
-        site.run(&format!(
-            "mkdir -p /run/vmshadow; setsid ip netns exec edge netproxy {CONFIGURATION} \
-             > /var/log/netproxy.log 2>&1 < /dev/null &"
-        ))?;
+        site.run(START_PROXY)?;
         wait_until_ready(site)?;
         Ok(Self)
+    }
+
+    /// From now on the guests' own connections leave under their site's address, and are led
+    /// through the site where they began after a move. A [`SERVER`] is there for them.
+    ///
+    /// # Errors
+    /// When a site refuses.
+    pub fn lead_outgoing(&self, testbed: &Testbed) -> Result<()> {
+        for site in testbed.sites() {
+            site.run(MASQUERADE)?;
+            let policy = policy(site.name()) + &outgoing(site.name());
+            site.write("/etc/vmshadow/vmshadow.toml", policy.as_bytes())?;
+        }
+        let site = testbed.site(SiteName::A);
+        site.run("ip -n edge address add 10.77.0.31/24 dev eth0")?;
+        site.write("/etc/testbed-server.py", SERVE.as_bytes())?;
+        site.run(
+            "setsid ip netns exec edge python3 /etc/testbed-server.py > /dev/null 2>&1 < /dev/null &",
+        )
+        .map(drop)
+    }
+
+    /// Undoes [`Edge::lead_outgoing`], but for the server.
+    ///
+    /// # Errors
+    /// When a site refuses.
+    pub fn leave_outgoing(&self, testbed: &Testbed) -> Result<()> {
+        for site in testbed.sites() {
+            site.run("nft delete table ip nat")?;
+            site.write(
+                "/etc/vmshadow/vmshadow.toml",
+                policy(site.name()).as_bytes(),
+            )?;
+        }
+        Ok(())
+    }
+
+    /// From now on guests are reached by their own addresses, as in a routed overlay. They have to
+    /// be at `at`, and whoever moves one has to change the route: [`Edge::route`].
+    ///
+    /// # Errors
+    /// When the proxy does not take it, or site a refuses.
+    pub fn reach_by_routes(
+        &self,
+        testbed: &Testbed,
+        guests: &[&Guest],
+        at: SiteName,
+    ) -> Result<()> {
+        for guest in guests {
+            self.route(testbed, guest, at)?;
+        }
+        let site = testbed.site(SiteName::A);
+        site.write(CONFIGURATION, configuration(guests, true).as_bytes())?;
+        site.run("vmshadow proxy reload").map(drop)
+    }
+
+    /// Routes a guest's own address to a site.
+    ///
+    /// # Errors
+    /// When site a refuses.
+    pub fn route(&self, testbed: &Testbed, guest: &Guest, to: SiteName) -> Result<()> {
+        let route = format!(
+            "ip -n edge route replace {} via {} src {SOURCE}",
+            guest.own_address(),
+            to.address()
+        );
+        testbed.site(SiteName::A).run(&route).map(drop)
     }
 
     /// What the proxy has said.
@@ -129,8 +221,19 @@ fn policy(site: SiteName) -> String {
     )
 }
 
-/// The proxy's configuration.
-fn configuration(guests: &[&Guest]) -> String {
+/// What a site does for guests' own connections.
+fn outgoing(site: SiteName) -> String {
+    format!(
+        "\n[edge.outgoing]\nlimit = \"1h\"\n\
+         sites.{}.vxlan = {{ local = \"{}\", remote = \"{}\", port = 4789 }}\n",
+        site.other(),
+        site.address(),
+        site.other().address()
+    )
+}
+
+/// The proxy's configuration. `routed`: guests are reached by their own addresses.
+fn configuration(guests: &[&Guest], routed: bool) -> String {
     let mut text = "version = 1\n".to_owned();
     for guest in guests {
         let _ = write!(
@@ -140,9 +243,13 @@ fn configuration(guests: &[&Guest]) -> String {
             guest.own_address()
         );
         for site in [SiteName::A, SiteName::B] {
+            let reach = match routed {
+                true => "routed = true\nprobe_address",
+                false => "address",
+            };
             let _ = write!(
                 text,
-                "[guest.sites.{site}]\naddress = \"{}\"\nprobe_port = 22\n",
+                "[guest.sites.{site}]\n{reach} = \"{}\"\nprobe_port = 22\n",
                 site.address()
             );
         }
@@ -169,12 +276,15 @@ mod tests {
             behind_edge: true,
             ..Guest::new("g1", 101)
         };
-        let text = configuration(&[&guest]);
+        let text = configuration(&[&guest], false);
         assert!(text.contains("address = \"10.7.0.101\""), "{text}");
         assert!(text.contains("listen = [\"10.77.0.101:7000\"]"), "{text}");
         assert!(text.contains("site_port = 27000"), "{text}");
+        let routed = configuration(&[&guest], true);
+        assert!(routed.contains("routed = true\nprobe_address = \"10.77.0.12\""));
         assert!(namespace(&[&guest]).contains("add 10.77.0.101/24"));
         assert!(policy(SiteName::B).contains("host = \"10.77.0.11\""));
+        assert!(outgoing(SiteName::B).contains("sites.a.vxlan = { local = \"10.77.0.12\""));
         assert!(!policy(SiteName::A).contains("host"));
         assert!(guest.config().contains("bridge=xenbr1"));
         assert!(guest.config().contains("testbed.gateway=10.7.0.1 "));

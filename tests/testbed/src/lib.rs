@@ -45,7 +45,7 @@ mod site;
 mod sites;
 mod watch;
 
-pub use edge::Edge;
+pub use edge::{Edge, SERVER};
 pub use guest::{Guest, Kind};
 pub use image::Hypervisor;
 pub use link::Link;

@@ -75,10 +75,11 @@ enum Command {
         /// The file here
         to: PathBuf,
     },
-    /// Install a Debian package, or a program into /usr/local/bin, at both sites
+    /// Install Debian packages, or programs into /usr/local/bin, at both sites
     Install {
-        /// The package (.deb) or program
-        file: PathBuf,
+        /// The packages (.deb) and programs
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
     },
     /// Change the link between the sites
     Link(LinkArguments),
@@ -291,9 +292,11 @@ fn carry_out(arguments: Arguments) -> Result<ExitCode> {
                 .put(&from, &to, mode.unwrap_or(0o644))?;
         }
         Command::Get { site, from, to } => attach()?.site(site).get(&from, &to)?,
-        Command::Install { file } => {
+        Command::Install { files } => {
             for site in attach()?.sites() {
-                site.install(&file)?;
+                for file in &files {
+                    site.install(file)?;
+                }
             }
         }
         Command::Link(link) => change_link(&attach()?, &link)?,

@@ -268,21 +268,31 @@ impl Site {
     }
 
     /// Installs a Debian package, or any other file as a program in
-    /// /usr/local/bin.
+    /// /usr/local/bin. With the package vmshadow comes that of the proxy, which
+    /// is built beside it.
     ///
     /// # Errors
     /// When it can't be copied, or dpkg fails.
     pub fn install(&self, file: &Path) -> Result<()> {
         let name = file.file_name().unwrap_or_default().to_string_lossy();
-        if file.extension().is_some_and(|extension| extension == "deb") {
-            let to = format!("/tmp/{name}");
-            self.put(file, &to, 0o644)?;
-            let to = process::quote(&to);
-            self.run(&format!("dpkg --install {to} && rm {to}"))
-                .map(drop)
-        } else {
-            self.put(file, &format!("/usr/local/bin/{name}"), 0o755)
+        if file.extension().is_none_or(|extension| extension != "deb") {
+            return self.put(file, &format!("/usr/local/bin/{name}"), 0o755);
         }
+        let mut packages = vec![file.to_owned()];
+        if let Some(rest) = name.strip_prefix("vmshadow_") {
+            let proxy = file.with_file_name(format!("netproxy_{rest}"));
+            packages.extend(proxy.exists().then_some(proxy));
+        }
+        let mut there = Vec::new();
+        for package in &packages {
+            let name = package.file_name().unwrap_or_default().to_string_lossy();
+            let to = format!("/tmp/{name}");
+            self.put(package, &to, 0o644)?;
+            there.push(process::quote(&to));
+        }
+        let there = there.join(" ");
+        self.run(&format!("dpkg --install {there} && rm {there}"))
+            .map(drop)
     }
 
     /// Pulls the plug and starts again: what was not synced to the disk by the

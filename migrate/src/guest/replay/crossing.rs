@@ -20,7 +20,7 @@ use super::destination::{ReplayDestination, Restored};
 use super::guest::UUID;
 use super::site::{Call, Site, Watch};
 use super::source::ReplaySource;
-use crate::connections::Untouched;
+use crate::connections::{Arranged, Untouched};
 use crate::control::{Facts, Shared};
 use crate::costs::Earlier;
 use crate::destination::{self, Prepared};
@@ -328,7 +328,7 @@ fn prepare(
         digester: Digester::new(&offer.digest_key),
         xen: xen(),
         warnings: Vec::new(),
-        edge_site: None,
+        arranged: Arranged::default(),
         keep: Box::new(move || {
             watch(Call::Keep)?;
             site.keep();

@@ -94,6 +94,8 @@ fn carry_out(guest: &Arc<Guest>, line: &str) -> Result<Value, String> {
         ["verify"] => Ok(memory::verify(guest)),
         ["drop"] => Ok(memory::stop(guest)),
         ["disk", path, mib] => disk::start(guest, path, number(mib)?),
+        ["call", server] => guest.calls.begin(server),
+        ["calls"] => Ok(guest.calls.list()),
         ["balloon", mib] => system::balloon(number(mib)?).map(|()| json!({})),
         ["desktop"] => system::start_desktop().map(|()| json!({})),
         ["online"] => system::online_vcpus().map(|()| json!({})),

@@ -12,6 +12,7 @@
 //! The same program is /sbin/poweroff and /sbin/reboot, for the kernel runs
 //! these when the toolstack asks.
 
+mod calls;
 mod control;
 mod counter;
 mod disk;
@@ -31,6 +32,7 @@ struct Guest {
     counter: counter::Counter,
     memory: memory::Memory,
     disk: disk::Disk,
+    calls: calls::Calls,
 }
 
 fn main() {
@@ -66,6 +68,7 @@ fn run() -> Result<(), String> {
         counter: counter::Counter::default(),
         memory: memory::Memory::default(),
         disk: disk::Disk::default(),
+        calls: calls::Calls::default(),
     });
     let counting = Arc::clone(&guest);
     spawn("counter", move || counter::run(&counting))?;
