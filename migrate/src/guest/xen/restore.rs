@@ -132,6 +132,9 @@ struct Shared {
 #[derive(Default)]
 struct Work {
     pending: PageSet,
+    /// Pages wait for the p2m's frames: a PV guest's stream has those first. A shadow's pages are
+    /// there before the source has said anything.
+    unframed: bool,
     frames: Option<Vec<u64>>,
     tail: Option<GuestState>,
     stop: bool,
@@ -335,6 +338,7 @@ impl XenDestination {
         {
             let mut work = locked(&shared.work)?;
             work.pending = given.clone();
+            work.unframed = self.incoming.kind == Kind::Pv;
             work.frames = (!self.frames.is_empty()).then(|| self.frames.clone());
         }
         let (report, ended) = bounded(1);
@@ -780,9 +784,10 @@ impl Feed {
                 return Ok(Next::Stop);
             }
             if let Some(frames) = work.frames.take() {
+                work.unframed = false;
                 return Ok(Next::Frames(frames));
             }
-            if work.pending.take_batch(cursor, FEED_BATCH, pfns) > 0 {
+            if !work.unframed && work.pending.take_batch(cursor, FEED_BATCH, pfns) > 0 {
                 return Ok(Next::Pages);
             }
             if let Some(tail) = work.tail.take() {
