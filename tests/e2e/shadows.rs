@@ -72,6 +72,7 @@ fn the_way_back_is_short() {
 
 /// A shadow that was sent ahead makes the move short, and the guest notices nothing of it.
 #[test]
+#[ignore = "minutes: make test-full"]
 fn a_warm_shadow_makes_a_move_short() {
     let testbed = sites(with(Hypervisor::Release));
     drop_shadows(&testbed);
