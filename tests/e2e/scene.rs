@@ -239,7 +239,8 @@ pub fn alive(testbed: &Testbed, guest: &Guest, after: &str) {
 const HELD: &str = "/tmp/vmshadow-held";
 
 /// Starts a move of g1 from `from` whose worker at `side` stops at `point`; runs `then` there with
-/// its process id, and lets it go on. What the command said, and how it ended.
+/// its process id, and lets it go on. What the command said, and how it ended. It does not try again
+/// after a lost link.
 pub fn hold_at(
     testbed: &Testbed,
     from: SiteName,
@@ -247,17 +248,32 @@ pub fn hold_at(
     point: &str,
     then: impl FnOnce(&str),
 ) -> (bool, String) {
+    hold_with(testbed, from, side, point, "--retry 0", then)
+}
+
+/// The same, by a command with these options too.
+pub fn hold_with(
+    testbed: &Testbed,
+    from: SiteName,
+    side: SiteName,
+    point: &str,
+    options: &str,
+    then: impl FnOnce(&str),
+) -> (bool, String) {
     let hold = format!("VMSHADOW_HOLD={point}:{HELD}");
     // Without a downtime to reach, a guest that does something is copied in several rounds.
     let more = if point == "recopying" {
-        "--downtime 0"
+        format!("--downtime 0 {options}")
     } else {
-        ""
+        options.to_owned()
     };
     let command = if side == from {
-        format!("env {hold} {}", migrate(from, more))
+        format!("env {hold} {}", migrate(from, &more))
     } else {
-        migrate(from, &format!("--remote-command 'env {hold} vmshadow'"))
+        migrate(
+            from,
+            &format!("{options} --remote-command 'env {hold} vmshadow'"),
+        )
     };
     let site = testbed.site(from);
     let mut child = site
@@ -287,7 +303,8 @@ pub fn hold_at(
         thread::sleep(Duration::from_millis(200));
     };
     then(&worker);
-    // A move that is tried again has a new process at the destination, which stops there too.
+    // A move that is tried again has a new process at the destination, which stops there too: it
+    // is let go on.
     let status = loop {
         go_on(testbed, side);
         if let Some(status) = child.try_wait().unwrap() {

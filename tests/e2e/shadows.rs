@@ -4,7 +4,7 @@ use serde_json::Value;
 use testbed::{Guest, Hypervisor, SiteName, Testbed};
 
 use crate::scene::{
-    alive, go_on, hold_at, move_guest, said, settled, sites, small_guest, wait_until, with,
+    alive, go_on, hold_with, move_guest, said, settled, sites, small_guest, wait_until, with,
 };
 
 /// The report of a move, which `more` is added to.
@@ -139,7 +139,7 @@ fn a_lost_link_is_not_a_lost_move() {
     };
     testbed.start_guest(SiteName::A, &guest).unwrap();
     let here = testbed.site(SiteName::A);
-    let (done, text) = hold_at(&testbed, SiteName::A, SiteName::A, "recopying", |_| {
+    let (done, text) = hold_with(&testbed, SiteName::A, SiteName::A, "recopying", "", |_| {
         testbed.cut_link().unwrap();
         go_on(&testbed, SiteName::A);
         wait_until("the source notices", || {
