@@ -56,8 +56,9 @@ while True:
 const CONFIGURATION: &str = "/etc/netproxy/netproxy.toml";
 
 /// As its unit does: the package's user, two capabilities, and directories that are its own.
-const START_PROXY: &str = "install -d -o netproxy -g netproxy -m 750 /run/netproxy && \
-    capabilities=+net_admin,+net_bind_service && \
+/// Only the proxy itself goes on in the background: a shell that waits for it would hold ssh.
+const START_PROXY: &str = "install -d -o netproxy -g netproxy -m 750 /run/netproxy || exit 1; \
+    capabilities=+net_admin,+net_bind_service; \
     setsid ip netns exec edge setpriv --reuid=netproxy --regid=netproxy --clear-groups \
     --inh-caps=$capabilities --ambient-caps=$capabilities --bounding-set=-all,$capabilities \
     --no-new-privs netproxy /etc/netproxy/netproxy.toml > /var/log/netproxy.log 2>&1 < /dev/null &";
