@@ -1,0 +1,172 @@
+//! What follows a move, and what follows one that failed: the guest runs at one site, and
+//! nothing else of it is left running anywhere.
+
+use std::time::{Duration, Instant};
+
+use super::{READ_BATCH, Session};
+use crate::error::{Error, Result, chain};
+use crate::guest::{Batch, Found, Moment, PageTable};
+use crate::handover::journal::{Outcome, Phase};
+use crate::handover::recovery::Owner;
+use crate::pages::PageSet;
+use crate::report::Progress;
+use crate::shadow::Named;
+use crate::wire::{Text, ToDestination};
+
+/// How long a source goes on asking what became of a commit without an answer.
+const ASKING: Duration = Duration::from_secs(60);
+
+impl Session<'_> {
+    /// The guest runs at the destination: its connections go on there.
+    pub(super) fn lead_connections(&mut self) {
+        match self.go.connections.moved() {
+            None => {}
+            Some(Ok(kept)) => self.report.connections = Some(kept),
+            Some(Err(error)) => self.go.observer.notice(Progress::Warning(format!(
+                "The guest has moved, but its connections may not have: {}",
+                chain(&error)
+            ))),
+        }
+    }
+
+    /// The guest runs at the destination: nothing that fails here changes that.
+    pub(super) fn clean_up_after_move(&mut self) {
+        self.phase("cleaning up");
+        if let Err(error) = self.go.guest.end_tracking() {
+            log::warn!("{}", chain(&error));
+        }
+        if let Err(error) = self.leave_shadow() {
+            log::warn!("No shadow is kept here: {}", chain(&error));
+        }
+        match self.go.guest.destroy() {
+            Ok(()) => self.end_journal(Outcome::Moved),
+            // The journal stays: `resolve` destroys it later.
+            Err(error) => self.go.observer.notice(Progress::Warning(format!(
+                "The guest has moved, but its old domain is still here: {}",
+                chain(&error)
+            ))),
+        }
+        self.go.peer.close();
+    }
+
+    /// Keeps the memory of the guest that is suspended here and runs at the destination, so that
+    /// the way back is short.
+    fn leave_shadow(&mut self) -> Result<()> {
+        let table = self.held.table();
+        let named = Named {
+            uuid: &self.report.uuid,
+            name: &self.report.domain,
+            peer: self.go.peer.peer(),
+        };
+        let Some(shadow) = self.go.shadows.leave(named, &self.key, table)? else {
+            return Ok(());
+        };
+        log::debug!("keeping a shadow");
+        let zeros = self.go.digester.zeros();
+        let mut left = PageSet::new(table.pages());
+        for pfn in 0..table.pages() {
+            if table.get(pfn).is_some_and(|state| {
+                state.page_type.has_data() && state.digest != zeros.of(state.page_type)
+            }) {
+                left.insert(pfn);
+            }
+        }
+        // Against nothing, so that each page is copied.
+        let nothing = PageTable::new(table.pages());
+        let (mut batch, mut deferred) = (Batch::default(), PageSet::new(table.pages()));
+        let mut pfns = Vec::with_capacity(READ_BATCH);
+        let mut cursor = 0;
+        while left.take_batch(&mut cursor, READ_BATCH, &mut pfns) > 0 {
+            batch.clear();
+            let guest = &mut self.go.guest;
+            guest.read(&pfns, &nothing, Moment::Last, &mut batch, &mut deferred)?;
+            pfns.clear();
+            for entry in &batch.entries {
+                // dom0 may have written to it since it crossed: then it is none of the shadow's.
+                let same = table.get(entry.pfn) == Some(entry.state);
+                if let (true, Found::Slot(slot)) = (same, entry.content)
+                    && let Some(content) = batch.content(slot)
+                {
+                    shadow.write(entry.pfn, content)?;
+                }
+            }
+        }
+        shadow.finish(table)?;
+        self.watch.lap("keep a shadow");
+        Ok(())
+    }
+
+    /// Before the commit: the guest goes on here.
+    pub(super) fn give_up(&mut self, error: Error) -> Result<()> {
+        self.phase("giving up");
+        let mut safe = true;
+        let mut note = |step: Result<()>| {
+            if let Err(error) = step {
+                safe = false;
+                log::error!("{}", chain(&error));
+            }
+        };
+        if self.go.journal.entry().phase >= Phase::Suspending {
+            // First what the guest waits for.
+            note(self.go_on());
+        }
+        self.go.connections.stayed();
+        note(self.go.guest.end_tracking());
+        self.go.peer.ignore_cancel();
+        self.go.peer.set_deadline(None);
+        // A peer that is gone finds out by itself.
+        let _ = self
+            .go
+            .peer
+            .send(&ToDestination::Abort(Text::new(&chain(&error))));
+        self.go.peer.close();
+        if !safe {
+            return Err(Error::Unsettled(Box::new(error)));
+        }
+        self.end_journal(Outcome::Aborted);
+        Err(error)
+    }
+
+    /// Lets the guest run here again, under a keeper where it was suspended: `xl`'s monitor ends
+    /// then.
+    fn go_on(&mut self) -> Result<()> {
+        if self.go.guest.end_suspend()? {
+            let kept = (self.go.keep)();
+            self.go.guest.resume()?;
+            kept?;
+        }
+        Ok(())
+    }
+
+    /// Commit was recorded and no answer came: only the destination knows.
+    pub(super) fn resolve_doubt(&mut self, error: Error) -> Result<()> {
+        self.phase("asking the destination");
+        log::warn!("{}", chain(&error));
+        self.go.peer.close();
+        let started = Instant::now();
+        loop {
+            match (self.go.ask)(self.go.journal.entry()) {
+                Ok(Owner::Destination) => {
+                    self.lead_connections();
+                    self.clean_up_after_move();
+                    return Ok(());
+                }
+                Ok(Owner::Source) => {
+                    return self.give_up(error);
+                }
+                Ok(Owner::Unknown) => break,
+                Err(error) if started.elapsed() < ASKING => {
+                    log::warn!("{}", chain(&error));
+                    std::thread::sleep(Duration::from_secs(2));
+                }
+                Err(error) => {
+                    log::warn!("{}", chain(&error));
+                    break;
+                }
+            }
+        }
+        Err(Error::InDoubt {
+            peer: self.go.peer.peer().to_owned(),
+        })
+    }
+}

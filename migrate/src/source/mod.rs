@@ -1,0 +1,290 @@
+//! The side that a guest leaves.
+//!
+//! ```text
+//! Greeted -> Offered -> Copying --------> Suspended ------> Committed -> done
+//!    |          |       round 1..n          last delta         |
+//!    |          |          |                final digest       |
+//!    +----------+----------+----------------------+            |
+//!                          |                                   |
+//!                      give up: the guest goes on here      no answer: in doubt
+//! ```
+//!
+//! Each state is a type that only its step gives out, so that nothing can be done out of order.
+//! [`run`] drives them and, where one fails, gives up in the one right way for how far the journal
+//! says the move came.
+
+mod copying;
+mod ending;
+mod handover;
+mod offering;
+mod round;
+mod to_shadow;
+
+use std::time::{Duration, Instant};
+
+use crate::codec::AdaptiveEncoder;
+use crate::connections::Connections;
+use crate::control::Shared;
+use crate::costs::Earlier;
+use crate::digest::{DigestKey, Digester, MemoryDigest};
+use crate::error::{Error, Result, chain};
+use crate::guest::Source;
+use crate::handover::journal::{Entry, Journal, Outcome, Phase};
+use crate::handover::recovery::Owner;
+use crate::held::{HOT_BYTES, Held};
+use crate::link::{Conversation, Received};
+use crate::pages::{PAGE_SIZE, PageSet};
+use crate::report::{
+    Downtime, Link as LinkReport, Observer, Predicted, Progress, REPORT_VERSION, Report, Stopwatch,
+    rounded,
+};
+use crate::rounds::{Backlog, Forecast, Limits, Meter, RoundFacts};
+use crate::shadow::Shadows;
+use crate::wire::{Message, Offer, ToDestination, ToSource};
+
+/// Pages read, and so mapped, at once: the hypervisor's limit.
+const READ_BATCH: usize = 1024;
+
+/// How long it may take to handle a round that has crossed.
+const HANDLING: Duration = Duration::from_secs(300);
+
+/// What the operator asked for.
+#[derive(Debug, Clone, Default)]
+pub struct Plan {
+    /// When to suspend.
+    pub limits: Limits,
+    /// Compare all memory at both sides.
+    pub verify: bool,
+    /// How long it may take until the guest is suspended.
+    pub timeout: Option<Duration>,
+    /// What to do when that is over.
+    pub on_timeout: OnTimeout,
+}
+
+/// What to do with a move whose time is over.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum OnTimeout {
+    /// Give it up; the guest goes on here.
+    #[default]
+    Fail,
+    /// Suspend the guest, and send what is left.
+    HandOver,
+}
+
+/// All that a move needs.
+pub struct Move<'a> {
+    /// The guest.
+    pub guest: &'a mut dyn Source,
+    /// Makes the guest's digests.
+    pub digester: Digester,
+    /// The journal, begun.
+    pub journal: Journal,
+    /// The other site.
+    pub peer: Conversation,
+    /// Who watches.
+    pub observer: &'a mut dyn Observer,
+    /// What keeps the guest's connections.
+    pub connections: &'a mut dyn Connections,
+    /// What the operator asked for.
+    pub plan: Plan,
+    /// Who steers it while it runs.
+    pub control: Shared,
+    /// What this site holds of guests that run elsewhere.
+    pub shadows: &'a Shadows,
+    /// What earlier moves tell of this one.
+    pub earlier: Earlier,
+    /// Checks, right before and after the suspend, that the guest still is what was offered.
+    pub unchanged: &'a mut dyn FnMut() -> Result<()>,
+    /// Starts what takes the place of `xl`'s monitor: called where the guest goes on here after it
+    /// was suspended.
+    pub keep: &'a mut dyn FnMut() -> Result<()>,
+    /// Asks the destination who owns the guest: called where a commit was left without an answer.
+    pub ask: &'a mut dyn FnMut(&Entry) -> Result<Owner>,
+}
+
+struct Session<'a> {
+    go: Move<'a>,
+    key: DigestKey,
+    watch: Stopwatch,
+    report: Report,
+    held: Held,
+    backlog: Backlog,
+    /// When the log of dirty pages was read last, and how long to wait until it is read again.
+    looked: Instant,
+    look_after: Duration,
+    /// What the destination was told last of where the p2m is.
+    told_frames: (u64, Vec<u64>),
+    encoder: AdaptiveEncoder,
+    history: Vec<RoundFacts>,
+    forecast: Forecast,
+    meter: Meter,
+    /// The time that the operator gave is over, and the guest is to be handed over.
+    time_is_up: bool,
+    suspend_started: Option<Instant>,
+}
+
+/// Moves the guest. The report is complete either way.
+///
+/// # Errors
+/// Up to the commit: whatever failed; the guest runs here. After it: [`Error::InDoubt`].
+pub fn run(go: Move<'_>, offer: Offer) -> (Report, Result<()>) {
+    let mut session = Session::new(go, offer.digest_key.clone());
+    let result = session.migrate(offer);
+    let result = match result {
+        Ok(()) => Ok(()),
+        Err(error) if session.go.journal.entry().phase < Phase::Committed => session.give_up(error),
+        Err(error) => session.resolve_doubt(error),
+    };
+    session.conclude("moved", result)
+}
+
+/// Sends one round of the guest's pages, which the destination keeps as a shadow; the guest goes on
+/// here. The report is complete either way.
+///
+/// # Errors
+/// Whatever failed. The guest runs here in any case.
+pub fn run_shadow(go: Move<'_>, offer: Offer) -> (Report, Result<()>) {
+    let mut session = Session::new(go, offer.digest_key.clone());
+    let result = match session.copy_to_shadow(offer) {
+        Err(error) => session.give_up(error),
+        kept => kept,
+    };
+    session.conclude("kept", result)
+}
+
+struct Greeted;
+struct Offered;
+struct Copied;
+struct Suspended {
+    digest: MemoryDigest,
+}
+struct Committed;
+
+impl<'a> Session<'a> {
+    fn new(go: Move<'a>, key: DigestKey) -> Self {
+        let facts = go.guest.facts().clone();
+        let report = Report {
+            version: REPORT_VERSION,
+            domain: facts.name.clone(),
+            uuid: facts.uuid.clone(),
+            kind: facts.kind.to_string(),
+            source: nix::unistd::gethostname()
+                .map(|name| name.to_string_lossy().into_owned())
+                .unwrap_or_default(),
+            destination: go.peer.peer().to_owned(),
+            outcome: String::new(),
+            tracker: None,
+            guest_bytes: go.guest.populated() * PAGE_SIZE as u64,
+            wire_bytes: 0,
+            took: Duration::ZERO,
+            phases: Vec::new(),
+            downtime: Downtime::default(),
+            link: LinkReport::default(),
+            recalled: 0,
+            interruptions: Vec::new(),
+            predicted: Predicted {
+                at_start: go.earlier.prediction,
+                after_first_round: None,
+            },
+            stop: None,
+            rounds: Vec::new(),
+            verified: false,
+            connections: None,
+        };
+        let forecast = Forecast::new(go.earlier.fixed);
+        Session {
+            held: Held::nothing(facts.pages, go.digester.clone(), HOT_BYTES),
+            backlog: Backlog::new(PageSet::new(facts.pages), go.plan.limits.looking),
+            looked: Instant::now(),
+            look_after: go.plan.limits.looking,
+            told_frames: (0, Vec::new()),
+            encoder: AdaptiveEncoder::default(),
+            go,
+            key,
+            watch: Stopwatch::default(),
+            report,
+            history: Vec::new(),
+            forecast,
+            meter: Meter::default(),
+            time_is_up: false,
+            suspend_started: None,
+        }
+    }
+
+    /// The report, and how it ended.
+    fn conclude(mut self, done: &str, result: Result<()>) -> (Report, Result<()>) {
+        self.report.outcome = match &result {
+            Ok(()) => done.into(),
+            Err(error) => format!("failed: {}", chain(error)),
+        };
+        let (written, read) = self.go.peer.bytes();
+        self.report.wire_bytes = written + read;
+        self.report.took = self.watch.total();
+        self.report.phases = self.watch.phases().to_vec();
+        (self.report, result)
+    }
+
+    fn migrate(&mut self, offer: Offer) -> Result<()> {
+        let greeted = self.greet()?;
+        let offered = self.offer(greeted, offer)?;
+        let copied = self.copy(&offered)?;
+        let suspended = self.suspend(&copied)?;
+        let committed = self.hand_over(&suspended)?;
+        self.finish(&committed)
+    }
+
+    fn phase(&mut self, name: &'static str) {
+        log::debug!("{name}");
+        self.go.observer.notice(Progress::Phase(name));
+    }
+
+    /// Fails once somebody has asked to give the move up: not all that takes its time is a wait
+    /// for the other site.
+    fn check_cancelled(&self) -> Result<()> {
+        if self.go.control.cancelled() {
+            Err(Error::Cancelled)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn end_journal(&mut self, outcome: Outcome) {
+        if let Err(error) = self.go.journal.end(outcome) {
+            log::error!("{}", chain(&error));
+        }
+    }
+
+    fn part(&mut self, name: &str, took: Duration) {
+        self.report
+            .downtime
+            .parts
+            .insert(name.to_owned(), rounded(took));
+    }
+
+    /// The next message, but for those that only tell how far the destination is.
+    fn receive(&mut self, patience: Duration) -> Result<ToSource> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let received: Received = self.go.peer.receive(deadline)?;
+            match ToSource::decode(received.frame())? {
+                ToSource::Progress { .. } => {}
+                ToSource::Ping(token) => self.go.peer.send(&ToDestination::Pong(token))?,
+                message => return Ok(message),
+            }
+        }
+    }
+
+    fn unexpected(&self, message: &ToSource) -> Error {
+        let peer = self.go.peer.peer().to_owned();
+        match message {
+            ToSource::Failed(reason) => Error::PeerFailed {
+                peer,
+                reason: reason.to_string(),
+            },
+            other => Error::Protocol {
+                peer,
+                what: format!("{:?} out of order", other.tag()),
+            },
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! From the hello to an answer to the offer, and what the destination has of the guest already.
+
+use std::time::{Duration, Instant};
+
+use super::{Greeted, HANDLING, Offered, Session};
+use crate::error::{Error, Result};
+use crate::guest::PageTable;
+use crate::held::{HOT_BYTES, Held};
+use crate::hold::hold;
+use crate::link::Conversation;
+use crate::report::{Progress, rounded};
+use crate::shadow::inventory;
+use crate::wire::{Offer, RefusalCode, ShadowHead, Text, ToDestination, ToSource};
+
+/// How long the other site may take to greet: ssh and the start of a program, emulated.
+const GREETING: Duration = Duration::from_secs(60);
+
+/// How long the other site may take to accept: it waits for memory, and for xl's lock.
+const ACCEPTING: Duration = Duration::from_secs(240);
+
+impl Session<'_> {
+    pub(super) fn greet(&mut self) -> Result<Greeted> {
+        self.phase("connecting");
+        hold("connecting");
+        self.go.peer.greet(Instant::now() + GREETING)?;
+        self.watch.lap("connect");
+        let start = Instant::now();
+        self.go.peer.send(&ToDestination::Ping(1))?;
+        match self.receive(GREETING)? {
+            ToSource::Pong(1) => {}
+            other => return Err(self.unexpected(&other)),
+        }
+        self.report.link.rtt_ms = rounded(start.elapsed()) * 1e3;
+        Ok(Greeted)
+    }
+
+    pub(super) fn offer(&mut self, _greeted: Greeted, offer: Offer) -> Result<Offered> {
+        self.phase("offering");
+        hold("offering");
+        self.go.peer.send(&ToDestination::Offer(Box::new(offer)))?;
+        let refused = |peer: &Conversation, code, reason: Text| Error::RefusedByPeer {
+            peer: peer.peer().to_owned(),
+            code,
+            reason: reason.to_string(),
+        };
+        match self.receive(ACCEPTING)? {
+            ToSource::Accept(accept) => {
+                for warning in accept.warnings {
+                    self.go
+                        .observer
+                        .notice(Progress::Warning(warning.to_string()));
+                }
+                let site = accept.edge_site.map(|site| site.to_string());
+                self.go.connections.accepted(site.as_deref())?;
+                if let Some(head) = &accept.shadow {
+                    self.recall(head)?;
+                }
+            }
+            ToSource::Refuse(refusal) => {
+                return Err(refused(&self.go.peer, refusal.code, refusal.reason));
+            }
+            ToSource::Failed(reason) => {
+                return Err(refused(&self.go.peer, RefusalCode::Other, reason));
+            }
+            other => return Err(self.unexpected(&other)),
+        }
+        self.watch.lap("offer");
+        Ok(Offered)
+    }
+
+    /// The destination has a shadow of the guest: learns what is in it, by what is known here or by
+    /// its inventory.
+    fn recall(&mut self, head: &ShadowHead) -> Result<()> {
+        let pages = self.held.table().pages();
+        let known = head.basis.and_then(|basis| {
+            let known = self.go.shadows.known(&self.report.uuid);
+            known.filter(|(kept, _)| {
+                (kept.digest, &kept.digest_key, kept.pages) == (basis, &self.key, pages)
+            })
+        });
+        self.go.peer.send(&ToDestination::Recall {
+            known: known.is_some(),
+        })?;
+        let table = match known {
+            Some((_, mut table)) => {
+                for (first, count) in &head.lacking {
+                    let end = first.saturating_add(*count).min(pages);
+                    (*first..end).for_each(|pfn| table.forget(pfn));
+                }
+                table
+            }
+            None => self.receive_inventory(pages)?,
+        };
+        self.report.recalled = (0..pages).filter(|pfn| table.get(*pfn).is_some()).count() as u64;
+        self.held = Held::holding(table, self.go.digester.clone(), HOT_BYTES);
+        Ok(())
+    }
+
+    fn receive_inventory(&mut self, pages: u64) -> Result<PageTable> {
+        let mut table = PageTable::new(pages);
+        let mut next = 0;
+        while next < pages {
+            let (first, runs) = match self.receive(HANDLING)? {
+                ToSource::Inventory { first, runs } => (first, runs),
+                other => return Err(self.unexpected(&other)),
+            };
+            let broken = |what: String| Error::Protocol {
+                peer: self.go.peer.peer().to_owned(),
+                what,
+            };
+            if first != next {
+                return Err(broken("an inventory with a gap".into()));
+            }
+            next = inventory::decode(&runs, &self.go.digester, first, &mut table)
+                .map_err(|error| broken(error.to_string()))?;
+            if next == first {
+                return Err(broken("an inventory of nothing".into()));
+            }
+        }
+        Ok(table)
+    }
+}
