@@ -158,6 +158,20 @@ impl Default for Limits {
     }
 }
 
+impl Limits {
+    /// How long a peer may leave everything unanswered, keep-alive's questions or data. None where
+    /// it may do so for as long as the kernel goes on sending.
+    pub(crate) fn silence(&self) -> Option<Duration> {
+        const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
+        let asked = self
+            .keepalive_interval
+            .0
+            .saturating_mul(self.keepalive_probes);
+        let silence = self.keepalive.0.saturating_add(asked).min(YEAR);
+        (!self.keepalive.0.is_zero()).then_some(silence)
+    }
+}
+
 /// One guest.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]

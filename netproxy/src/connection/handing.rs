@@ -113,6 +113,7 @@ impl Connection {
             },
             opened: state.opened.ago(ctx.now),
             last_activity: state.last_activity.ago(ctx.now),
+            looked: ctx.now,
             settle_since: None,
             moved_before: state.moved_before,
             counted,

@@ -134,6 +134,8 @@ pub(crate) struct Connection {
     stage: Stage,
     opened: Instant,
     last_activity: Instant,
+    /// When it was last looked whether both sides are there.
+    looked: Instant,
     settle_since: Option<Instant>,
     /// It was re-targeted at least once.
     moved_before: bool,
@@ -205,6 +207,7 @@ impl Connection {
             stage: Stage::Normal,
             opened: ctx.now,
             last_activity: ctx.now,
+            looked: ctx.now,
             settle_since: None,
             moved_before: false,
             counted: (0, 0),
@@ -406,7 +409,33 @@ impl Connection {
         if self.settle_since.is_some() {
             return now + SETTLE;
         }
-        self.last_activity + self.idle_limit(limits)
+        let idle = self.last_activity + self.idle_limit(limits);
+        match limits.silence() {
+            Some(silence) => idle.min(self.looked + silence / 2),
+            None => idle,
+        }
+    }
+
+    /// Who does not answer for too long. Keep-alive does not ask while something is under way, and
+    /// the kernel goes on sending that for a quarter of an hour. TCP_USER_TIMEOUT is no way out: it
+    /// also ends those that answer, and only don't read. Those are asked rarely, so silence alone
+    /// says nothing: two questions have to be open.
+    fn unheard(&self, limits: &Limits) -> Option<&'static str> {
+        let silence = limits.silence()?;
+        let gone = |stream: &TcpStream| {
+            repair::tcp_info(stream).is_ok_and(|info| {
+                info.unanswered >= 2 && u128::from(info.silent_ms) >= silence.as_millis()
+            })
+        };
+        if gone(&self.client.stream) {
+            return Some("the client does not answer any more");
+        }
+        match &self.upstream {
+            Upstream::Open(endpoint) if gone(&endpoint.stream) => {
+                Some("the guest does not answer any more")
+            }
+            _ => None,
+        }
     }
 
     fn idle_limit(&self, limits: &Limits) -> Duration {
@@ -440,6 +469,12 @@ impl Connection {
         }
         if self.settle_since.is_some() {
             return self.settle(ctx);
+        }
+        self.looked = ctx.now;
+        if matches!(self.stage, Stage::Normal)
+            && let Some(why) = self.unheard(ctx.limits)
+        {
+            return Next::Failed(why.into());
         }
         if ctx.now < self.last_activity + self.idle_limit(ctx.limits) {
             return Next::Wait;

@@ -235,10 +235,14 @@ impl Connection {
         } else {
             repair::restore(&snapshot, options, repair::clock(&endpoint.stream)?)?
         };
-        tune(SockRef::from(&socket), ctx.limits).map_err(|source| Error::Repair {
-            step: "set up",
-            source,
-        })?;
+        // Without keep-alive: nobody can answer before the release, and the kernel would end a
+        // healthy connection of which the guest, out of reach, is not even told.
+        tune(SockRef::from(&socket), ctx.limits)
+            .and_then(|()| SockRef::from(&socket).set_keepalive(false))
+            .map_err(|source| Error::Repair {
+                step: "set up",
+                source,
+            })?;
         let mut stream = TcpStream::from_std(socket.into());
         let registered = |source| Error::Repair {
             step: "watch",
@@ -309,6 +313,10 @@ impl Connection {
             ctx.late.keep(snapshot.local, snapshot.remote, old, ctx.now);
         }
         self.moved_before = true;
+        if let Upstream::Open(endpoint) = &self.upstream {
+            let asked = !ctx.limits.keepalive.0.is_zero();
+            let _ = SockRef::from(&endpoint.stream).set_keepalive(asked);
+        }
         // What the guest may know, from the first byte that it has not acknowledged on: all that
         // the old socket had sent, or what that one itself had yet to reach.
         let in_flight = before.map_or(0, |proving| {

@@ -94,6 +94,10 @@ pub struct TcpInfo {
     pub rtt_us: u32,
     /// The variance of that, in microseconds.
     pub rtt_var_us: u32,
+    /// Since when nothing has come from the peer, in milliseconds.
+    pub silent_ms: u32,
+    /// How often in a row the peer has left data, or a question for its window, unanswered.
+    pub unanswered: u8,
     /// Segments that came in.
     pub segments_in: u32,
 }
@@ -121,6 +125,9 @@ impl TcpInfo {
             scales: (options & 4 != 0).then_some((scales & 15, scales >> 4)),
             rtt_us: word(68),
             rtt_var_us: word(72),
+            // Of data, and of acknowledgements: either shows that the peer is there.
+            silent_ms: word(52).min(word(56)),
+            unanswered: byte(2).saturating_add(byte(3)),
             segments_in: word(140),
         })
     }
@@ -294,6 +301,8 @@ mod tests {
             scales: Some((7, 9)),
             rtt_us: 10_000,
             rtt_var_us: 100,
+            silent_ms: 0,
+            unanswered: 0,
             segments_in: 4,
         }
     }
