@@ -1,6 +1,7 @@
 // The command line. Also read by build.rs, which makes the man pages and completions from it.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 /// Moves running Xen guests between hosts, also across a WAN, without losing them on the way.
@@ -123,6 +124,9 @@ pub struct Migrate {
     /// Send at most RATE bits a second, with k, M or G: 50M is 50 Mbit/s. At least 256k
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub bandwidth: Option<u64>,
+    /// Encode on N cores; by default on all that this host's dom0 has
+    #[arg(long, value_name = "N")]
+    pub cores: Option<NonZeroUsize>,
     /// When it is not yet time to suspend the guest S seconds after HOST was called, do what
     /// --on-timeout says. What comes then, the silence, is not bounded by this
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..))]

@@ -45,6 +45,7 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
                 cli::OnTimeout::Fail => OnTimeout::Fail,
                 cli::OnTimeout::Handover => OnTimeout::HandOver,
             },
+            cores: options.cores,
         },
         allowed: Allowed {
             disks: options.no_disks,

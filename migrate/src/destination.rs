@@ -33,7 +33,7 @@ use crate::handover::journal::{Journal, Outcome, Phase};
 use crate::hold::hold;
 use crate::image::Image;
 use crate::link::Conversation;
-use crate::report::{Progress, rounded};
+use crate::report::{Progress, own_memory, rounded};
 use crate::rounds::{Meter, Outlook};
 use crate::shadow::{Named, Shadows, inventory};
 use crate::wire::{
@@ -152,6 +152,8 @@ struct Receiving {
     arrival: Arrival,
     control: Shared,
     meter: Meter,
+    /// The most memory of our own that was seen.
+    memory: u64,
     /// A page became a hole in this round.
     vanished: bool,
     /// The journal may say that the guest is ours.
@@ -195,6 +197,7 @@ impl Receiving {
             arrival: Arrival::default(),
             control: prepared.control,
             meter: Meter::default(),
+            memory: 0,
             vanished: false,
             owning: false,
             keep: prepared.keep,
@@ -298,6 +301,7 @@ impl Receiving {
                     self.received(number, pages_here);
                 }
                 (ToDestination::RoundEnd { round, last, .. }, None) => {
+                    self.memory = self.memory.max(own_memory());
                     let vanished = std::mem::take(&mut self.vanished);
                     if self.guest.end_round(vanished)? {
                         log::info!("Pages of the guest went: starting over from what is here");
@@ -439,8 +443,11 @@ impl Receiving {
                 seconds,
             })
             .collect();
-        self.peer
-            .send(&ToSource::Ready(Readiness { digest, parts }))
+        self.peer.send(&ToSource::Ready(Readiness {
+            digest,
+            parts,
+            memory: self.memory,
+        }))
     }
 
     fn wait_for_commit(&mut self) -> Result<()> {

@@ -368,7 +368,14 @@ fn prepare_and_move(
             return Err(error);
         }
     };
-    let peer = Conversation::start(&request.remote.host, link, WireRole::Source, rate, cancel);
+    let peer = Conversation::start_with(
+        &request.remote.host,
+        link,
+        WireRole::Source,
+        rate,
+        cancel,
+        request.plan.queue(),
+    );
     let mut observer = Watched {
         observer,
         shared: control.clone(),

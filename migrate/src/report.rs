@@ -119,6 +119,27 @@ pub struct Predicted {
     pub after_first_round: Option<Prediction>,
 }
 
+/// Memory of the two workers' own: what no file can take back. The most that was seen at the ends
+/// of rounds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct MemoryOfBoth {
+    /// At the source, in bytes.
+    pub source_bytes: u64,
+    /// At the destination, in bytes; 0 where the move didn't come to a last round.
+    pub destination_bytes: u64,
+}
+
+/// The memory that this process has of its own now, in bytes; 0 where the kernel doesn't say.
+#[must_use]
+pub fn own_memory() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssAnon:"));
+    line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok())
+        .map_or(0, |kib| kib << 10)
+}
+
 /// A whole move.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Report {
@@ -165,10 +186,12 @@ pub struct Report {
     pub verified: bool,
     /// What became of connections that an edge kept; none where the guest has no edge.
     pub connections: Option<Kept>,
+    /// What the two workers needed.
+    pub memory: MemoryOfBoth,
 }
 
 /// The version of [`Report`]'s format.
-pub const REPORT_VERSION: u32 = 3;
+pub const REPORT_VERSION: u32 = 4;
 
 /// Times phases one after the other.
 #[derive(Debug)]

@@ -1,32 +1,87 @@
-//! Encoding by choice: the one place of the codec that looks at a clock.
+//! Encoding by choice, on as many cores as are given: the one place of the codec that looks at a
+//! clock.
+//!
+//! ```text
+//!   producer    batch: filled, in order      jobs          workers: compress
+//!       ^                 |----------------> [ ][ ] -----> [ ] [ ] [ ]
+//!       |                 |                                 |       |
+//!       |   empty batches, figures  <-----------------------+       |
+//!       |                 v                                         v
+//!       |         Encoding, Encoding, ...  one for each batch: its bytes, once they are there
+//! ```
+//!
+//! What is in a batch is decided while it is filled, by one thread, so the order in which batches
+//! are compressed is of no matter, as long as they are sent in the order in which they were
+//! filled. Their memory is bounded: there are two batches more than workers.
 
-use super::choice::{Choice, Encoded, HARDLY, Probed};
-use super::encode::{BatchEncoder, BatchStatistics};
+use super::choice::{Choice, Encoded, HARDLY, Order, Probed, Produced};
+use super::encode::{BatchEncoder, BatchStatistics, Compressor};
 use super::link_rate::Sent;
-use super::technique::Technique;
+use super::technique::{PagesByTechnique, Technique};
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use nix::time::ClockId;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::thread;
 use std::time::{Duration, Instant};
+
+/// The most threads that compress: more than any link needs.
+pub const MAX_WORKERS: usize = 16;
+
+/// The bytes of a batch, received once they are there. Where the thread that makes them ended
+/// without, none ever come, and receiving fails.
+pub type Encoding = Receiver<Vec<u8>>;
 
 /// Finishes batches with the technique that pays, and measures how it does.
 ///
 /// All calls come from the thread that produces the batches.
-#[derive(Debug)]
 pub struct AdaptiveEncoder {
     choice: Choice,
     batch: BatchEncoder,
+    /// Empty ones, for batches to come.
+    spare: Vec<BatchEncoder>,
+    workers: Option<Workers>,
+    compressed: PagesByTechnique,
     /// When the last batch was done, or production went on.
     last: Instant,
     waiting: Duration,
 }
 
+/// Threads that compress. They end when this is dropped.
+struct Workers {
+    jobs: Sender<Job>,
+    done: Receiver<Done>,
+    under_way: usize,
+}
+
+struct Job {
+    batch: BatchEncoder,
+    order: Order,
+    bytes: Sender<Vec<u8>>,
+}
+
+struct Done {
+    batch: BatchEncoder,
+    /// None where it failed.
+    work: Option<Work>,
+}
+
+/// What compressing a batch came to.
+struct Work {
+    statistics: BatchStatistics,
+    technique: Technique,
+    raw: usize,
+    cpu: Duration,
+    took: Duration,
+    /// The ratio of a sample, where that hardly shrank.
+    sample: Option<f64>,
+    probed: Option<Probed>,
+    /// Elapsed time for what was compressed for the comparison alone.
+    probing: Duration,
+}
+
 impl Default for AdaptiveEncoder {
     fn default() -> Self {
-        AdaptiveEncoder {
-            choice: Choice::new(),
-            batch: BatchEncoder::new(),
-            last: Instant::now(),
-            waiting: Duration::ZERO,
-        }
+        Self::new(1)
     }
 }
 
@@ -58,8 +113,115 @@ impl Clocks {
     }
 }
 
+/// Compresses a batch as `order` says, appends it to `to`, and empties it.
+fn work(batch: &mut BatchEncoder, order: Order, to: &mut Vec<u8>) -> Work {
+    let raw = batch.block_bytes();
+    let mut technique = order.technique;
+    let mut sample = None;
+    if order.sample && raw > 0 {
+        let (from, block) = batch.sample();
+        let ratio = block as f64 / from.max(1) as f64;
+        if ratio > HARDLY {
+            technique = Technique::Stored;
+            sample = Some(ratio);
+        }
+    }
+    let sampled = Clocks::now();
+    let probe_block = order
+        .probe
+        .map(|probe| (probe, batch.block_length_with(probe)));
+    let probed = Clocks::now();
+    batch.set_technique(technique);
+    let statistics = batch.finish(to);
+    let (took, cpu) = probed.until(&Clocks::now());
+    let (probing, probing_cpu) = sampled.until(&probed);
+    Work {
+        statistics,
+        technique,
+        raw,
+        cpu,
+        took,
+        sample,
+        probed: probe_block.map(|(probe, probe_block)| Probed {
+            technique,
+            probe,
+            raw,
+            block: statistics.block,
+            probe_block,
+            cpu: probing_cpu,
+        }),
+        probing,
+    }
+}
+
+/// A worker: until there are no jobs any more.
+fn compress(jobs: &Receiver<Job>, done: &Sender<Done>) {
+    // One for all batches that this thread compresses.
+    let mut compressor = Compressor::default();
+    while let Ok(Job {
+        mut batch,
+        order,
+        bytes,
+    }) = jobs.recv()
+    {
+        let mut encoded = Vec::new();
+        batch.swap_compressor(&mut compressor);
+        let result = catch_unwind(AssertUnwindSafe(|| work(&mut batch, order, &mut encoded)));
+        let work = match result {
+            Ok(work) => {
+                batch.swap_compressor(&mut compressor);
+                // Whoever does not want them any more has ended.
+                let _ = bytes.send(encoded);
+                Some(work)
+            }
+            Err(_) => {
+                batch = BatchEncoder::new();
+                compressor = Compressor::default();
+                None
+            }
+        };
+        if done.send(Done { batch, work }).is_err() {
+            return;
+        }
+    }
+}
+
+impl Workers {
+    fn start(count: usize) -> Self {
+        let (jobs, waiting) = unbounded::<Job>();
+        let (finished, done) = unbounded();
+        for _ in 0..count {
+            let (waiting, finished) = (waiting.clone(), finished.clone());
+            thread::spawn(move || compress(&waiting, &finished));
+        }
+        Workers {
+            jobs,
+            done,
+            under_way: 0,
+        }
+    }
+}
+
 impl AdaptiveEncoder {
-    /// The batch, to add pages to. [`AdaptiveEncoder::finish`] sets its technique.
+    /// Compresses on so many cores, by threads of its own; with one, by the thread that calls.
+    #[must_use]
+    pub fn new(cores: usize) -> Self {
+        let workers = match cores.min(MAX_WORKERS) {
+            0 | 1 => 0,
+            more => more,
+        };
+        AdaptiveEncoder {
+            choice: Choice::new(workers),
+            batch: BatchEncoder::new(),
+            spare: (0..=workers).map(|_| BatchEncoder::new()).collect(),
+            workers: (workers > 0).then(|| Workers::start(workers)),
+            compressed: PagesByTechnique::default(),
+            last: Instant::now(),
+            waiting: Duration::ZERO,
+        }
+    }
+
+    /// The batch, to add pages to. Finishing it sets its technique.
     pub fn batch(&mut self) -> &mut BatchEncoder {
         &mut self.batch
     }
@@ -82,61 +244,141 @@ impl AdaptiveEncoder {
         self.waiting += waiting;
     }
 
-    /// Appends the batch to `to` and empties it, as [`BatchEncoder::finish`] does. `sent` is what
-    /// the link has taken so far.
-    pub fn finish(&mut self, to: &mut Vec<u8>, sent: Sent) -> BatchStatistics {
-        let waiting = std::mem::take(&mut self.waiting);
+    /// Has the batch compressed, and goes on with an empty one; waits while all workers are busy
+    /// and no batch is left. `sent` is what the link has taken so far.
+    pub fn hand_out(&mut self, sent: Sent) -> Encoding {
+        let (bytes, encoding) = bounded(1);
+        if self.workers.is_none() {
+            let mut encoded = Vec::new();
+            self.finish(&mut encoded, sent);
+            // Its receiver is here, and has room.
+            let _ = bytes.send(encoded);
+            return encoding;
+        }
+        self.take_done(false);
         let raw = self.batch.block_bytes();
         let order = self.choice.next(raw);
-        let mut technique = order.technique;
-        if order.sample && raw > 0 {
-            let (from, block) = self.batch.sample();
-            let ratio = block as f64 / from.max(1) as f64;
-            if ratio > HARDLY {
-                technique = Technique::Stored;
-                self.choice.sampled(raw, ratio);
+        let next = self.next_batch();
+        let batch = std::mem::replace(&mut self.batch, next);
+        self.produced(raw, Duration::ZERO, sent);
+        if let Some(workers) = &mut self.workers
+            && workers
+                .jobs
+                .send(Job {
+                    batch,
+                    order,
+                    bytes,
+                })
+                .is_ok()
+        {
+            workers.under_way += 1;
+        }
+        encoding
+    }
+
+    /// Appends the batch to `to` and empties it, as [`BatchEncoder::finish`] does, in this thread.
+    /// `sent` is what the link has taken so far.
+    pub fn finish(&mut self, to: &mut Vec<u8>, sent: Sent) -> BatchStatistics {
+        let order = self.choice.next(self.batch.block_bytes());
+        let work = work(&mut self.batch, order, to);
+        self.produced(work.raw, work.took + work.probing, sent);
+        self.learn(&work);
+        work.statistics
+    }
+
+    /// How many raw pages and deltas each technique wrote since this was asked last, of all batches
+    /// that were handed out: waits for those that are still under way.
+    pub fn take_compressed(&mut self) -> PagesByTechnique {
+        self.take_done(true);
+        std::mem::take(&mut self.compressed)
+    }
+
+    /// Notes how long it took to produce a batch: what was neither `compressing` nor waiting.
+    fn produced(&mut self, raw: usize, compressing: Duration, sent: Sent) {
+        let now = Instant::now();
+        let elapsed = now - std::mem::replace(&mut self.last, now);
+        let waiting = std::mem::take(&mut self.waiting);
+        let reading = elapsed.saturating_sub(compressing).saturating_sub(waiting);
+        let produced = Produced {
+            raw,
+            reading,
+            elapsed,
+        };
+        self.choice.produced(produced, sent);
+    }
+
+    fn learn(&mut self, work: &Work) {
+        let in_block = (work.statistics.raw + work.statistics.delta) as u64;
+        self.compressed.add(work.statistics.technique, in_block);
+        if let Some(ratio) = work.sample {
+            self.choice.sampled(work.raw, ratio);
+        }
+        self.choice.encoded(Encoded {
+            technique: work.technique,
+            raw: work.raw,
+            block: work.statistics.block,
+            cpu: work.cpu,
+            took: work.took,
+        });
+        if let Some(probed) = work.probed {
+            self.choice.probed(probed);
+        }
+    }
+
+    /// Takes batches back that are done; waits for `all` that are under way, if asked to.
+    fn take_done(&mut self, all: bool) {
+        while let Some(workers) = &mut self.workers {
+            if workers.under_way == 0 {
+                return;
+            }
+            let done = match all {
+                true => workers.done.recv().ok(),
+                false => workers.done.try_recv().ok(),
+            };
+            let Some(Done { batch, work }) = done else {
+                return;
+            };
+            workers.under_way -= 1;
+            self.spare.push(batch);
+            if let Some(work) = work {
+                self.learn(&work);
             }
         }
-        let sampled = Clocks::now();
-        let probe_block = order
-            .probe
-            .map(|probe| (probe, self.batch.block_length_with(probe)));
-        let probed = Clocks::now();
+    }
 
-        self.batch.set_technique(technique);
-        let statistics = self.batch.finish(to);
-        let end = Clocks::now();
-        let (took, cpu) = probed.until(&end);
-        let (probing, probing_cpu) = sampled.until(&probed);
-        // Whatever is not compressing, waiting or learning.
-        let reading = (end.wall - self.last)
-            .saturating_sub(took)
-            .saturating_sub(probing)
-            .saturating_sub(waiting);
-        self.choice.encoded(
-            Encoded {
-                technique,
-                raw,
-                block: statistics.block,
-                cpu,
-                took,
-                reading,
-                waiting: waiting + probing,
-            },
-            sent,
-        );
-        if let Some((probe, probe_block)) = probe_block {
-            self.choice.probed(Probed {
-                technique,
-                probe,
-                raw,
-                block: statistics.block,
-                probe_block,
-                cpu: probing_cpu,
-            });
+    /// An empty batch. Waits until there is one.
+    fn next_batch(&mut self) -> BatchEncoder {
+        let started = Instant::now();
+        loop {
+            if let Some(batch) = self.spare.pop() {
+                self.waiting += started.elapsed();
+                return batch;
+            }
+            let done = self
+                .workers
+                .as_mut()
+                .and_then(|workers| workers.done.recv().ok());
+            // Where all threads have ended the batches that they had were never sent, and the link
+            // tells.
+            let Some(Done { batch, work }) = done else {
+                return BatchEncoder::new();
+            };
+            if let Some(workers) = &mut self.workers {
+                workers.under_way -= 1;
+            }
+            self.spare.push(batch);
+            if let Some(work) = work {
+                self.learn(&work);
+            }
         }
-        self.last = end.wall;
-        statistics
+    }
+}
+
+impl std::fmt::Debug for AdaptiveEncoder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("AdaptiveEncoder")
+            .field("choice", &self.choice)
+            .finish_non_exhaustive()
     }
 }
 
@@ -212,5 +454,36 @@ mod tests {
         let written = encoder.finish(&mut bytes, Sent::default());
         assert_eq!(written.technique, Technique::Zstd1);
         assert!(written.block < PAGE_SIZE);
+    }
+
+    #[test]
+    fn batches_of_several_workers_come_in_the_order_in_which_they_were_filled() {
+        let mut encoder = AdaptiveEncoder::new(3);
+        let mut decoder = BatchDecoder::new();
+        encoder.resume(Sent::default());
+        let pages: Vec<Page> = (0..40 * 16).map(|at| page(at, at % 3 > 0)).collect();
+        let mut encodings = Vec::new();
+        for (batch, content) in pages.chunks(16).enumerate() {
+            for (pfn, page) in (batch as u64 * 16..).zip(content) {
+                encoder.batch().push(pfn, PageType::Normal, page).unwrap();
+            }
+            encodings.push(encoder.hand_out(Sent::default()));
+        }
+        let all = pages.len() as u64;
+        let mut at = 0;
+        for encoding in encodings {
+            let bytes = encoding.recv().unwrap();
+            let batch = decoder.decode(&bytes, all).unwrap();
+            for page in batch.iter() {
+                assert_eq!(page.pfn, at as u64);
+                assert!(page.content == Content::Raw(&pages[at]));
+                at += 1;
+            }
+        }
+        assert_eq!(at, pages.len());
+        assert_eq!(encoder.take_compressed().all(), all);
+        // There are no more batches than were made at first.
+        assert_eq!(encoder.spare.len(), 4);
+        assert_eq!(encoder.take_compressed(), PagesByTechnique::default());
     }
 }

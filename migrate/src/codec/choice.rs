@@ -1,12 +1,17 @@
 //! Which technique pays, decided anew for each batch from what was measured: a pure policy.
 //!
-//! A source reads pages and encodes them in one thread, while another one sends what was encoded
-//! before. So the slower of the two sets the pace, in bytes of the guest per second:
+//! A source reads pages in one thread, has them compressed by workers, and another thread sends
+//! what was encoded before. So the slowest of these sets the pace, in bytes of the guest per second:
 //!
 //! ```text
+//!   rate(technique) = min( 1 / reading,  workers / (slowdown * cost),  link / ratio )
+//!
+//!   or, where the thread that reads compresses as well:
+//!
 //!   rate(technique) = min( 1 / (reading + slowdown * cost),  link / ratio )
 //!
 //!   reading    seconds per raw byte that the producer spends on anything but compressing
+//!   workers    threads that compress
 //!   cost       CPU seconds per raw byte of the technique
 //!   slowdown   elapsed seconds per CPU second: others want the CPU too
 //!   link       bytes a second, see `LinkRate`
@@ -79,6 +84,17 @@ pub struct Order {
     pub probe: Option<Technique>,
 }
 
+/// A batch that was produced: read, and put together.
+#[derive(Debug, Clone, Copy)]
+pub struct Produced {
+    /// Bytes of raw pages.
+    pub raw: usize,
+    /// What the producer spent on it, but for compressing and waiting.
+    pub reading: Duration,
+    /// Elapsed time since the last batch was.
+    pub elapsed: Duration,
+}
+
 /// A batch that was encoded.
 #[derive(Debug, Clone, Copy)]
 pub struct Encoded {
@@ -92,10 +108,6 @@ pub struct Encoded {
     pub cpu: Duration,
     /// Elapsed time for compressing.
     pub took: Duration,
-    /// Elapsed time since the last batch for everything else but waiting for the link.
-    pub reading: Duration,
-    /// Elapsed time since the last batch waiting for the link.
-    pub waiting: Duration,
 }
 
 /// A batch that was compressed a second time.
@@ -169,6 +181,8 @@ impl Pair {
 #[derive(Debug, Clone)]
 pub struct Choice {
     link: LinkRate,
+    /// Threads that compress; none where the one that reads does.
+    workers: usize,
     current: Technique,
     /// Of the technique beside it.
     ratio: Smoothed,
@@ -187,17 +201,19 @@ pub struct Choice {
 
 impl Default for Choice {
     fn default() -> Self {
-        Self::new()
+        Self::new(0)
     }
 }
 
 impl Choice {
-    /// Knows nothing yet.
+    /// Knows nothing yet. Batches will be compressed by so many threads; by none of their own
+    /// where it is 0.
     #[must_use]
-    pub fn new() -> Self {
+    pub fn new(workers: usize) -> Self {
         let typical = |at: usize| FIRST_RATIO.powf(TYPICAL[at].1) * PROBE_BYTES as f64;
         Choice {
             link: LinkRate::default(),
+            workers,
             current: Technique::Zstd1,
             ratio: Smoothed::assumed(FIRST_RATIO),
             ratio_of: Technique::Lz4,
@@ -273,7 +289,11 @@ impl Choice {
 
     /// Bytes of the guest per second.
     fn rate(&self, technique: Technique, link: f64) -> f64 {
-        let encoding = self.reading.value + self.slowdown.value * self.cost(technique);
+        let compressing = self.slowdown.value * self.cost(technique);
+        let encoding = match self.workers {
+            0 => self.reading.value + compressing,
+            workers => self.reading.value.max(compressing / workers as f64),
+        };
         (link / self.ratio(technique)).min(encoding.recip())
     }
 
@@ -330,11 +350,10 @@ impl Choice {
         })
     }
 
-    /// Learns from a batch that was encoded, and from what was sent since the last one.
-    pub fn encoded(&mut self, batch: Encoded, sent: Sent) {
-        let cycle = batch.took + batch.reading + batch.waiting;
-        self.link.note(sent, cycle);
-        self.elapsed += cycle.as_secs_f64();
+    /// Learns from a batch that was produced, and from what was sent since the last one.
+    pub fn produced(&mut self, batch: Produced, sent: Sent) {
+        self.link.note(sent, batch.elapsed);
+        self.elapsed += batch.elapsed.as_secs_f64();
         self.unpaid += batch.reading.as_secs_f64();
         if batch.raw == 0 {
             return;
@@ -342,6 +361,14 @@ impl Choice {
         let bytes = batch.raw as f64;
         self.reading.add(self.unpaid / bytes, bytes);
         self.unpaid = 0.0;
+    }
+
+    /// Learns from a batch that was encoded.
+    pub fn encoded(&mut self, batch: Encoded) {
+        if batch.raw == 0 {
+            return;
+        }
+        let bytes = batch.raw as f64;
         let cpu = batch.cpu.as_secs_f64();
         self.costs[batch.technique as usize].add(cpu / bytes, bytes);
         if cpu > 0.0 {

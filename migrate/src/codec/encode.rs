@@ -53,10 +53,11 @@ pub struct BatchEncoder {
     compressor: Compressor,
 }
 
-/// The compressors with their tables, and where they write.
-struct Compressor {
+/// The compressors with their tables, and where they write. Takes no memory before it is used.
+#[derive(Default)]
+pub(super) struct Compressor {
     compressed: Vec<u8>,
-    lz4: CompressTable,
+    lz4: Option<CompressTable>,
     zstd: Option<CCtx<'static>>,
 }
 
@@ -129,17 +130,19 @@ impl BatchEncoder {
             expected: 0,
             counts: [0; Class::COUNT],
             technique: Technique::Lz4,
-            compressor: Compressor {
-                compressed: Vec::new(),
-                lz4: CompressTable::large(),
-                zstd: None,
-            },
+            compressor: Compressor::default(),
         }
     }
 
     /// How this batch and the next ones are compressed.
     pub fn set_technique(&mut self, technique: Technique) {
         self.technique = technique;
+    }
+
+    /// Gives the compressor out, or another one in: batches that are compressed one after the
+    /// other need one of them.
+    pub(super) fn swap_compressor(&mut self, other: &mut Compressor) {
+        std::mem::swap(&mut self.compressor, other);
     }
 
     /// How many pages are in the batch.
@@ -426,7 +429,8 @@ impl Compressor {
                 // It asks for room for the worst case, although only a result that is shorter
                 // than its input is of use.
                 self.make_room(get_maximum_output_size(raw.len()));
-                compress_into_with_table(raw, &mut self.compressed, &mut self.lz4).ok()
+                let table = self.lz4.get_or_insert_with(CompressTable::large);
+                compress_into_with_table(raw, &mut self.compressed, table).ok()
             }
             Technique::Zstd1 | Technique::Zstd3 | Technique::Zstd6 => {
                 self.make_room(zstd_safe::compress_bound(raw.len()));

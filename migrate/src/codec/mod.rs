@@ -47,8 +47,8 @@ mod encode;
 mod link_rate;
 mod technique;
 
-pub use adaptive::AdaptiveEncoder;
-pub use choice::{Choice, Encoded, Order, Probed};
+pub use adaptive::{AdaptiveEncoder, Encoding, MAX_WORKERS};
+pub use choice::{Choice, Encoded, Order, Probed, Produced};
 pub use decode::{Batch, BatchDecoder, BatchPage, Content};
 pub use encode::{BatchEncoder, BatchStatistics, EncodeError};
 pub use link_rate::{LinkRate, Sent};

@@ -80,4 +80,10 @@ impl PagesByTechnique {
         };
         *count += pages;
     }
+
+    /// All of them.
+    #[must_use]
+    pub const fn all(&self) -> u64 {
+        self.stored + self.lz4 + self.zstd_1 + self.zstd_3 + self.zstd_6
+    }
 }

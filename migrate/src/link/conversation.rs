@@ -9,11 +9,13 @@
 //!                  there is nothing to send
 //! ```
 //!
+//! Pages may be queued before they are encoded: the writer waits for them in their turn.
+//!
 //! A peer that is silent for [`SILENCE`] after its hello is lost, whatever its connection says: a
 //! cut link shows no end of file. Each byte from it counts. A sign of life is a pong with number
 //! 0, which nobody asked for.
 
-use std::io::Write;
+use std::io::{self, IoSlice, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -23,7 +25,8 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bo
 
 use super::sign_of_life::{LastHeard, Listening};
 use super::{Counted, HeldUp, Link, Pace, Rate};
-use crate::codec::Sent;
+use crate::bytes::write_all_vectored;
+use crate::codec::{Encoding, Sent};
 use crate::error::{Error, Result, chain};
 use crate::wire::{
     Agreement, Direction, Frame, FrameReader, FrameWriter, Hello, Message, Role, Tag,
@@ -36,9 +39,9 @@ pub const SILENCE: Duration = Duration::from_secs(20);
 /// A sign of life is sent after this long without anything else.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(2);
 
-/// Frames that wait for the link, and frames that wait to be handled: their memory is bounded by
-/// this many of the longest.
-const QUEUE: usize = 4;
+/// Frames that wait for the link if nothing else is said, and frames that wait to be handled: their
+/// memory is bounded by this many of the longest.
+pub const QUEUE: usize = 4;
 
 /// How long the last words may take to be written. Whoever closes then ends: what is still queued
 /// would be lost, the reason for a refusal among it.
@@ -68,6 +71,15 @@ impl Received {
     }
 }
 
+/// What waits for the link.
+enum Outgoing {
+    Frame(Vec<u8>),
+    /// A frame of pages that are being encoded.
+    Pages(Encoding),
+    /// Asks how many bytes were written before it.
+    Mark(Sender<u64>),
+}
+
 enum Heard {
     Hello(Hello),
     Frame(Received),
@@ -78,7 +90,7 @@ enum Heard {
 pub struct Conversation {
     peer: String,
     role: Role,
-    outgoing: Option<Sender<Vec<u8>>>,
+    outgoing: Option<Sender<Outgoing>>,
     /// Closes when the writer has ended.
     all_written: Receiver<()>,
     incoming: Receiver<Heard>,
@@ -111,8 +123,20 @@ impl Conversation {
         rate: impl Into<Rate>,
         cancel: Arc<AtomicBool>,
     ) -> Self {
+        Self::start_with(peer, link, role, rate, cancel, QUEUE)
+    }
+
+    /// As [`Conversation::start`], with room for `queue` frames that wait for the link.
+    pub fn start_with(
+        peer: &str,
+        link: Link,
+        role: Role,
+        rate: impl Into<Rate>,
+        cancel: Arc<AtomicBool>,
+        queue: usize,
+    ) -> Self {
         let rate = rate.into();
-        let (outgoing, frames) = bounded::<Vec<u8>>(QUEUE);
+        let (outgoing, frames) = bounded::<Outgoing>(queue);
         let (heard, incoming) = bounded(QUEUE);
         let last_heard = LastHeard::default();
         let (written, read) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
@@ -252,14 +276,37 @@ impl Conversation {
     pub fn send(&mut self, message: &impl Message) -> Result<()> {
         let mut frame = Vec::new();
         FrameWriter::new(&mut frame).send(message)?;
+        self.queue(Outgoing::Frame(frame))
+    }
+
+    /// Queues a batch of pages that may still be under way; waits while the link is busy.
+    ///
+    /// # Errors
+    /// As [`Conversation::send`].
+    pub fn send_pages(&mut self, pages: Encoding) -> Result<()> {
+        self.queue(Outgoing::Pages(pages))
+    }
+
+    /// The bytes that will have been written when all that is queued so far is: received once they
+    /// are.
+    ///
+    /// # Errors
+    /// As [`Conversation::send`].
+    pub fn mark(&mut self) -> Result<Receiver<u64>> {
+        let (mark, written) = bounded(1);
+        self.queue(Outgoing::Mark(mark))?;
+        Ok(written)
+    }
+
+    fn queue(&mut self, mut waiting: Outgoing) -> Result<()> {
         loop {
             self.check()?;
             let Some(outgoing) = &self.outgoing else {
                 return Err(self.lost("the link was closed".into()));
             };
-            match outgoing.send_timeout(frame, self.patience(TICK)) {
+            match outgoing.send_timeout(waiting, self.patience(TICK)) {
                 Ok(()) => return Ok(()),
-                Err(SendTimeoutError::Timeout(unsent)) => frame = unsent,
+                Err(SendTimeoutError::Timeout(unsent)) => waiting = unsent,
                 Err(SendTimeoutError::Disconnected(_)) => return Err(self.end_reason()),
             }
         }
@@ -385,7 +432,7 @@ fn is_sign_of_life(received: &Received) -> bool {
 fn write_frames(
     writer: &mut Counted<Box<dyn Write + Send>>,
     role: Role,
-    frames: &Receiver<Vec<u8>>,
+    frames: &Receiver<Outgoing>,
     rate: Rate,
     hurry: &AtomicBool,
     held_up: &HeldUp,
@@ -396,30 +443,68 @@ fn write_frames(
         Role::Source => FrameWriter::new(&mut sign_of_life).send(&ToDestination::Pong(0))?,
         Role::Destination => FrameWriter::new(&mut sign_of_life).send(&ToSource::Pong(0))?,
     }
-    let mut pace = Pace::new(rate);
+    let mut paced = Paced {
+        writer,
+        pace: Pace::new(rate),
+        hurry,
+        held_up,
+    };
     loop {
-        let frame = match frames.recv_timeout(SIGN_OF_LIFE) {
-            Ok(frame) => frame,
-            Err(RecvTimeoutError::Timeout) => sign_of_life.clone(),
+        match frames.recv_timeout(SIGN_OF_LIFE) {
+            Ok(Outgoing::Frame(frame)) => paced.write(&[], &frame)?,
+            Ok(Outgoing::Pages(pages)) => {
+                let batch = loop {
+                    match pages.recv_timeout(SIGN_OF_LIFE) {
+                        Ok(batch) => break batch,
+                        Err(RecvTimeoutError::Timeout) => paced.write(&[], &sign_of_life)?,
+                        Err(RecvTimeoutError::Disconnected) => {
+                            return Err(io::Error::other("Pages were not encoded").into());
+                        }
+                    }
+                };
+                let header = Tag::Pages.header(batch.len())?;
+                paced.write(&header, &batch)?;
+            }
+            Ok(Outgoing::Mark(mark)) => {
+                // Whoever asked may have ended.
+                let _ = mark.send(paced.writer.count());
+            }
+            Err(RecvTimeoutError::Timeout) => paced.write(&[], &sign_of_life)?,
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
-        };
-        let mut rest = frame.as_slice();
-        while !rest.is_empty() {
-            // Anew each time: another rate may hold by now.
-            let (slice, left) = rest.split_at(pace.slice().min(rest.len()));
-            rest = left;
-            let _held_up = held_up.begin();
-            writer.write_all(slice)?;
-            writer.flush()?;
-            pace.wait(slice.len(), hurry);
         }
+    }
+}
+
+/// Writes in slices, below a rate.
+struct Paced<'a, W> {
+    writer: &'a mut W,
+    pace: Pace,
+    hurry: &'a AtomicBool,
+    held_up: &'a HeldUp,
+}
+
+impl<W: Write> Paced<'_, W> {
+    /// Writes `header` and `rest`, the first slice of the one with the other.
+    fn write(&mut self, header: &[u8], mut rest: &[u8]) -> io::Result<()> {
+        let mut header = header;
+        while !rest.is_empty() || !header.is_empty() {
+            // Anew each time: another rate may hold by now.
+            let (slice, left) = rest.split_at(self.pace.slice().min(rest.len()));
+            rest = left;
+            let _held_up = self.held_up.begin();
+            let mut both = [IoSlice::new(header), IoSlice::new(slice)];
+            write_all_vectored(self.writer, &mut both)?;
+            self.writer.flush()?;
+            self.pace.wait(header.len() + slice.len(), self.hurry);
+            header = &[];
+        }
+        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io;
     use std::os::unix::net::UnixStream;
 
     /// One end under test, and the other as bare streams.

@@ -9,7 +9,7 @@ mod said;
 mod sign_of_life;
 pub mod ssh;
 
-pub use conversation::{Conversation, Received, SILENCE};
+pub use conversation::{Conversation, QUEUE, Received, SILENCE};
 pub use pacing::{Counted, HeldUp, Pace, Rate};
 
 use std::io::{Read, Write};

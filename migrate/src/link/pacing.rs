@@ -1,6 +1,6 @@
 //! Counting what crosses, and keeping below a rate.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -18,6 +18,11 @@ impl<T> Counted<T> {
     pub fn new(inner: T, bytes: Arc<AtomicU64>) -> Self {
         Counted { inner, bytes }
     }
+
+    /// The bytes so far.
+    pub fn count(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
 }
 
 impl<T: Read> Read for Counted<T> {
@@ -31,6 +36,12 @@ impl<T: Read> Read for Counted<T> {
 impl<T: Write> Write for Counted<T> {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         let count = self.inner.write(buffer)?;
+        self.bytes.fetch_add(count as u64, Ordering::Relaxed);
+        Ok(count)
+    }
+
+    fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        let count = self.inner.write_vectored(slices)?;
         self.bytes.fetch_add(count as u64, Ordering::Relaxed);
         Ok(count)
     }

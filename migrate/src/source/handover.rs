@@ -131,6 +131,13 @@ impl Session<'_> {
                 if ready.digest != suspended.digest {
                     return Err(Error::Verify("What arrived is not what was sent".into()));
                 }
+                self.report.memory.destination_bytes = ready.memory;
+                // What arrived was sent.
+                if let Some((before, end)) = self.last_round.take()
+                    && let (Ok(end), Some(round)) = (end.try_recv(), self.report.rounds.last_mut())
+                {
+                    round.wire_bytes = end - before;
+                }
                 for part in ready.parts {
                     let name = format!("destination: {}", part.name);
                     self.report.downtime.parts.insert(name, part.seconds);

@@ -20,9 +20,13 @@ mod offering;
 mod round;
 mod to_shadow;
 
+use std::num::NonZeroUsize;
+use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::codec::AdaptiveEncoder;
+use crossbeam_channel::Receiver;
+
+use crate::codec::{AdaptiveEncoder, MAX_WORKERS};
 use crate::connections::Connections;
 use crate::control::Shared;
 use crate::costs::Earlier;
@@ -32,11 +36,11 @@ use crate::guest::Source;
 use crate::handover::journal::{Entry, Journal, Outcome, Phase};
 use crate::handover::recovery::Owner;
 use crate::held::{HOT_BYTES, Held};
-use crate::link::{Conversation, Received};
+use crate::link::{Conversation, QUEUE, Received};
 use crate::pages::{PAGE_SIZE, PageSet};
 use crate::report::{
-    Downtime, Link as LinkReport, Observer, Predicted, Progress, REPORT_VERSION, Report, Stopwatch,
-    rounded,
+    Downtime, Link as LinkReport, MemoryOfBoth, Observer, Predicted, Progress, REPORT_VERSION,
+    Report, Stopwatch, own_memory, rounded,
 };
 use crate::rounds::{Backlog, Forecast, Limits, Meter, RoundFacts};
 use crate::shadow::Shadows;
@@ -59,6 +63,24 @@ pub struct Plan {
     pub timeout: Option<Duration>,
     /// What to do when that is over.
     pub on_timeout: OnTimeout,
+    /// The cores to encode on; those that this host has where none is given.
+    pub cores: Option<NonZeroUsize>,
+}
+
+impl Plan {
+    /// The cores to encode on.
+    #[must_use]
+    pub fn cores(&self) -> usize {
+        self.cores
+            .or_else(|| thread::available_parallelism().ok())
+            .map_or(1, NonZeroUsize::get)
+    }
+
+    /// How many frames may wait for the link: what all cores encode.
+    #[must_use]
+    pub fn queue(&self) -> usize {
+        QUEUE.max(self.cores().min(MAX_WORKERS) + 2)
+    }
 }
 
 /// What to do with a move whose time is over.
@@ -115,6 +137,9 @@ struct Session<'a> {
     /// What the destination was told last of where the p2m is.
     told_frames: (u64, Vec<u64>),
     encoder: AdaptiveEncoder,
+    /// The bytes that were written before the last round, and those at its end, once it has been
+    /// sent.
+    last_round: Option<(u64, Receiver<u64>)>,
     history: Vec<RoundFacts>,
     forecast: Forecast,
     meter: Meter,
@@ -190,6 +215,7 @@ impl<'a> Session<'a> {
             rounds: Vec::new(),
             verified: false,
             connections: None,
+            memory: MemoryOfBoth::default(),
         };
         let forecast = Forecast::new(go.earlier.fixed);
         Session {
@@ -198,7 +224,8 @@ impl<'a> Session<'a> {
             looked: Instant::now(),
             look_after: go.plan.limits.looking,
             told_frames: (0, Vec::new()),
-            encoder: AdaptiveEncoder::default(),
+            encoder: AdaptiveEncoder::new(go.plan.cores()),
+            last_round: None,
             go,
             key,
             watch: Stopwatch::default(),
@@ -231,6 +258,12 @@ impl<'a> Session<'a> {
         let suspended = self.suspend(&copied)?;
         let committed = self.hand_over(&suspended)?;
         self.finish(&committed)
+    }
+
+    /// Notes what memory this process has now, if that is the most so far.
+    fn note_memory(&mut self) {
+        let memory = &mut self.report.memory.source_bytes;
+        *memory = (*memory).max(own_memory());
     }
 
     fn phase(&mut self, name: &'static str) {

@@ -29,7 +29,6 @@ impl Session<'_> {
         let bytes_before = self.go.peer.bytes().0;
         let populated = self.go.guest.populated();
         self.tell_frames(true)?;
-        let mut encoded = Vec::new();
         self.held.begin_round();
         self.encoder.resume(self.go.peer.sent());
         let mut pfns = Vec::with_capacity(READ_BATCH);
@@ -77,12 +76,9 @@ impl Session<'_> {
                     let class = self.held.send(encoder, entry.pfn, entry.state, content)?;
                     round.count(class);
                 }
-                encoded.clear();
-                let written = self.encoder.finish(&mut encoded, self.go.peer.sent());
-                let in_block = (written.raw + written.delta) as u64;
-                round.compressed.add(written.technique, in_block);
+                let encoding = self.encoder.hand_out(self.go.peer.sent());
                 let waiting = Instant::now();
-                self.go.peer.send(&ToDestination::Pages(&encoded))?;
+                self.go.peer.send_pages(encoding)?;
                 self.encoder.waited(waiting.elapsed());
             }
             let wire_bytes = self.go.peer.bytes().0;
@@ -118,15 +114,21 @@ impl Session<'_> {
             pages: round.sent(),
             last,
         })?;
+        round.compressed = self.encoder.take_compressed();
         // The last one is answered by "ready": nothing waits for a round trip in the silence.
-        if !last {
+        if last {
+            let end = self.go.peer.mark()?;
+            self.last_round = Some((bytes_before, end));
+        } else {
             match self.receive(HANDLING)? {
                 ToSource::RoundAck { round, .. } if round == number => {}
                 other => return Err(self.unexpected(&other)),
             }
         }
         round.took = started.elapsed();
+        // Of the last one it is known when all has arrived.
         round.wire_bytes = self.go.peer.bytes().0 - bytes_before;
+        self.note_memory();
         Ok(round)
     }
 

@@ -362,4 +362,7 @@ pub struct Readiness {
     /// What it did since the last page arrived.
     #[serde(default)]
     pub parts: Vec<Part>,
+    /// The most memory of its own that it had at the end of a round, in bytes.
+    #[serde(default)]
+    pub memory: u64,
 }

@@ -116,6 +116,25 @@ impl Tag {
         }
     }
 
+    /// The header of such a frame with a payload of `length` bytes.
+    ///
+    /// # Errors
+    /// Fails where that is more than its limit.
+    pub fn header(self, length: usize) -> Result<[u8; FRAME_HEADER_SIZE], WireError> {
+        if length > self.limit() {
+            return Err(WireError::TooLong {
+                tag: self,
+                length: length as u64,
+                limit: self.limit() as u64,
+            });
+        }
+        let mut header = [0; FRAME_HEADER_SIZE];
+        header[0] = self as u8;
+        // All limits are far below 4 GiB.
+        header[4..8].copy_from_slice(&(length as u32).to_le_bytes());
+        Ok(header)
+    }
+
     /// The most bytes in the payload of such a message.
     #[must_use]
     pub const fn limit(self) -> usize {
@@ -312,13 +331,7 @@ impl<W: Write> FrameWriter<W> {
         message.encode(&mut self.scratch)?;
         let bulk = message.bulk();
         let length = self.scratch.len() - FRAME_HEADER_SIZE + bulk.len();
-        if length > tag.limit() {
-            let (length, limit) = (length as u64, tag.limit() as u64);
-            return Err(WireError::TooLong { tag, length, limit });
-        }
-        self.scratch[0] = tag as u8;
-        // All limits are far below 4 GiB.
-        self.scratch[4..8].copy_from_slice(&(length as u32).to_le_bytes());
+        self.scratch[..FRAME_HEADER_SIZE].copy_from_slice(&tag.header(length)?);
         let mut slices = [IoSlice::new(&self.scratch), IoSlice::new(bulk)];
         crate::bytes::write_all_vectored(&mut self.to, &mut slices)?;
         self.to.flush()?;

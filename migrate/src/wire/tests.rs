@@ -186,6 +186,7 @@ fn to_source() -> impl Strategy<Value = ToSource> {
             ToSource::Ready(Readiness {
                 digest: MemoryDigest(digest),
                 parts,
+                memory: u64::from(digest[0]) << 20,
             })
         }),
         Just(ToSource::Running),

@@ -1,6 +1,7 @@
 //! Random histories of a guest's writes, of links that break, of workers that die, and of retries:
 //! what arrives in the end is what left.
 
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -131,15 +132,16 @@ fn trouble() -> impl Strategy<Value = Trouble> {
     ]
 }
 
-/// Tracker, verify mode, rounds, and whether the log is read all the time and hot pages wait.
-type Options = (TrackerKind, bool, u32, bool);
+/// Tracker, verify mode, rounds, whether the log is read all the time and hot pages wait, and the
+/// cores to encode on.
+type Options = (TrackerKind, bool, u32, bool, usize);
 
 fn options() -> impl Strategy<Value = Options> {
     let tracker = prop::sample::select(vec![TrackerKind::LogDirty, TrackerKind::Scan]);
-    (tracker, any::<bool>(), 1..6u32, any::<bool>())
+    (tracker, any::<bool>(), 1..6u32, any::<bool>(), 1..4usize)
 }
 
-fn plain((tracker, verify, rounds, looking): Options) -> Crossing {
+fn plain((tracker, verify, rounds, looking, cores): Options) -> Crossing {
     let (looking, downtime) = match looking {
         true => (Duration::ZERO, Duration::from_nanos(1)),
         false => (Limits::default().looking, Duration::ZERO),
@@ -155,6 +157,7 @@ fn plain((tracker, verify, rounds, looking): Options) -> Crossing {
                 looking,
                 ..Limits::default()
             },
+            cores: NonZeroUsize::new(cores),
             ..Plan::default()
         },
         ..Crossing::default()

@@ -46,6 +46,15 @@ fn a_guest_that_writes_all_the_time_arrives_as_it_left() {
         assert!(all(|round| round.no_data) > 0);
         assert!(all(|round| round.raw) > 0);
         assert!(all(|round| round.deferred) > 0);
+        // Nearly all that crosses is pages, those of the last round among them.
+        assert!(all(|round| round.wire_bytes) > report.wire_bytes / 10 * 9);
+        let last = report.rounds.last().unwrap();
+        assert!(last.wire_bytes > last.raw * 8, "{report:?}");
+        assert_eq!(
+            all(|round| round.compressed.all()),
+            all(|round| round.raw + round.delta)
+        );
+        assert!(report.memory.source_bytes > 0 && report.memory.destination_bytes > 0);
         assert!(scene.far.arrived_state().is_some());
         assert_eq!((scene.near.keepers(), scene.far.keepers()), (0, 1));
     }

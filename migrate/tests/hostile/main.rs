@@ -351,6 +351,7 @@ fn to_source() -> Vec<Vec<u8>> {
         ToSource::Ready(Readiness {
             digest: MemoryDigest([1; 16]),
             parts,
+            memory: u64::MAX,
         }),
         ToSource::Running,
         ToSource::Failed(Text::new("No")),

@@ -53,7 +53,7 @@ impl World {
 
     fn new(ratios: Ratios, mbit: f64) -> Self {
         World {
-            choice: Choice::new(),
+            choice: Choice::new(0),
             // As measured, 1 MiB at a time.
             costs: [0.1e-9, 1.37e-9, 1.73e-9, 2.72e-9, 7.65e-9],
             reading: 0.6e-9,
@@ -133,18 +133,20 @@ impl World {
         let took = cpu * self.slowdown;
         let sent = self.sent();
         self.now += raw * self.reading + took + probing;
-        self.choice.encoded(
-            Encoded {
-                technique,
-                raw: BATCH,
-                block: block as usize,
-                cpu: Duration::from_secs_f64(cpu),
-                took: Duration::from_secs_f64(took),
-                reading: Duration::from_secs_f64(raw * self.reading),
-                waiting: Duration::from_secs_f64(self.waited + probing),
-            },
-            sent,
-        );
+        let reading = raw * self.reading;
+        let produced = Produced {
+            raw: BATCH,
+            reading: Duration::from_secs_f64(reading),
+            elapsed: Duration::from_secs_f64(reading + took + self.waited + probing),
+        };
+        self.choice.produced(produced, sent);
+        self.choice.encoded(Encoded {
+            technique,
+            raw: BATCH,
+            block: block as usize,
+            cpu: Duration::from_secs_f64(cpu),
+            took: Duration::from_secs_f64(took),
+        });
         if let Some(probed) = probed {
             self.choice.probed(probed);
         }
@@ -358,18 +360,19 @@ fn batches_without_raw_pages_change_nothing() {
     let sent = world.sent();
     for _ in 0..1000 {
         assert_eq!(world.choice.next(0).probe, None);
-        world.choice.encoded(
-            Encoded {
-                technique: before,
-                raw: 0,
-                block: 0,
-                cpu: Duration::ZERO,
-                took: Duration::ZERO,
-                reading: Duration::ZERO,
-                waiting: Duration::ZERO,
-            },
-            sent,
-        );
+        let produced = Produced {
+            raw: 0,
+            reading: Duration::ZERO,
+            elapsed: Duration::ZERO,
+        };
+        world.choice.produced(produced, sent);
+        world.choice.encoded(Encoded {
+            technique: before,
+            raw: 0,
+            block: 0,
+            cpu: Duration::ZERO,
+            took: Duration::ZERO,
+        });
     }
     assert_eq!(world.choice.technique(), before);
 }
@@ -392,4 +395,39 @@ fn content_that_is_mixed_and_measurements_that_waver_do_not_confuse_it() {
             world.used
         );
     }
+}
+
+#[test]
+fn more_workers_afford_a_stronger_technique() {
+    let chosen = |workers| {
+        let mut choice = Choice::new(workers);
+        choice.resume(Sent::default());
+        let mut sent = Sent::default();
+        // A link of 1 Gbit/s that is never idle.
+        for _ in 0..200 {
+            let raw = BATCH as f64;
+            let technique = choice.next(0).technique;
+            let block = raw * IDLE[technique as usize];
+            let took = block / (1000.0 * MBIT);
+            sent.bytes += block as u64;
+            sent.held_up += Duration::from_secs_f64(took);
+            let produced = Produced {
+                raw: BATCH,
+                reading: Duration::from_secs_f64(raw * 0.3e-9),
+                elapsed: Duration::from_secs_f64(took),
+            };
+            choice.produced(produced, sent);
+            let cpu = Duration::from_secs_f64(raw * TYPICAL[technique as usize].0);
+            choice.encoded(Encoded {
+                technique,
+                raw: BATCH,
+                block: block as usize,
+                cpu,
+                took: cpu,
+            });
+        }
+        choice.technique()
+    };
+    assert!(chosen(0) < chosen(4), "{:?} {:?}", chosen(0), chosen(4));
+    assert!(chosen(4) <= chosen(16));
 }

@@ -209,7 +209,8 @@ pub fn leave(
     let rate = Rate::new(crossing.rate);
     let control = control(&offer, Role::Source, rate.clone(), crossing);
     let cancel = Arc::clone(&crossing.cancel);
-    let peer = Conversation::start("destination", link, WireRole::Source, rate, cancel);
+    let queue = crossing.plan.queue();
+    let peer = Conversation::start_with("destination", link, WireRole::Source, rate, cancel, queue);
     let ended = survive(|| {
         source::run(
             Move {
