@@ -140,6 +140,11 @@ pub struct Migrate {
         requires = "timeout"
     )]
     pub on_timeout: OnTimeout,
+    /// Where the guest changes its memory faster than it crosses, slow it down while it is copied:
+    /// it keeps at least PERCENT of the processor time that it may use otherwise. By default it is
+    /// never slowed down
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(1..100))]
+    pub throttle: Option<u8>,
     /// Move a guest that has writable disks, without their content: they are shared storage, which
     /// HOST has at the same paths
     #[arg(long)]

@@ -11,7 +11,7 @@ use migrate::guest::xen::host::Host;
 use migrate::link::ssh::Remote;
 use migrate::outgoing::{Left, Moved, Request, find_domain, migrate};
 use migrate::report::TrackerKind;
-use migrate::rounds::Limits;
+use migrate::rounds::{Limits, Share};
 use migrate::shadow::ShadowPolicy;
 use migrate::source::{OnTimeout, Plan};
 use migrate::wire::Purpose;
@@ -37,6 +37,10 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
         plan: Plan {
             limits: Limits {
                 downtime: Duration::from_millis(options.downtime),
+                least_share: options
+                    .throttle
+                    .and_then(Share::new)
+                    .unwrap_or(Share::WHOLE),
                 ..Limits::default()
             },
             verify: options.verify,

@@ -170,6 +170,12 @@ pub fn summary(report: &Report) -> String {
             predicted.downtime,
         ));
     }
+    if let Some(slowed) = report.slowed_down {
+        text.push_str(&format!(
+            "  slowed down to {} of its processor time for {:.1} s\n",
+            slowed.share, slowed.seconds,
+        ));
+    }
     if report.verified {
         text.push_str("  verified: all memory compared at both hosts\n");
     }

@@ -74,6 +74,7 @@ const FUNCTIONS: &[&str] = &[
     "libxl_dominfo_list_free",
     "libxl_domain_(rename|pause|unpause|destroy|shutdown|reboot|resume|suspend_only)",
     "libxl_domain_(core_dump|preserve)",
+    "libxl_domain_sched_params_(init|dispose|get|set)",
     "libxl_domain_create_(new|restore)",
     "libxl_domain_restore_params_(init|dispose)",
     "libxl_domain_config_(init|dispose|to_json|from_json)",

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::codec::{Class, PagesByTechnique};
 use crate::connections::Kept;
 use crate::retry::Interruption;
-use crate::rounds::{Outlook, Prediction, Stop, seconds};
+use crate::rounds::{Outlook, Prediction, Share, Stop, seconds};
 
 /// How dirty pages are found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, serde::Deserialize)]
@@ -140,6 +140,15 @@ pub fn own_memory() -> u64 {
         .map_or(0, |kib| kib << 10)
 }
 
+/// That the guest was slowed down while it was copied.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct SlowedDown {
+    /// What it had in the end of the processor time that it may use otherwise, in percent.
+    pub share: Share,
+    /// How long it was slowed down, more and more.
+    pub seconds: f64,
+}
+
 /// A whole move.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Report {
@@ -180,6 +189,8 @@ pub struct Report {
     pub predicted: Predicted,
     /// Why pre-copy ended.
     pub stop: Option<Stop>,
+    /// Whether the guest was slowed down meanwhile.
+    pub slowed_down: Option<SlowedDown>,
     /// Each pass, the last one with the guest suspended.
     pub rounds: Vec<Round>,
     /// Whether the verify mode compared all memory at both sides.

@@ -185,3 +185,46 @@ fn a_move_is_given_up_at_every_point() {
     cancelled_at(&testbed, &guest, SiteName::B, &DESTINATION);
     refused_once_committed(&testbed, &guest);
 }
+
+/// The cap of the guest's processor time, as stock tools see it.
+fn cap(testbed: &Testbed, at: SiteName) -> String {
+    let text = "xl sched-credit2 -d g1 | awk '$1 == \"g1\" { print $4 }'";
+    testbed.site(at).run(text).unwrap().trim().to_owned()
+}
+
+/// A guest that may be slowed down has its processor time back when its move was given up, when
+/// its worker was killed, and when it has arrived.
+#[test]
+fn a_guest_that_is_slowed_down() {
+    let testbed = sites(with(Hypervisor::Release));
+    let guest = Guest {
+        run: vec!["rewrite 6 8".into()],
+        ..small_guest()
+    };
+    testbed.start_guest(SiteName::A, &guest).unwrap();
+    let site = testbed.site(SiteName::A);
+    site.run("xl sched-credit2 -d g1 -c 90").unwrap();
+    for end in ["vmshadow cancel g1", "kill -9 $(pgrep -x vmshadow)", ""] {
+        let options = "--throttle 20 --downtime 0 --bandwidth 15M --retry 0";
+        let command = migrate(SiteName::A, options);
+        let mut child = site
+            .command(&format!("{command} > /tmp/vmshadow-out 2>&1"))
+            .spawn()
+            .unwrap();
+        let said = || site.run("cat /tmp/vmshadow-out").unwrap_or_default();
+        wait_until("it is slowed down", || {
+            let ended = child.try_wait().unwrap();
+            assert!(ended.is_none(), "{}", said());
+            said().contains("slowed down to")
+        });
+        if !end.is_empty() {
+            assert_ne!(cap(&testbed, SiteName::A), "90");
+            site.run(end).unwrap();
+        }
+        let moved = child.wait().unwrap().success();
+        let at = settled(&testbed, &guest, end);
+        assert_eq!(moved, end.is_empty(), "{}", said());
+        assert_eq!(at == SiteName::B, moved);
+        assert_eq!(cap(&testbed, at), "90", "{end}");
+    }
+}

@@ -7,7 +7,7 @@ use std::time::Duration;
 use lz4_flex::block::{compress_into, get_maximum_output_size};
 use migrate::guest::replay::Memory;
 use migrate::pages::{PAGE_SIZE, Page, PageSet};
-use migrate::rounds::{FixedCost, Forecast, Left, Limits, Next, RoundFacts, Sent, decide};
+use migrate::rounds::{FixedCost, Forecast, Left, Limits, Next, RoundFacts, Sent, Share, decide};
 use zstd_safe::zstd_sys::ZSTD_EndDirective;
 use zstd_safe::{CCtx, CParameter, InBuffer, OutBuffer};
 
@@ -105,7 +105,10 @@ pub fn simulate(subject: &Subject, mut way: Way, rate: u64, limits: &Limits) -> 
     let mut first = 0;
     let mut whole = 0;
     loop {
-        let suspended = matches!(decide(&history, &left, &forecast, limits), Next::Suspend(_));
+        let suspended = matches!(
+            decide(&history, &left, &forecast, limits, Share::WHOLE),
+            Next::Suspend(_)
+        );
         let (sent, bytes) = send(&memory, &dirty, &mut way);
         let took = Duration::from_secs_f64(bytes as f64 / rate as f64);
         now += took;

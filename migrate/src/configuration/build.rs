@@ -75,6 +75,8 @@ pub(super) fn build_info(
         taken.insert("cpuid".into(), cpuid);
     }
     if let Some(scheduling) = info.object("sched_params")? {
+        // This site has a scheduler of its own.
+        scheduling.ignore("sched");
         let mut params = Map::new();
         scheduling.take_unsigned(&[("weight", 65_535), ("cap", 1_000_000)], &mut params)?;
         taken.insert("sched_params".into(), params.into());

@@ -32,7 +32,7 @@ fn configuration() -> Value {
             "max_grant_version": 2,
             "device_model_version": "qemu_xen",
             "device_model_stubdomain": "False",
-            "sched_params": { "weight": 512, "cap": 50 },
+            "sched_params": { "sched": "credit2", "weight": 512, "cap": 50 },
             "claim_mode": "False",
             "event_channels": 1023,
             "kernel": "/boot/guests/vmlinuz",

@@ -315,6 +315,19 @@ pub trait Source {
         deferred: &mut PageSet,
     ) -> Result<()>;
 
+    /// The most processor time that the guest may use, in percent of one CPU; zero: as much as
+    /// there is. None where that can't be bounded.
+    ///
+    /// # Errors
+    /// What Xen refuses.
+    fn cpu_cap(&mut self) -> Result<Option<u32>>;
+
+    /// Sets what [`Source::cpu_cap`] returns. Harmless where the guest is gone.
+    ///
+    /// # Errors
+    /// What Xen refuses.
+    fn set_cpu_cap(&mut self, percent: u32) -> Result<()>;
+
     /// Suspends the guest, and returns once it is. Where it fails the guest runs, or will be made
     /// to by [`Source::resume`].
     ///

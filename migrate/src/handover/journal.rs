@@ -8,6 +8,7 @@
 //! source                                 destination
 //! begin       before anything            begin     before the domain is made
 //! tracking    before log-dirty
+//! slowing     before the guest is slowed down
 //! suspending  before the suspend         ready     before ready is sent
 //! committed   before commit is sent      owner     before the guest is unpaused
 //!                                        running   after it was
@@ -28,8 +29,9 @@ use serde::{Deserialize, Serialize};
 use crate::directories::{Directories, sync_directory};
 use crate::error::{Error, IoContext, Result};
 
-/// The version of the journal's format.
-pub const JOURNAL_VERSION: u32 = 1;
+/// The version of the journal's format. The first had no record of a guest that is slowed down, and
+/// is read all the same.
+pub const JOURNAL_VERSION: u32 = 2;
 
 /// How long a destination remembers a move that ended.
 pub const KEEP_ENDED: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -108,6 +110,7 @@ pub struct Begin {
 enum Record {
     Begin(Begin),
     Phase { phase: Phase },
+    Slowing { cap: u32 },
     End { outcome: Outcome },
 }
 
@@ -120,6 +123,9 @@ pub struct Entry {
     pub begin: Begin,
     /// How far it came.
     pub phase: Phase,
+    /// At the source, where the guest may have been slowed down: the cap of its processor time
+    /// before that, in percent of one CPU, zero for none.
+    pub cap: Option<u32>,
     /// How it ended, if it did.
     pub outcome: Option<Outcome>,
 }
@@ -150,6 +156,7 @@ impl Journal {
             path: path.clone(),
             begin,
             phase: Phase::Begun,
+            cap: None,
             outcome: None,
         };
         let mut journal = Journal { file, entry };
@@ -196,6 +203,17 @@ impl Journal {
     pub fn reach(&mut self, phase: Phase) -> Result<()> {
         self.append(&Record::Phase { phase })?;
         self.entry.phase = phase;
+        Ok(())
+    }
+
+    /// Records that the guest is about to be slowed down, and the cap of its processor time before
+    /// that, in percent of one CPU. On return it is on the disk.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; then the guest must not be slowed down.
+    pub fn slowing(&mut self, cap: u32) -> Result<()> {
+        self.append(&Record::Slowing { cap })?;
+        self.entry.cap.get_or_insert(cap);
         Ok(())
     }
 
@@ -276,7 +294,7 @@ fn parse(path: &Path, text: &[u8]) -> Result<Entry> {
             serde_json::from_slice(line).map_err(|error| bad(format!("Bad record: {error}")))?;
         match (record, &mut entry) {
             (Record::Begin(begin), None) => {
-                if begin.version != JOURNAL_VERSION {
+                if !(1..=JOURNAL_VERSION).contains(&begin.version) {
                     return Err(bad(format!(
                         "Version {} is not this program's ({JOURNAL_VERSION})",
                         begin.version
@@ -286,10 +304,15 @@ fn parse(path: &Path, text: &[u8]) -> Result<Entry> {
                     path: path.into(),
                     begin,
                     phase: Phase::Begun,
+                    cap: None,
                     outcome: None,
                 });
             }
             (Record::Phase { phase }, Some(entry)) => entry.phase = phase,
+            // What there was before the first time.
+            (Record::Slowing { cap }, Some(entry)) => {
+                entry.cap.get_or_insert(cap);
+            }
             (Record::End { outcome }, Some(entry)) => entry.outcome = Some(outcome),
             (Record::Begin(_), Some(_)) => return Err(bad("Begins twice".into())),
             (_, None) => return Err(bad("Has no beginning".into())),
@@ -431,12 +454,15 @@ mod tests {
     fn what_was_written_is_read_back() {
         let (_root, directories) = directories();
         let mut journal = Journal::create(&directories, begin()).unwrap();
+        journal.slowing(0).unwrap();
+        journal.slowing(60).unwrap();
         journal.reach(Phase::Suspending).unwrap();
         journal.reach(Phase::Committed).unwrap();
         let entries = list(&directories).unwrap();
         assert_eq!(entries.len(), 1);
         assert_eq!(entries[0].phase, Phase::Committed);
         assert_eq!(entries[0].begin, begin());
+        assert_eq!(entries[0].cap, Some(0));
         assert_eq!(entries[0].outcome, None);
         journal.end_and_remove(Outcome::Moved).unwrap();
         assert!(list(&directories).unwrap().is_empty());

@@ -6,6 +6,7 @@
 //! ```text
 //! source       begun, tracking  -> the guest never stopped: end log-dirty
 //!              suspending       -> take the request back, or resume
+//!              slowed down      -> wherever it goes on here: give it its processor time back
 //!              committed        -> ask the destination, and do what it says
 //! destination  begun, ready     -> destroy what is incoming
 //!              owner            -> the guest is ours: let it run, name it
@@ -16,6 +17,7 @@ use std::fs;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use xen_sys::DomId;
 
 use super::journal::{self, Entry, Journal, Outcome, Phase, Role};
 use super::lock::GuestLock;
@@ -133,6 +135,7 @@ pub fn settle(directories: &Directories, entry: &Entry, patience: Duration) -> R
             let host = Host::open()?;
             if let Some(domid) = host.find(&entry.begin.uuid)? {
                 host.end_log_dirty(domid, entry.phase >= Phase::Tracking)?;
+                speed_up(&host, domid, &entry)?;
             }
             journal.end_and_remove(Outcome::Aborted)?;
             Ok(settled(
@@ -395,7 +398,16 @@ fn resume(directories: &Directories, entry: &Entry) -> Result<()> {
         keeper::start(directories, &entry.begin.name, &entry.begin.uuid)?;
         host.resume(domid)?;
     }
-    host.end_log_dirty(domid, true)
+    host.end_log_dirty(domid, true)?;
+    speed_up(&host, domid, entry)
+}
+
+/// Gives a guest that was slowed down its processor time back.
+fn speed_up(host: &Host, domid: DomId, entry: &Entry) -> Result<()> {
+    match entry.cap {
+        Some(cap) => host.set_cpu_cap(domid, cap),
+        None => Ok(()),
+    }
 }
 
 /// Destroys the domain that the guest left behind here.
@@ -495,6 +507,7 @@ mod tests {
                 boot_id: String::new(),
             },
             phase,
+            cap: None,
             outcome,
         }
     }

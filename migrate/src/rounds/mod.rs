@@ -11,13 +11,15 @@
 //! [`decide`] suspends when the silence would be as short as was asked for, when there is next to
 //! nothing left, when all that is left is hot, or when further rounds gain nothing (CloudNet's
 //! smart stop, VEE'11: once what is left stops falling below what was sent, the newest minimum is
-//! the moment).
+//! the moment). Where the operator allows it the guest is slowed down before that is accepted.
 
 mod backlog;
 mod prediction;
+pub mod throttle;
 
 pub use backlog::Backlog;
 pub use prediction::{Course, FixedCost, Forecast, InRound, Meter, Outlook, Prediction, Sent};
+pub use throttle::Share;
 
 use std::time::Duration;
 
@@ -42,6 +44,8 @@ pub struct Limits {
     pub window: usize,
     /// How often the log of dirty pages is read within a round, to learn which pages are hot.
     pub looking: Duration,
+    /// How far the guest may be slowed down where that makes the silence shorter.
+    pub least_share: Share,
 }
 
 impl Default for Limits {
@@ -51,6 +55,7 @@ impl Default for Limits {
             rounds: 12,
             window: 3,
             looking: Duration::from_secs(1),
+            least_share: Share::WHOLE,
         }
     }
 }
@@ -123,13 +128,36 @@ pub enum Next {
         /// Hot pages wait.
         hold: bool,
     },
+    /// Another one, of all that is left, with the guest slowed down to this share.
+    SlowDown(Share),
     /// The last one.
     Suspend(Stop),
 }
 
-/// What to do after the last round of `history`, which left that much.
+/// What to do after the last round of `history`, which left that much. The guest has `share` of its
+/// processor time.
 #[must_use]
-pub fn decide(history: &[RoundFacts], left: &Left, forecast: &Forecast, limits: &Limits) -> Next {
+pub fn decide(
+    history: &[RoundFacts],
+    left: &Left,
+    forecast: &Forecast,
+    limits: &Limits,
+    share: Share,
+) -> Next {
+    let next = next(history, left, forecast, limits);
+    let Next::Suspend(Stop::Hot | Stop::NoProgress) = next else {
+        return next;
+    };
+    let all = left.cold.saturating_add(left.hot);
+    let slower = forecast.sending(all).and_then(|sending| {
+        let wanted = limits.last_round(forecast.fixed().total());
+        throttle::slow_down(share, limits.least_share, sending, wanted)
+    });
+    slower.map_or(next, Next::SlowDown)
+}
+
+/// What to do with a guest that is not slowed down any further.
+fn next(history: &[RoundFacts], left: &Left, forecast: &Forecast, limits: &Limits) -> Next {
     let all = left.cold.saturating_add(left.hot);
     if history.is_empty() {
         return Next::Round { hold: false };
@@ -222,6 +250,7 @@ mod tests {
     ) -> (usize, Option<Stop>, u64) {
         let mut history = Vec::new();
         let (mut sent, mut all) = (32_768, 0);
+        let mut share = Share::WHOLE;
         for (number, (cold, hot)) in trace.iter().copied().enumerate() {
             let facts = round(sent, cold + hot);
             forecast.sent(Sent {
@@ -233,10 +262,11 @@ mod tests {
             history.push(facts);
             all += sent;
             let left = Left { cold, hot };
-            match decide(&history, &left, &forecast, limits) {
+            match decide(&history, &left, &forecast, limits, share) {
                 Next::Suspend(stop) => return (number + 1, Some(stop), all),
                 Next::Round { hold: true } => sent = cold,
                 Next::Round { hold: false } => sent = cold + hot,
+                Next::SlowDown(slower) => (share, sent) = (slower, cold + hot),
             }
         }
         (trace.len(), None, all)
@@ -294,7 +324,7 @@ mod tests {
                 bytes: 1 << 20,
                 took: Duration::from_secs(1),
             });
-            decide(history, &left, &forecast, &Limits::default())
+            decide(history, &left, &forecast, &Limits::default(), Share::WHOLE)
         };
         let on = Next::Round { hold: false };
         let mut history = vec![round(32_768, u64::MAX), round(5000, 5000)];
@@ -398,7 +428,52 @@ mod tests {
             &left,
             &free(),
             &Limits::default(),
+            Share::WHOLE,
         );
         assert_eq!(decided, Next::Round { hold: false });
+    }
+
+    /// A guest that rewrites as many pages as its share lets it: when and why it is suspended, and
+    /// its share then. Every trace of it ends so.
+    fn slowed_down(least: u8, pages_at_full: u64) -> (usize, Stop, Share) {
+        let limits = Limits {
+            least_share: Share::new(least).unwrap(),
+            rounds: 40,
+            ..Limits::default()
+        };
+        let mut forecast = free();
+        let (mut history, mut share, mut sent) = (Vec::new(), Share::WHOLE, 32_768);
+        loop {
+            let left = u64::from(share.of(0, 1)) * pages_at_full / 100;
+            let facts = round(sent, left);
+            forecast.sent(Sent {
+                first: history.is_empty(),
+                pages: sent,
+                bytes: facts.wire_bytes,
+                took: facts.took,
+            });
+            history.push(facts);
+            let cold = Left { cold: left, hot: 0 };
+            match decide(&history, &cold, &forecast, &limits, share) {
+                Next::Suspend(stop) => return (history.len(), stop, share),
+                Next::SlowDown(slower) => share = slower,
+                Next::Round { .. } => {}
+            }
+            sent = left;
+        }
+    }
+
+    #[test]
+    fn a_guest_that_may_be_slowed_down_is_so_until_its_silence_is_short() {
+        // 8 MB all the time take 1.3 s: too long without, short enough with a quarter of it.
+        assert_eq!(slowed_down(100, 2048), (3, Stop::NoProgress, Share::WHOLE));
+        let (rounds, stop, share) = slowed_down(5, 2048);
+        assert_eq!(stop, Stop::DowntimeTarget);
+        assert!(rounds <= 8 && share < Share::new(30).unwrap(), "{share}");
+        // No further than the operator allows.
+        let (_, stop, share) = slowed_down(60, 2048);
+        assert_eq!((stop, share), (Stop::NoProgress, Share::new(60).unwrap()));
+        // One that is quiet enough is left alone.
+        assert_eq!(slowed_down(5, 400), (1, Stop::DowntimeTarget, Share::WHOLE));
     }
 }

@@ -61,10 +61,11 @@ impl Session<'_> {
             self.check_time(number + 1, all)?;
             let next = match self.time_is_up {
                 true => Next::Suspend(Stop::Timeout),
-                false => decide(&self.history, &left, &self.forecast, &self.limits()),
+                false => self.decide(&left)?,
             };
             match next {
                 Next::Round { hold } => hold_back = hold,
+                Next::SlowDown(_) => hold_back = false,
                 Next::Suspend(stop) => {
                     self.report.stop = Some(stop);
                     break;
@@ -74,6 +75,19 @@ impl Session<'_> {
         self.go.connections.prepare()?;
         self.watch.lap("pre-copy");
         Ok(Copied)
+    }
+
+    /// What comes after a round. Where that is to slow the guest down it has been.
+    fn decide(&mut self, left: &Left) -> Result<Next> {
+        loop {
+            let limits = self.limits();
+            let next = decide(&self.history, left, &self.forecast, &limits, self.share());
+            match next {
+                // It can't be, and will not be tried again: then what else?
+                Next::SlowDown(share) if !self.slow_down(share)? => {}
+                next => return Ok(next),
+            }
+        }
     }
 
     /// The first time everything waits, whatever a tracker knows: what the guest has, and what the

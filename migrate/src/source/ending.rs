@@ -110,6 +110,7 @@ impl Session<'_> {
             // First what the guest waits for.
             note(self.go_on());
         }
+        note(self.speed_up());
         self.go.connections.stayed();
         note(self.go.guest.end_tracking());
         self.go.peer.ignore_cancel();

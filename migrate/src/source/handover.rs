@@ -35,6 +35,7 @@ impl Session<'_> {
         self.go.guest.suspend()?;
         self.go.connections.suspended();
         self.part("suspend", started.elapsed());
+        self.note_slowed_down();
         let silent = if self.go.plan.verify {
             SILENT_VERIFYING
         } else {

@@ -18,6 +18,7 @@ mod ending;
 mod handover;
 mod offering;
 mod round;
+mod slowing;
 mod to_shadow;
 
 use std::num::NonZeroUsize;
@@ -25,6 +26,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Receiver;
+use slowing::Slowed;
 
 use crate::codec::{AdaptiveEncoder, MAX_WORKERS};
 use crate::connections::Connections;
@@ -145,6 +147,7 @@ struct Session<'a> {
     meter: Meter,
     /// The time that the operator gave is over, and the guest is to be handed over.
     time_is_up: bool,
+    slowed: Option<Slowed>,
     suspend_started: Option<Instant>,
 }
 
@@ -212,6 +215,7 @@ impl<'a> Session<'a> {
                 after_first_round: None,
             },
             stop: None,
+            slowed_down: None,
             rounds: Vec::new(),
             verified: false,
             connections: None,
@@ -234,6 +238,7 @@ impl<'a> Session<'a> {
             forecast,
             meter: Meter::default(),
             time_is_up: false,
+            slowed: None,
             suspend_started: None,
         }
     }

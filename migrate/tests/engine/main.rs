@@ -7,4 +7,5 @@ mod broken;
 mod lying;
 mod random;
 mod scene;
+mod slowed;
 mod whole;

@@ -6,6 +6,7 @@
 //! | `config` | a domain's configuration |
 //! | `domains` | names, lists, the data kept beside a domain, memory |
 //! | `lifecycle` | create, restore, suspend, resume, pause, destroy |
+//! | `scheduling` | how much processor time a domain may use |
 //! | `devices` | a domain's disks, network interfaces, PCI devices |
 //! | `events` | waiting for a domain's end |
 //!
@@ -20,6 +21,7 @@ mod devices;
 mod domains;
 mod events;
 mod lifecycle;
+mod scheduling;
 
 pub use config::{Action, DomainConfig, DomainKind};
 pub use context::{Aborter, Toolstack};

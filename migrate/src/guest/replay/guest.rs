@@ -18,7 +18,13 @@ pub struct Guest {
     memory: Memory,
     history: History,
     clock: Clock,
-    began: Instant,
+    /// How long it has run of its history, at the speed that its cap leaves it.
+    ran: Duration,
+    seen: Instant,
+    /// The most processor time that it may use, in percent of its only CPU; zero: all.
+    cap: u32,
+    /// Of a step that it makes at a call, what its cap has left it so far, in percent.
+    part: u32,
     suspended: bool,
     /// Pages that were written since they were last asked for, while they are logged.
     log: Option<PageSet>,
@@ -42,7 +48,10 @@ impl Guest {
             memory,
             history: History::default(),
             clock: Clock::Calls,
-            began: Instant::now(),
+            ran: Duration::ZERO,
+            seen: Instant::now(),
+            cap: 0,
+            part: 0,
             suspended: false,
             log: None,
         }
@@ -52,7 +61,28 @@ impl Guest {
     pub fn live(&mut self, history: History, clock: Clock) {
         self.history = history;
         self.clock = clock;
-        self.began = Instant::now();
+        self.ran = Duration::ZERO;
+        self.seen = Instant::now();
+    }
+
+    /// The most processor time that it may use, in percent of one CPU; zero: as much as it likes.
+    #[must_use]
+    pub fn cpu_cap(&self) -> u32 {
+        self.cap
+    }
+
+    /// Sets what [`Guest::cpu_cap`] returns.
+    pub fn set_cpu_cap(&mut self, percent: u32) {
+        self.go_on();
+        self.cap = percent;
+    }
+
+    /// Its speed, in percent.
+    fn speed(&self) -> u32 {
+        match self.cap {
+            0 => 100,
+            cap => cap.min(100),
+        }
     }
 
     /// Its memory as it is now.
@@ -69,12 +99,24 @@ impl Guest {
 
     /// Time goes on.
     pub(super) fn go_on(&mut self) {
+        let now = Instant::now();
+        let passed = now - std::mem::replace(&mut self.seen, now);
         if self.suspended {
             return;
         }
         let until = match self.clock {
-            Clock::Calls => Duration::MAX,
-            Clock::Time => self.began.elapsed(),
+            Clock::Calls => {
+                self.part += self.speed();
+                if self.part < 100 {
+                    return;
+                }
+                self.part -= 100;
+                Duration::MAX
+            }
+            Clock::Time => {
+                self.ran += passed * self.speed() / 100;
+                self.ran
+            }
         };
         while self
             .history
@@ -147,6 +189,7 @@ impl Guest {
     }
 
     pub(super) fn resume(&mut self) {
+        self.seen = Instant::now();
         self.suspended = false;
     }
 }

@@ -35,6 +35,8 @@ pub enum Call {
     Begin,
     NextDirty,
     Read(Moment),
+    CpuCap,
+    SetCpuCap,
     Suspend,
     FinalState,
     EndTracking,
@@ -235,10 +237,14 @@ impl Site {
     }
 
     fn stays(&self, journal: &mut Journal) -> Result<()> {
+        let cap = journal.entry().cap;
         let suspended = self.with_guest(|guest| {
             let suspended = !guest.runs();
             guest.resume();
             guest.end_log();
+            if let Some(cap) = cap {
+                guest.set_cpu_cap(cap);
+            }
             Ok(suspended)
         })?;
         if suspended {

@@ -147,6 +147,19 @@ impl Source for ReplaySource {
         })
     }
 
+    fn cpu_cap(&mut self) -> Result<Option<u32>> {
+        (self.watch)(Call::CpuCap)?;
+        self.site.with_guest(|guest| Ok(Some(guest.cpu_cap())))
+    }
+
+    fn set_cpu_cap(&mut self, percent: u32) -> Result<()> {
+        (self.watch)(Call::SetCpuCap)?;
+        self.site.with_guest(|guest| {
+            guest.set_cpu_cap(percent);
+            Ok(())
+        })
+    }
+
     fn suspend(&mut self) -> Result<()> {
         (self.watch)(Call::Suspend)?;
         self.site.with_guest(|guest| {

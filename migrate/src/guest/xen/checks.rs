@@ -24,10 +24,13 @@ pub struct Allowed {
 /// A guest's configuration, as libxl tells it now.
 #[derive(Debug, Clone)]
 pub struct Layout {
-    /// libxl's JSON, but for the balloon's target.
+    /// libxl's JSON, but for what follows.
     configuration: Value,
     /// The balloon's target in KiB, which may change at any time.
     target: Option<Value>,
+    /// The share of the processors, which we change ourselves where the guest has to be slowed
+    /// down.
+    scheduling: Option<Value>,
     /// vCPUs that are online.
     online_vcpus: u32,
 }
@@ -45,18 +48,20 @@ impl Layout {
         let mut configuration: Value = serde_json::from_str(&text).map_err(|error| {
             Error::Refused(format!("The guest's configuration can't be read: {error}"))
         })?;
-        // The balloon's target may change on the way; the pages themselves are followed.
-        let mut target = None;
+        // These may change on the way; the pages themselves are followed.
+        let (mut target, mut scheduling) = (None, None);
         if let Some(build) = configuration
             .get_mut("b_info")
             .and_then(Value::as_object_mut)
         {
             target = build.remove("target_memkb");
+            scheduling = build.remove("sched_params");
         }
         let online_vcpus = host.info(domid)?.online_vcpus;
         Ok(Layout {
             configuration,
             target,
+            scheduling,
             online_vcpus,
         })
     }
@@ -64,8 +69,16 @@ impl Layout {
     /// libxl's JSON, for the other site.
     pub fn document(&self) -> Value {
         let mut document = self.configuration.clone();
-        if let (Some(target), Some(build)) = (&self.target, document.get_mut("b_info")) {
-            build["target_memkb"] = target.clone();
+        if let Some(build) = document.get_mut("b_info").and_then(Value::as_object_mut) {
+            let apart = [
+                ("target_memkb", &self.target),
+                ("sched_params", &self.scheduling),
+            ];
+            for (field, value) in apart {
+                if let Some(value) = value {
+                    build.insert(field.to_owned(), value.clone());
+                }
+            }
         }
         document
     }

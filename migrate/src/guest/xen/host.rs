@@ -150,6 +150,29 @@ impl Host {
         }
     }
 
+    /// The most processor time that the domain may use, in percent of one CPU; zero: as much as
+    /// there is. None where its scheduler knows no such bound.
+    ///
+    /// # Errors
+    /// What libxl refuses.
+    pub fn cpu_cap(&self, domid: DomId) -> Result<Option<u32>> {
+        self.toolstack
+            .cpu_cap(domid)
+            .context(|| "Can't read the guest's share of the processors")
+    }
+
+    /// Sets what [`Host::cpu_cap`] returns. Harmless where there is no such domain any more.
+    ///
+    /// # Errors
+    /// What libxl refuses.
+    pub fn set_cpu_cap(&self, domid: DomId, percent: u32) -> Result<()> {
+        let gone = |_: &xen_sys::Error| matches!(self.ctl.domain_info(domid), Ok(None));
+        match self.toolstack.set_cpu_cap(domid, percent) {
+            Err(error) if gone(&error) => Ok(()),
+            other => other.context(|| "Can't set the guest's share of the processors"),
+        }
+    }
+
     /// Refuses while a stock tool saves or moves the domain. It suspends the guest by itself, and
     /// takes log-dirty mode for its own: what was dirty is lost to whoever had it before.
     ///

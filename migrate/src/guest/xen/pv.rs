@@ -280,6 +280,14 @@ impl Source for PvSource {
         Ok(())
     }
 
+    fn cpu_cap(&mut self) -> Result<Option<u32>> {
+        self.leaving.host.cpu_cap(self.leaving.domid)
+    }
+
+    fn set_cpu_cap(&mut self, percent: u32) -> Result<()> {
+        self.leaving.host.set_cpu_cap(self.leaving.domid, percent)
+    }
+
     fn suspend(&mut self) -> Result<()> {
         self.leaving.suspend()
     }

@@ -1,0 +1,93 @@
+//! Slowing the guest down while it is copied, where the operator allows it.
+//!
+//! The cap that it had is in the journal before it is touched: whoever ends the move gives it back.
+
+use std::time::Instant;
+
+use super::Session;
+use crate::error::{Result, chain};
+use crate::report::{Progress, SlowedDown, rounded};
+use crate::rounds::Share;
+
+/// A guest that is slowed down.
+pub(super) struct Slowed {
+    /// The cap that it had, in percent of one CPU; zero for none.
+    cap: u32,
+    share: Share,
+    since: Instant,
+}
+
+impl Session<'_> {
+    /// What the guest has of its processor time.
+    pub(super) fn share(&self) -> Share {
+        self.slowed
+            .as_ref()
+            .map_or(Share::WHOLE, |slowed| slowed.share)
+    }
+
+    /// Leaves the guest `share` of its processor time. False: it can't be, and will not be tried
+    /// again.
+    ///
+    /// # Errors
+    /// Where the journal can't be written.
+    pub(super) fn slow_down(&mut self, share: Share) -> Result<bool> {
+        let cap = match &self.slowed {
+            Some(slowed) => Ok(Some(slowed.cap)),
+            None => self.go.guest.cpu_cap(),
+        };
+        let why = match cap {
+            Ok(Some(cap)) => {
+                self.go.journal.slowing(cap)?;
+                let (vcpus, since) = (self.go.guest.facts().vcpus, Instant::now());
+                match self.go.guest.set_cpu_cap(share.of(cap, vcpus)) {
+                    Ok(()) => {
+                        let since = self.slowed.as_ref().map_or(since, |slowed| slowed.since);
+                        self.slowed = Some(Slowed { cap, share, since });
+                        self.tell(format!(
+                            "The guest is slowed down to {share} of its processor time"
+                        ));
+                        return Ok(true);
+                    }
+                    Err(error) => chain(&error),
+                }
+            }
+            Ok(None) => "this host's scheduler can't".to_owned(),
+            Err(error) => chain(&error),
+        };
+        // No less than it has.
+        self.go.plan.limits.least_share = Share::WHOLE;
+        self.tell(format!("The guest is not slowed down further: {why}"));
+        Ok(false)
+    }
+
+    /// Gives the guest its processor time back, where it was slowed down. Harmless where it is
+    /// gone.
+    ///
+    /// # Errors
+    /// What Xen refuses.
+    pub(super) fn speed_up(&mut self) -> Result<()> {
+        self.note_slowed_down();
+        match self.slowed.take() {
+            Some(slowed) => self.go.guest.set_cpu_cap(slowed.cap),
+            // It may have been set even where that failed.
+            None => match self.go.journal.entry().cap {
+                Some(cap) => self.go.guest.set_cpu_cap(cap),
+                None => Ok(()),
+            },
+        }
+    }
+
+    /// Puts what was done into the report: once the guest is suspended, or goes on as it was.
+    pub(super) fn note_slowed_down(&mut self) {
+        if let (None, Some(slowed)) = (self.report.slowed_down, &self.slowed) {
+            self.report.slowed_down = Some(SlowedDown {
+                share: slowed.share,
+                seconds: rounded(slowed.since.elapsed()),
+            });
+        }
+    }
+
+    fn tell(&mut self, what: String) {
+        self.go.observer.notice(Progress::Warning(what));
+    }
+}
