@@ -162,6 +162,37 @@ fn the_link_cut_at_every_point() {
     cut_at(&SOURCE[1..]);
 }
 
+/// The link is away for 5 seconds at each point: what waits for it goes on, and the guest moves.
+fn cut_for_a_moment_at(points: &[&str]) {
+    let testbed = sites(with(Hypervisor::Release));
+    let guest = small_guest();
+    testbed.start_guest(SiteName::A, &guest).unwrap();
+    let mut at = SiteName::A;
+    for point in points {
+        let (moved, told) = hold_at(&testbed, at, at, point, |_| {
+            testbed.cut_link().unwrap();
+            go_on(&testbed, at);
+            thread::sleep(Duration::from_secs(5));
+            testbed.mend_link().unwrap();
+        });
+        assert!(moved, "{point}: {told}");
+        let after = format!("link cut for a moment at {point}");
+        at = at.other();
+        assert_eq!(settled(&testbed, &guest, &after), at, "{after}");
+    }
+}
+
+#[test]
+fn the_link_cut_for_a_moment() {
+    cut_for_a_moment_at(&["copying", "suspended", "committed"]);
+}
+
+#[test]
+#[ignore = "minutes: make test-full"]
+fn the_link_cut_for_a_moment_at_every_point() {
+    cut_for_a_moment_at(&SOURCE[1..]);
+}
+
 /// Whether there is a worker at either site.
 fn works(testbed: &Testbed) -> bool {
     testbed.sites().iter().any(|site| {

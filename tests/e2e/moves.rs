@@ -142,7 +142,7 @@ fn scan_two_vcpus_128_mib_two_cpus_of_dom0() {
 
 #[test]
 fn scan_one_vcpu_192_mib() {
-    row(Hypervisor::Security, Kind::Pv, (1, 1024), 1, 192, 2);
+    row(Hypervisor::Security, Kind::Pv, (1, 1024), 1, 192, 1);
 }
 
 #[test]
