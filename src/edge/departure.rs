@@ -1,6 +1,7 @@
 //! The connections of a guest that leaves: what [`migrate`] says when, told to the proxy.
 
 use std::net::IpAddr;
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -18,6 +19,9 @@ const PREPARE: Duration = Duration::from_secs(20);
 
 /// How long a step may take, while it is silent.
 const STEP: Duration = Duration::from_secs(20);
+
+/// How often a hold is renewed, while the guest crosses.
+const RENEWAL: Duration = Duration::from_secs(30);
 
 /// How long the guest may take to answer at the other site: until its interface is connected.
 const REACHED: Duration = Duration::from_secs(20);
@@ -45,8 +49,43 @@ enum State {
     /// They are frozen and made anew, in the background.
     Moving {
         site: String,
-        steps: JoinHandle<(Move, netproxy::Result<()>)>,
+        steps: Steps,
     },
+}
+
+/// The steps while the guest is suspended, under way; then the hold is renewed until it ends.
+struct Steps {
+    thread: JoinHandle<(Move, netproxy::Result<()>)>,
+    /// Ends the renewing when dropped.
+    crossing: Sender<()>,
+}
+
+impl Steps {
+    fn begin(mut connections: Move) -> Self {
+        let (crossing, crossed) = mpsc::channel();
+        let thread = thread::spawn(move || {
+            let stepped = connections
+                .hold(STEP)
+                .and_then(|_| connections.retarget(STEP))
+                .map(drop);
+            while stepped.is_ok()
+                && crossed.recv_timeout(RENEWAL) == Err(RecvTimeoutError::Timeout)
+            {
+                // If that fails, so does the release, which knows what to do.
+                if let Err(error) = connections.renew(STEP) {
+                    log::warn!("{}", error.chain());
+                    break;
+                }
+            }
+            (connections, stepped)
+        });
+        Self { thread, crossing }
+    }
+
+    fn end(self) -> thread::Result<(Move, netproxy::Result<()>)> {
+        drop(self.crossing);
+        self.thread.join()
+    }
 }
 
 impl Departure {
@@ -114,10 +153,10 @@ impl Departure {
     fn release(
         &self,
         site: &str,
-        steps: JoinHandle<(Move, netproxy::Result<()>)>,
+        steps: Steps,
     ) -> anyhow::Result<Kept> {
         let released = steps
-            .join()
+            .end()
             .map_err(|_| anyhow!("A step of the move at the edge has panicked"))
             .and_then(|(connections, stepped)| {
                 stepped?;
@@ -173,18 +212,12 @@ impl Connections for Departure {
     }
 
     fn suspended(&mut self) {
-        let State::Prepared(mut connections) = self.take() else {
+        let State::Prepared(connections) = self.take() else {
             return;
         };
         self.state = State::Moving {
             site: connections.site().to_owned(),
-            steps: thread::spawn(move || {
-                let stepped = connections
-                    .hold(STEP)
-                    .and_then(|_| connections.retarget(STEP))
-                    .map(drop);
-                (connections, stepped)
-            }),
+            steps: Steps::begin(connections),
         };
     }
 
@@ -226,7 +259,7 @@ impl Connections for Departure {
         self.settle_outgoing(true);
         // Dropped before its end, the proxy takes everything back by itself.
         if let State::Moving { steps, .. } = self.take()
-            && let Ok((connections, _)) = steps.join()
+            && let Ok((connections, _)) = steps.end()
             && let Err(error) = connections.back(STEP)
         {
             log::warn!("{}", error.chain());

@@ -11,7 +11,6 @@ use super::{Answer, Envelope, Reach, Request, VERSION, milliseconds};
 use crate::error::{Error, Result, system};
 use crate::event_loop::Tally;
 use crate::proxy::Overview;
-use crate::retarget::lease;
 use crate::retarget::path::Warmth;
 
 /// How long an answer may take, unless the caller says otherwise. No step of a move takes so long.
@@ -190,15 +189,15 @@ impl Client {
         })
     }
 
-    /// The same, without a limit of time; the move is cancelled when this client is dropped, or
-    /// its process dies, before the release.
+    /// The same; the move is also cancelled when this client is dropped, or its process dies,
+    /// before the release. The lease stands for callers that vanish without a word.
     ///
     /// # Errors
     /// As [`Self::call`].
-    pub fn hold_tied(&mut self, guest: &str) -> Result<Tally> {
+    pub fn hold_tied(&mut self, guest: &str, lease: Duration) -> Result<Tally> {
         self.typed(&Request::Hold {
             guest: guest.to_owned(),
-            lease_ms: milliseconds(lease::DEFAULT),
+            lease_ms: milliseconds(lease),
             tied: true,
         })
     }

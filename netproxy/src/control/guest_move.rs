@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::Client;
 use crate::error::Result;
 use crate::event_loop::Tally;
+use crate::retarget::lease;
 use crate::retarget::path::Warmth;
 
 /// The part of the proxy in a guest's move, from its preparation to its end.
@@ -20,7 +21,8 @@ use crate::retarget::path::Warmth;
 /// ```
 ///
 /// It is tied to the process that holds it: if that dies, or drops it, the proxy gives the move
-/// up by itself. A re-targeted guest that answers at the new site is then not sent back. After a
+/// up by itself. Should nobody notice its death, as when a whole host is cut off, so does the end
+/// of the hold's lease, which a longer move [renews](Self::renew). A re-targeted guest that answers at the new site is then not sent back. After a
 /// commit whose release did not come through, [`Client::arrived`] settles it.
 ///
 /// Each step returns within the time it is given, or fails with [`Error::Timeout`]; then nothing
@@ -99,7 +101,16 @@ impl Move {
     /// As [`Client::call`].
     pub fn hold(&mut self, within: Duration) -> Result<Tally> {
         self.client.set_patience(within)?;
-        self.client.hold_tied(&self.guest)
+        self.client.hold_tied(&self.guest, lease::DEFAULT)
+    }
+
+    /// What is held, or made anew, may wait for [`lease::DEFAULT`] more.
+    ///
+    /// # Errors
+    /// As [`Client::call`]; refused when the lease is over.
+    pub fn renew(&mut self, within: Duration) -> Result<()> {
+        self.client.set_patience(within)?;
+        self.client.renew(&self.guest, lease::DEFAULT)
     }
 
     /// Makes the connections anew, towards the new site. Nothing is sent yet.

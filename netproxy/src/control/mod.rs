@@ -53,7 +53,7 @@ pub enum Request {
         /// Cancel the move unless it is released within so many milliseconds, or renewed.
         #[serde(default = "default_lease")]
         lease_ms: u64,
-        /// Instead of a time: cancel the move when this control connection closes.
+        /// Also cancel the move when this control connection closes.
         #[serde(default)]
         tied: bool,
     },

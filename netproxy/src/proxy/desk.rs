@@ -54,7 +54,7 @@ impl Proxy {
         match request {
             Request::List => value(self.list()?),
             Request::Prepare { guest, site, tied } => {
-                let term = tied.then_some(Term::Caller(caller));
+                let term = tied.then(|| Term::of(caller));
                 value(self.prepare_for(&guest, &site, term)?)
             }
             Request::Hold {
@@ -63,11 +63,8 @@ impl Proxy {
                 tied,
             } => {
                 let limit = Duration::from_millis(lease_ms);
-                let term = if tied {
-                    Term::Caller(caller)
-                } else {
-                    Term::within(limit, Instant::now())
-                };
+                let term = Term::within(limit, Instant::now());
+                let term = if tied { term.tied_to(caller) } else { term };
                 value(self.hold_for(&guest, term)?)
             }
             Request::Renew { guest, lease_ms } => {

@@ -1,15 +1,17 @@
 //! How long a move may stand still: a value, without any connection.
 //!
 //! ```text
-//!            hold(limit)                         renew(limit)
-//!  (none) ───────────────▶ timed, until t ──────────────────────▶ until t'
-//!     │      hold(owner)                    caller's connection closed
-//!     └──────────────────▶ tied to a caller ──────────────────────────────▶ over
+//!            hold(limit)              renew(limit)
+//!  (none) ───────────────▶ until t ────────────────▶ until t'
+//!                             │ t has come, or
+//!                             │ the connection of the caller it is tied to has closed
+//!                             └───────────────────────────────────────────────────────▶ over
 //! ```
 //!
 //! Whoever moves a guest can die in the middle, and its connections would be held for ever. So a
-//! hold is lent: to a caller for as long as its control connection is open, or for a time. When
-//! that is over, the connections go back to where they were.
+//! hold is lent for a time, and may be tied to its caller's control connection as well. When
+//! either is over, the connections go back to where they were. The connection alone says too
+//! little: that of a host which has lost its power or its line stays open for hours.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -19,19 +21,38 @@ pub const DEFAULT: Duration = Duration::from_secs(120);
 /// The longest lease.
 pub const LONGEST: Duration = Duration::from_secs(3600);
 
-/// What a move is tied to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Term {
-    /// It is over at this moment.
-    Until(Instant),
-    /// It is over when this control connection closes.
-    Caller(u64),
+/// When a move is over that nobody has ended.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Term {
+    /// At this moment.
+    until: Option<Instant>,
+    /// When this control connection closes.
+    caller: Option<u64>,
 }
 
 impl Term {
     /// A time from `now`, no longer than [`LONGEST`].
     pub(crate) fn within(limit: Duration, now: Instant) -> Self {
-        Self::Until(now + limit.min(LONGEST))
+        Self {
+            until: Some(now + limit.min(LONGEST)),
+            caller: None,
+        }
+    }
+
+    /// As long as a caller is there: for a move that holds nothing yet.
+    pub(crate) fn of(caller: u64) -> Self {
+        Self {
+            until: None,
+            caller: Some(caller),
+        }
+    }
+
+    /// The same, but over when the caller goes.
+    pub(crate) fn tied_to(self, caller: u64) -> Self {
+        Self {
+            caller: Some(caller),
+            ..self
+        }
     }
 }
 
@@ -51,13 +72,15 @@ impl Leases {
     /// Lends a little longer. False when nothing is lent, or it is over.
     pub(crate) fn renew(&mut self, guest: &str, limit: Duration, now: Instant) -> bool {
         match self.terms.get_mut(guest) {
-            Some(Term::Until(until)) if *until <= now => false,
-            Some(term @ Term::Until(_)) => {
-                *term = Term::within(limit, now);
-                true
+            Some(Term { until: Some(at), .. }) => {
+                let lent = *at > now;
+                if lent {
+                    *at = now + limit.min(LONGEST);
+                }
+                lent
             }
-            // Open as the caller is, there is nothing to renew.
-            Some(Term::Caller(_)) => true,
+            // It stands still nowhere yet.
+            Some(Term { until: None, .. }) => true,
             None => false,
         }
     }
@@ -69,12 +92,12 @@ impl Leases {
 
     /// The guests whose time is over.
     pub(crate) fn due(&self, now: Instant) -> Vec<String> {
-        self.whose(|term| matches!(term, Term::Until(until) if *until <= now))
+        self.whose(|term| term.until.is_some_and(|until| until <= now))
     }
 
     /// The guests that are lent to a caller.
     pub(crate) fn of(&self, caller: u64) -> Vec<String> {
-        self.whose(|term| *term == Term::Caller(caller))
+        self.whose(|term| term.caller == Some(caller))
     }
 
     fn whose(&self, which: impl Fn(&Term) -> bool) -> Vec<String> {
@@ -84,11 +107,7 @@ impl Leases {
 
     /// When the next one is over.
     pub(crate) fn next(&self) -> Option<Instant> {
-        let until = |term: &Term| match term {
-            Term::Until(until) => Some(*until),
-            Term::Caller(_) => None,
-        };
-        self.terms.values().filter_map(until).min()
+        self.terms.values().filter_map(|term| term.until).min()
     }
 
     /// Nothing is lent any more, and nobody watches.
@@ -126,15 +145,21 @@ mod tests {
     }
 
     #[test]
-    fn a_caller_that_is_there_needs_no_time() {
-        let (now, year) = (Instant::now(), Duration::from_secs(31_536_000));
+    fn a_caller_is_there_and_in_time() {
+        let (now, minute) = (Instant::now(), Duration::from_secs(60));
         let mut leases = Leases::default();
-        leases.grant("g", Term::Caller(7));
-        leases.grant("h", Term::Caller(8));
-        leases.grant("i", Term::within(year, now));
-        assert_eq!(leases.due(now + LONGEST), ["i"]);
-        assert!(leases.renew("g", Duration::ZERO, now + year));
+        leases.grant("g", Term::of(7));
+        assert_eq!((leases.next(), leases.of(7)), (None, vec!["g".to_owned()]));
+        assert!(leases.renew("g", Duration::ZERO, now + LONGEST * 2));
+        // What is held is lent for a time too.
+        leases.grant("g", Term::within(minute, now).tied_to(7));
+        leases.grant("h", Term::within(LONGEST * 2, now).tied_to(8));
         assert_eq!(leases.of(7), ["g"]);
         assert!(leases.of(9).is_empty());
+        assert_eq!(leases.due(now + minute), ["g"]);
+        assert_eq!(leases.due(now + LONGEST), ["g", "h"]);
+        assert!(leases.renew("g", minute, now + minute / 2));
+        assert!(leases.due(now + minute).is_empty());
+        assert_eq!(leases.of(7), ["g"]);
     }
 }

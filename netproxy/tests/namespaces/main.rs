@@ -397,7 +397,7 @@ fn be_a_caller() {
     let mut client = Client::connect(std::path::Path::new(&control)).unwrap();
     client.prepare_tied("desktop", "b").unwrap();
     if steps > 0 {
-        client.hold_tied("desktop").unwrap();
+        client.hold_tied("desktop", LEASE).unwrap();
     }
     if steps > 1 {
         client.retarget("desktop").unwrap();
@@ -448,6 +448,7 @@ fn a_caller_that_is_killed_gives_its_move_up() {
     assert_eq!(world.rules("edge"), rules);
 }
 
+/// Whether the caller's host is cut off, so that its connection stays open, or it just forgets.
 #[test]
 fn a_hold_whose_time_is_over_is_given_up() {
     let short = Duration::from_millis(200);
@@ -457,26 +458,33 @@ fn a_hold_whose_time_is_over_is_given_up() {
     let mut stream = echoing(&world);
     exchange(&mut stream, b"before");
     let mut control = edge.client();
-    control.prepare("desktop", "b").unwrap();
-    control.hold("desktop", short).unwrap();
-    control.renew("desktop", LEASE).unwrap();
-    std::thread::sleep(short * 2);
-    // Renewed in time, it is held still.
-    assert_eq!(control.retarget("desktop").unwrap().connections, 1);
-    control.renew("desktop", short).unwrap();
-    let settled = |site: &str| {
-        let guest = edge.client().list().unwrap().guests.remove(0);
-        guest.phase.destination().is_none() && guest.site == site
-    };
-    wait_until(|| settled("a"));
-    exchange(&mut stream, b"as ever");
-    for late in [
-        control.renew("desktop", LEASE).unwrap_err(),
-        control.release("desktop", Duration::ZERO).unwrap_err(),
-    ] {
-        assert!(matches!(late, netproxy::Error::Refused(_)), "{late}");
+    for tied in [false, true] {
+        if tied {
+            control.prepare_tied("desktop", "b").unwrap();
+            control.hold_tied("desktop", short).unwrap();
+        } else {
+            control.prepare("desktop", "b").unwrap();
+            control.hold("desktop", short).unwrap();
+        }
+        control.renew("desktop", LEASE).unwrap();
+        std::thread::sleep(short * 2);
+        // Renewed in time, it is held still.
+        assert_eq!(control.retarget("desktop").unwrap().connections, 1);
+        control.renew("desktop", short).unwrap();
+        let settled = |site: &str| {
+            let guest = edge.client().list().unwrap().guests.remove(0);
+            guest.phase.destination().is_none() && guest.site == site
+        };
+        wait_until(|| settled("a"));
+        exchange(&mut stream, b"as ever");
+        for late in [
+            control.renew("desktop", LEASE).unwrap_err(),
+            control.release("desktop", Duration::ZERO).unwrap_err(),
+        ] {
+            assert!(matches!(late, netproxy::Error::Refused(_)), "{late}");
+        }
     }
-    assert_eq!(edge.metric("netproxy_leases_ended_total"), 1);
+    assert_eq!(edge.metric("netproxy_leases_ended_total"), 2);
 }
 
 /// The caller dies after the guest has started at the new site: it is there that it answers.
@@ -490,7 +498,7 @@ fn a_guest_that_answers_at_the_new_site_is_not_sent_back() {
     let mut caller = edge.client();
     caller.prepare_tied("desktop", "b").unwrap();
     world.place(None);
-    caller.hold_tied("desktop").unwrap();
+    caller.hold_tied("desktop", LEASE).unwrap();
     stream.write_all(b"under way").unwrap();
     caller.retarget("desktop").unwrap();
     world.place(Some("b"));
