@@ -47,10 +47,7 @@ enum State {
     /// The path there is warm.
     Prepared(Move),
     /// They are frozen and made anew, in the background.
-    Moving {
-        site: String,
-        steps: Steps,
-    },
+    Moving { site: String, steps: Steps },
 }
 
 /// The steps while the guest is suspended, under way; then the hold is renewed until it ends.
@@ -68,8 +65,7 @@ impl Steps {
                 .hold(STEP)
                 .and_then(|_| connections.retarget(STEP))
                 .map(drop);
-            while stepped.is_ok()
-                && crossed.recv_timeout(RENEWAL) == Err(RecvTimeoutError::Timeout)
+            while stepped.is_ok() && crossed.recv_timeout(RENEWAL) == Err(RecvTimeoutError::Timeout)
             {
                 // If that fails, so does the release, which knows what to do.
                 if let Err(error) = connections.renew(STEP) {
@@ -150,11 +146,7 @@ impl Departure {
     }
 
     /// Waits for the steps, and releases the connections at the new site.
-    fn release(
-        &self,
-        site: &str,
-        steps: Steps,
-    ) -> anyhow::Result<Kept> {
+    fn release(&self, site: &str, steps: Steps) -> anyhow::Result<Kept> {
         let released = steps
             .end()
             .map_err(|_| anyhow!("A step of the move at the edge has panicked"))

@@ -4,12 +4,14 @@
 //!  vmshadow migrate ──── departure: hold, retarget, release ────▶ netproxy, here or by ssh
 //!  vmshadow receive ──── what does this site have to translate? ─▶
 //!        ├── path: translation and neighbour entry, in this host's kernel
-//!        └── outgoing: the guest's own connections, through the site where they began
+//!        ├── outgoing: the guest's own connections, through the site where they began
+//!        └── records: what both have set up, for whoever has to take it back
 //! ```
 
 mod departure;
 mod outgoing;
 mod path;
+mod records;
 
 pub use departure::Departure;
 pub use outgoing::Detours;

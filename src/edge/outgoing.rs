@@ -11,14 +11,10 @@
 //! One detour a guest and site: only the last move counts.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io::{ErrorKind, Write};
 use std::net::IpAddr;
-use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow};
 use migrate::connections::Lead;
 use migrate::directories::Directories;
 use netproxy::config::Period;
@@ -26,7 +22,7 @@ use netproxy::site::{Detour, Flow, Side, Tunnel, unpack_flows};
 use serde::{Deserialize, Serialize};
 
 use super::Edge;
-use super::path::present_or_expected;
+use super::records::{Records, present_or_expected};
 
 /// The format of the file.
 const VERSION: u32 = 1;
@@ -134,7 +130,7 @@ impl Edge {
 /// What is set up at this site for guests' own connections.
 #[derive(Clone)]
 pub struct Detours {
-    directory: PathBuf,
+    records: Records,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -154,8 +150,12 @@ impl Detours {
     /// The detours of the host with these directories.
     pub fn new(directories: &Directories) -> Self {
         Detours {
-            directory: directories.runtime.join("outgoing"),
+            records: Records::new(directories, "outgoing", VERSION..=VERSION),
         }
+    }
+
+    fn record(&self, guest: &str) -> anyhow::Result<Option<Record>> {
+        self.records.read(guest)
     }
 
     /// Sets one up for a move under way, in place of what the guest has here.
@@ -164,14 +164,14 @@ impl Detours {
     /// What the kernel's tools refuse; then it has none.
     pub fn set(&self, uuid: &str, detour: Detour) -> anyhow::Result<()> {
         let guest = detour.guest.clone();
-        for other in self.names()? {
-            let number = self.read(&other)?.and_then(|record| record.detour);
+        for other in self.records.names()? {
+            let number = self.record(&other)?.and_then(|record| record.detour);
             anyhow::ensure!(
                 other == guest || number.is_none_or(|other| other.number != detour.number),
                 "The addresses of {guest} and {other} end alike: only one can have a detour"
             );
         }
-        let before = self.read(&guest)?.and_then(|record| match record.open {
+        let before = self.record(&guest)?.and_then(|record| match record.open {
             true => record.before,
             false => record.detour,
         });
@@ -185,7 +185,7 @@ impl Detours {
             before,
             open: true,
         };
-        self.write(&guest, &record)?;
+        self.records.write(&guest, &record)?;
         if let Some(before) = &record.before {
             before.remove()?;
         }
@@ -201,7 +201,7 @@ impl Detours {
     /// # Errors
     /// What the kernel's tools refuse.
     pub fn settle(&self, guest: &str, here: bool) -> anyhow::Result<()> {
-        let Some(mut record) = self.read(guest)?.filter(|record| record.open) else {
+        let Some(mut record) = self.record(guest)?.filter(|record| record.open) else {
             return Ok(());
         };
         let moved = (record.side == Side::New) == here;
@@ -217,8 +217,8 @@ impl Detours {
         }
         record.open = false;
         match record.detour {
-            Some(_) => self.write(guest, &record),
-            None => self.forget(guest),
+            Some(_) => self.records.write(guest, &record),
+            None => self.records.forget(guest),
         }
     }
 
@@ -231,8 +231,8 @@ impl Detours {
     }
 
     fn try_to_tidy(&self, directories: &Directories) -> anyhow::Result<()> {
-        for name in self.names()? {
-            let Some(record) = self.read(&name)? else {
+        for name in self.records.names()? {
+            let Some(record) = self.record(&name)? else {
                 continue;
             };
             if record.open {
@@ -244,61 +244,10 @@ impl Detours {
                 }
             } else if let Some(detour) = record.detour.filter(Detour::is_over) {
                 detour.remove()?;
-                self.forget(&name)?;
+                self.records.forget(&name)?;
             }
         }
         Ok(())
-    }
-
-    fn names(&self) -> anyhow::Result<Vec<String>> {
-        let entries = match fs::read_dir(&self.directory) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-            other => other?,
-        };
-        let mut names = Vec::new();
-        for entry in entries {
-            let name = entry?.file_name().to_string_lossy().into_owned();
-            names.extend(name.strip_suffix(".json").map(str::to_owned));
-        }
-        Ok(names)
-    }
-
-    fn file(&self, guest: &str) -> anyhow::Result<PathBuf> {
-        anyhow::ensure!(
-            !guest.is_empty() && !guest.starts_with('.') && !guest.contains(['/', '\0']),
-            "{guest:?} is no name of a guest"
-        );
-        Ok(self.directory.join(format!("{guest}.json")))
-    }
-
-    fn read(&self, guest: &str) -> anyhow::Result<Option<Record>> {
-        let path = self.file(guest)?;
-        let text = match fs::read(&path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            other => other.with_context(|| format!("Can't read {}", path.display()))?,
-        };
-        let record: Record =
-            serde_json::from_slice(&text).with_context(|| format!("Bad {}", path.display()))?;
-        if record.version != VERSION {
-            return Err(anyhow!("{} is of another version", path.display()));
-        }
-        Ok(Some(record))
-    }
-
-    fn write(&self, guest: &str, record: &Record) -> anyhow::Result<()> {
-        let path = self.file(guest)?;
-        let write = || {
-            fs::create_dir_all(&self.directory)?;
-            let new = self.directory.join(format!(".{guest}.new"));
-            fs::File::create(&new)?.write_all(&serde_json::to_vec(record)?)?;
-            fs::rename(new, &path)
-        };
-        write().with_context(|| format!("Can't write {}", path.display()))
-    }
-
-    fn forget(&self, guest: &str) -> anyhow::Result<()> {
-        let path = self.file(guest)?;
-        fs::remove_file(&path).with_context(|| format!("Can't remove {}", path.display()))
     }
 }
 
@@ -347,13 +296,13 @@ mod tests {
         // Without flows nothing of the kernel is touched.
         let none = settings.detour("g1", address, Side::Old, "oslo", Vec::new());
         detours.set("uuid", none.clone().unwrap()).unwrap();
-        assert_eq!(detours.names().unwrap(), ["g1"]);
+        assert_eq!(detours.records.names().unwrap(), ["g1"]);
         detours.settle("g1", true).unwrap();
-        assert!(detours.names().unwrap().is_empty());
+        assert!(detours.records.names().unwrap().is_empty());
         detours.set("uuid", none.unwrap()).unwrap();
         detours.settle("g1", false).unwrap();
         detours.settle("g1", false).unwrap();
-        assert!(detours.names().unwrap().is_empty());
+        assert!(detours.records.names().unwrap().is_empty());
         assert!(detours.settle("../x", true).is_err());
     }
 }

@@ -5,31 +5,23 @@
 //! no path ─────────────────────▶ path ───────────────────────▶ no path
 //!           /run/vmshadow/paths/NAME.json, written first, removed last
 //! ```
-//! The file says what is to be taken back, whoever has set it and however it ended. It and the
-//! kernel's rules both end with a reboot.
 
-use std::fs;
-use std::io::{ErrorKind, Write};
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
 
-use anyhow::{Context, anyhow};
 use migrate::directories::Directories;
-use migrate::guest::xen::host::Host;
-use migrate::handover::journal;
-use migrate::handover::recovery::{Action, action};
 use netproxy::control::Reach;
 use netproxy::site::{Neighbour, Translation, forwards_packets};
 use serde::{Deserialize, Serialize};
 
 use super::Edge;
+use super::records::{Records, present_or_expected};
 
 /// The format of the file. In version 1 each path had a translation.
 const VERSION: u32 = 2;
 
 /// The paths of this site.
 pub struct Paths {
-    directory: PathBuf,
+    records: Records,
 }
 
 /// A path that is there.
@@ -66,16 +58,8 @@ impl Paths {
     /// The paths of the host with these directories.
     pub fn new(directories: &Directories) -> Self {
         Paths {
-            directory: directories.runtime.join("paths"),
+            records: Records::new(directories, "paths", 1..=VERSION),
         }
-    }
-
-    fn file(&self, guest: &str) -> anyhow::Result<PathBuf> {
-        anyhow::ensure!(
-            !guest.is_empty() && !guest.starts_with('.') && !guest.contains(['/', '\0']),
-            "{guest:?} is no name of a guest"
-        );
-        Ok(self.directory.join(format!("{guest}.json")))
     }
 
     /// Leads the edge's packets to a guest, of which `configuration` says where its interface is.
@@ -120,7 +104,7 @@ impl Paths {
             translation,
         };
         self.close(guest)?;
-        self.write(guest, &record)?;
+        self.records.write(guest, &record)?;
         if let Some(translation) = &record.translation {
             translation.apply()?;
         }
@@ -135,8 +119,7 @@ impl Paths {
     /// # Errors
     /// What the kernel's tools refuse.
     pub fn close(&self, guest: &str) -> anyhow::Result<bool> {
-        let path = self.file(guest)?;
-        let Some(record) = read(&path)? else {
+        let Some(record) = self.records.read::<Record>(guest)? else {
             return Ok(false);
         };
         if let Some(translation) = &record.translation {
@@ -145,7 +128,7 @@ impl Paths {
         if let Some(entry) = &record.neighbour {
             entry.neighbour().remove()?;
         }
-        fs::remove_file(&path).with_context(|| format!("Can't remove {}", path.display()))?;
+        self.records.forget(guest)?;
         Ok(true)
     }
 
@@ -158,13 +141,13 @@ impl Paths {
     }
 
     fn try_to_tidy(&self, directories: &Directories) -> anyhow::Result<()> {
-        let names = self.names()?;
+        let names = self.records.names()?;
         if names.is_empty() {
             return Ok(());
         }
         let wanted = present_or_expected(directories)?;
         for name in names {
-            let Some(record) = read(&self.file(&name)?)? else {
+            let Some(record) = self.records.read::<Record>(&name)? else {
                 continue;
             };
             if record.by_move && !wanted.contains(&record.uuid) {
@@ -173,58 +156,6 @@ impl Paths {
         }
         Ok(())
     }
-
-    fn names(&self) -> anyhow::Result<Vec<String>> {
-        let entries = match fs::read_dir(&self.directory) {
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-            other => other?,
-        };
-        let mut names = Vec::new();
-        for entry in entries {
-            let name = entry?.file_name().to_string_lossy().into_owned();
-            names.extend(name.strip_suffix(".json").map(str::to_owned));
-        }
-        Ok(names)
-    }
-
-    fn write(&self, guest: &str, record: &Record) -> anyhow::Result<()> {
-        let path = self.file(guest)?;
-        let write = || {
-            fs::create_dir_all(&self.directory)?;
-            let new = self.directory.join(format!(".{guest}.new"));
-            fs::File::create(&new)?.write_all(&serde_json::to_vec(record)?)?;
-            fs::rename(new, &path)
-        };
-        write().with_context(|| format!("Can't write {}", path.display()))
-    }
-}
-
-/// The UUIDs of the guests that are here, or that a move may still bring.
-pub(super) fn present_or_expected(directories: &Directories) -> anyhow::Result<Vec<String>> {
-    let host = Host::open()?;
-    let domains = host.ctl().domains()?;
-    let here = domains
-        .iter()
-        .filter(|info| !info.dying)
-        .map(|info| host.uuid_text(info));
-    let expected = journal::list(directories)?
-        .into_iter()
-        .filter(|entry| action(entry) != Action::Nothing)
-        .map(|entry| entry.begin.uuid);
-    Ok(here.chain(expected).collect())
-}
-
-fn read(path: &Path) -> anyhow::Result<Option<Record>> {
-    let text = match fs::read(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        other => other.with_context(|| format!("Can't read {}", path.display()))?,
-    };
-    let record: Record =
-        serde_json::from_slice(&text).with_context(|| format!("Bad {}", path.display()))?;
-    if !(1..=VERSION).contains(&record.version) {
-        return Err(anyhow!("{} is of another version", path.display()));
-    }
-    Ok(Some(record))
 }
 
 /// The guest's first interface: its MAC address, and the bridge that leads to it.
@@ -261,33 +192,5 @@ mod tests {
         ] {
             assert_eq!(interface(&odd), None, "{odd}");
         }
-    }
-
-    #[test]
-    fn names_stay_in_their_directory() {
-        let root = tempfile::tempdir().unwrap();
-        let paths = Paths::new(&Directories::under(root.path()));
-        for name in ["", "..", "../x", "a/b", ".x"] {
-            assert!(paths.close(name).is_err(), "{name}");
-        }
-        assert!(!paths.close("g1").unwrap());
-        assert!(paths.names().unwrap().is_empty());
-    }
-
-    #[test]
-    fn a_record_of_another_version_is_refused() {
-        let root = tempfile::tempdir().unwrap();
-        let paths = Paths::new(&Directories::under(root.path()));
-        let record = Record {
-            version: VERSION + 1,
-            uuid: String::new(),
-            by_move: true,
-            translation: None,
-            neighbour: None,
-        };
-        paths.write("g1", &record).unwrap();
-        assert_eq!(paths.names().unwrap(), ["g1"]);
-        let error = paths.close("g1").unwrap_err();
-        assert!(error.to_string().ends_with("of another version"), "{error}");
     }
 }
