@@ -4,8 +4,8 @@
 //! client 10.3.1.2 ──veth── 10.3.1.1 edge 10.3.2.1 ──veth── 10.3.2.2 server
 //! ```
 //!
-//! `cargo bench -p netproxy --bench proxy [-- SECONDS [NAME]]` as root, NAME being one of the
-//! peers. Each of them runs on the edge; a direct connection is routed over it. HAProxy is left
+//! `cargo bench -p netproxy --bench proxy [-- SECONDS [PART] [NAME]]` as root, PART being
+//! `throughput` or `latency`, and NAME one of the peers. Each of them runs on the edge; a direct connection is routed over it. HAProxy is left
 //! out, with a word, where it is not installed. CPU is that of the peer's process alone, and that
 //! of the whole machine, which carries the client and the server too.
 #![allow(missing_docs, clippy::unwrap_used)]
@@ -415,14 +415,31 @@ fn main() {
     let _network = Network::new();
     let server = serve();
     enter("client");
+    let part = |name: &str| {
+        let other = ["throughput", "latency"]
+            .iter()
+            .find(|other| **other != name);
+        words.iter().all(|word| Some(&word.as_str()) != other)
+    };
+    if part("throughput") {
+        throughputs(&peers, &directory, server, time);
+    }
+    if part("latency") {
+        latencies(&peers, &directory, server, time, idle);
+    }
+    std::fs::remove_dir_all(&directory).unwrap();
+}
+
+fn throughputs(peers: &[&'static str], directory: &Path, server: SocketAddr, time: Duration) {
     println!(
-        "{seconds} s each. Throughput in Gbit/s; CPU seconds per Gbit of the proxy, and of the \
-         whole machine.\n"
+        "{} s each. Throughput in Gbit/s; CPU seconds per Gbit of the proxy, and of the whole \
+         machine.\n",
+        time.as_secs()
     );
     println!("| connections | 1 | | | 16 | | | 256 | | |");
     println!("|---|---|---|---|---|---|---|---|---|---|");
-    for name in &peers {
-        let Some(proxy) = start(name, &directory, server) else {
+    for name in peers {
+        let Some(proxy) = start(name, directory, server) else {
             continue;
         };
         print!("| {} |", proxy.name);
@@ -432,14 +449,25 @@ fn main() {
         }
         println!();
     }
+}
+
+fn latencies(
+    peers: &[&'static str],
+    directory: &Path,
+    server: SocketAddr,
+    time: Duration,
+    idle: usize,
+) {
     println!(
-        "\nRound trips in µs: p50, p99, and the proxy's CPU for one. New connections a second, \
-         one after the other. KiB of the proxy's memory for each of {idle} idle connections.\n"
+        "\n{} s each. Round trips in µs: p50, p99, and the proxy's CPU for one. New connections a \
+         second, one after the other. KiB of the proxy's memory for each of {idle} idle \
+         connections.\n",
+        time.as_secs()
     );
     println!("| bytes | 64 | | | 1,024 | | | 16,384 | | | new/s | KiB |");
     println!("|---|---|---|---|---|---|---|---|---|---|---|---|");
-    for name in &peers {
-        let Some(proxy) = start(name, &directory, server) else {
+    for name in peers {
+        let Some(proxy) = start(name, directory, server) else {
             continue;
         };
         print!("| {} |", proxy.name);
@@ -450,5 +478,4 @@ fn main() {
         let rate = connects(&proxy, time);
         println!(" {rate:.0} | {} |", cell(idle_memory(&proxy, idle), 1));
     }
-    std::fs::remove_dir_all(&directory).unwrap();
 }

@@ -14,11 +14,14 @@ use crate::upgrade::state::{Micros, ProvingState};
 
 /// How often a released connection is looked at until the guest has answered.
 const CHECK: Duration = Duration::from_millis(5);
+/// How often, when all that is left to learn is that the guest has answered without data.
+const ANSWER_CHECK: Duration = Duration::from_millis(20);
 /// How often one is looked at whose guest does not answer for long.
 const LATE_CHECK: Duration = Duration::from_millis(100);
 /// How long the first flight has, beyond two round trips, to reach all that the guest may know.
 const MARK: Duration = Duration::from_millis(20);
-/// How long before a probe is repeated at first; it doubles up to a second.
+/// How long, beyond a round trip, before a probe is repeated at first; it doubles up to a second.
+/// Not sooner: with a thousand connections the answers need a moment, and more probes more.
 const FIRST_PROBE: Duration = Duration::from_millis(40);
 /// After this, an answer is left to TCP's own timers.
 const PROVING: Duration = Duration::from_secs(30);
@@ -46,7 +49,18 @@ pub(super) struct Proving {
     probe_wait: Duration,
     /// When it is left to ordinary retransmission what is not sent again by then.
     next_mark: Instant,
+    /// What is left to do of the release, when every connection has asked the guest.
+    rest: Option<Rest>,
     pub(super) next_check: Instant,
+}
+
+/// The part of a release that can wait.
+#[derive(Debug, Clone, Copy)]
+struct Rest {
+    /// Bytes of the old socket's queue.
+    pending: usize,
+    /// The size that the send buffer gets back.
+    send_buffer: usize,
 }
 
 impl Proving {
@@ -75,6 +89,7 @@ impl Proving {
             next_probe: state.next_probe.ahead(now),
             probe_wait: state.probe_wait.time(),
             next_mark: state.next_mark.ahead(now),
+            rest: None,
             next_check: now,
         }
     }
@@ -313,10 +328,6 @@ impl Connection {
             ctx.late.keep(snapshot.local, snapshot.remote, old, ctx.now);
         }
         self.moved_before = true;
-        if let Upstream::Open(endpoint) = &self.upstream {
-            let asked = !ctx.limits.keepalive.0.is_zero();
-            let _ = SockRef::from(&endpoint.stream).set_keepalive(asked);
-        }
         // What the guest may know, from the first byte that it has not acknowledged on: all that
         // the old socket had sent, or what that one itself had yet to reach.
         let in_flight = before.map_or(0, |proving| {
@@ -364,14 +375,36 @@ impl Connection {
             rtt,
             covered: in_flight == 0,
             answered: false,
-            next_probe: ctx.now + FIRST_PROBE,
+            next_probe: ctx.now + rtt + FIRST_PROBE,
             probe_wait: FIRST_PROBE,
             next_mark: ctx.now + rtt * 2 + MARK,
+            rest: Some(Rest {
+                pending,
+                send_buffer,
+            }),
             next_check: ctx.now + CHECK,
         }));
         self.last_activity = ctx.now;
-        // Mostly everything that was in flight is so again by now.
-        self.check(ctx);
+    }
+
+    /// What a release leaves to be done when all connections have asked the guest. Nothing else is
+    /// written before.
+    pub(crate) fn finish(&mut self, ctx: &mut Context<'_>) {
+        let Stage::Proving(proving) = &mut self.stage else {
+            return;
+        };
+        let Some(Rest {
+            pending,
+            send_buffer,
+        }) = proving.rest.take()
+        else {
+            return;
+        };
+        let base = proving.base;
+        if !proving.covered {
+            // Mostly everything that was in flight is so again by now.
+            self.check(ctx);
+        }
         // The rest goes out as a whole, and nothing new with it: the buffer that was made for it
         // is not to be filled again.
         let may_write = self.may_write();
@@ -392,6 +425,8 @@ impl Connection {
                 }
             }
             let _ = repair::relax(&endpoint.stream, send_buffer);
+            let asked = !ctx.limits.keepalive.0.is_zero();
+            let _ = SockRef::from(&endpoint.stream).set_keepalive(asked);
         }
     }
 
@@ -401,7 +436,8 @@ impl Connection {
         match &self.stage {
             Stage::Normal => true,
             Stage::Proving(proving) => {
-                proving.covered || self.written_since(proving) < proving.in_flight
+                proving.rest.is_none()
+                    && (proving.covered || self.written_since(proving) < proving.in_flight)
             }
             Stage::Held { .. } | Stage::Moved(_) | Stage::Unmovable(_) => false,
         }
@@ -512,16 +548,18 @@ impl Connection {
             return Next::Wait;
         };
         let age = ctx.now.duration_since(proving.released);
-        let Ok(info) = repair::tcp_info(&endpoint.stream) else {
-            return Next::Failed("its state can't be read".into());
-        };
         let metrics = &ctx.shared.metrics;
-        if !proving.answered && info.segments_in > 0 {
-            proving.answered = true;
-            metrics
-                .stall
-                .get_or_create(&self.guest.label)
-                .observe(age.as_secs_f64());
+        if !proving.answered {
+            let Ok(info) = repair::tcp_info(&endpoint.stream) else {
+                return Next::Failed("its state can't be read".into());
+            };
+            if info.segments_in > 0 {
+                proving.answered = true;
+                metrics
+                    .stall
+                    .get_or_create(&self.guest.label)
+                    .observe(age.as_secs_f64());
+            }
         }
         if !proving.covered {
             let unsent = repair::unsent(&endpoint.stream).unwrap_or(written);
@@ -551,14 +589,15 @@ impl Connection {
         }
         let wait = if age >= Duration::from_secs(1) {
             LATE_CHECK
-        } else if proving.covered && age < proving.rtt {
-            // Nobody answers sooner than that; data that comes is an event anyhow.
-            CHECK.max(proving.rtt - age)
+        } else if proving.covered {
+            // Nobody answers sooner than a round trip; data that comes is an event anyhow.
+            ANSWER_CHECK.max((proving.rtt + CHECK).saturating_sub(age))
         } else {
             CHECK
         };
         proving.next_check = ctx.now + wait;
-        let done = proving.covered && proving.answered || age > PROVING;
+        let proved = proving.covered && proving.answered || age > PROVING;
+        let done = proved && proving.rest.is_none();
         if done {
             if !proving.answered {
                 metrics

@@ -1,5 +1,12 @@
 //! A thread's part in moving a guest: all of its connections to that guest, in batches, so that
 //! other guests' connections have their turns between.
+//!
+//! ```text
+//!  release:  what the guest has to hear, of each ─▶ the rest of the work, of each
+//!                      └───────── on its way meanwhile ──────────┘
+//! ```
+//! A guest is silent until it is asked. So all connections ask first, and what can wait for the
+//! answer does.
 
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
@@ -36,6 +43,8 @@ pub(super) struct Job {
     guest: String,
     work: Work,
     keys: Vec<usize>,
+    /// Those that [`Work::Finish`] has to come back to.
+    unfinished: Vec<usize>,
     tally: Tally,
     reply: Sender<Tally>,
 }
@@ -43,8 +52,13 @@ pub(super) struct Job {
 #[derive(Debug)]
 enum Work {
     Freeze,
-    Retarget { site: String, mark: u32 },
+    Retarget {
+        site: String,
+        mark: u32,
+    },
+    /// Then [`Work::Finish`], for those that took it.
     Release,
+    Finish,
     Undo,
     Cancel,
 }
@@ -55,6 +69,10 @@ impl Work {
             Self::Freeze => Ok(connection.freeze()),
             Self::Retarget { site, mark } => Ok(connection.retarget(site, *mark, ctx)),
             Self::Release => connection.release(ctx),
+            Self::Finish => {
+                connection.finish(ctx);
+                return connection.advance(ctx);
+            }
             Self::Undo => Ok(connection.undo(ctx)),
             Self::Cancel => connection.cancel(ctx),
         };
@@ -78,7 +96,10 @@ impl Work {
         }
         match (outcome, self) {
             (Err(why), _) => Next::Failed(why),
-            (Ok(_), Self::Release | Self::Cancel) => connection.advance(ctx),
+            (Ok(_), Self::Cancel) => {
+                connection.finish(ctx);
+                connection.advance(ctx)
+            }
             (Ok(_), _) => Next::Wait,
         }
     }
@@ -117,6 +138,7 @@ impl Worker {
             guest: guest.to_owned(),
             work,
             keys,
+            unfinished: Vec::new(),
             tally: Tally::default(),
             reply,
         });
@@ -207,8 +229,15 @@ impl Worker {
         for _ in 0..BATCH {
             let Some(key) = job.keys.pop() else { break };
             let Job {
-                guest, work, tally, ..
+                guest,
+                work,
+                unfinished,
+                tally,
+                ..
             } = &mut job;
+            if matches!(work, Work::Release) {
+                unfinished.push(key);
+            }
             self.with(key, |connection, ctx| {
                 // A slot may have a new tenant since.
                 if connection.guest.name == *guest {
@@ -217,6 +246,12 @@ impl Worker {
                     Next::Wait
                 }
             });
+        }
+        if job.keys.is_empty() && matches!(job.work, Work::Release) {
+            job.work = Work::Finish;
+            job.keys = std::mem::take(&mut job.unfinished);
+            // In the same order.
+            job.keys.reverse();
         }
         if job.keys.is_empty() {
             let _ = job.reply.send(job.tally);

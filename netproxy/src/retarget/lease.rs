@@ -72,7 +72,9 @@ impl Leases {
     /// Lends a little longer. False when nothing is lent, or it is over.
     pub(crate) fn renew(&mut self, guest: &str, limit: Duration, now: Instant) -> bool {
         match self.terms.get_mut(guest) {
-            Some(Term { until: Some(at), .. }) => {
+            Some(Term {
+                until: Some(at), ..
+            }) => {
                 let lent = *at > now;
                 if lent {
                     *at = now + limit.min(LONGEST);
