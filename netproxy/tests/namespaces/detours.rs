@@ -214,7 +214,7 @@ fn a_detour_ends_by_itself() {
         world.in_namespace(site, move || detour.apply().unwrap());
     }
     world.place(Some("b"));
-    crate::wait_until(|| {
+    crate::edge::wait_until(|| {
         ["a", "b"].iter().all(|site| {
             let detour = detour(Side::New, &[], Duration::from_secs(1));
             world.in_namespace(site, move || detour.is_over())

@@ -1,0 +1,270 @@
+//! Whoever moves a guest: dies, is cut off, comes too late, or calls from another host.
+
+use std::io::{Read, Write};
+use std::time::Duration;
+
+use netproxy::control::{Client, Move};
+
+use crate::edge::{Edge, LEASE, echoing, exchange, listen, wait_until};
+use crate::streams::all_kinds;
+use crate::traffic::{Running, serve, start};
+use crate::world;
+use crate::world::{SITES, World};
+
+/// Not a test: the caller that [`a_caller_that_is_killed_gives_its_move_up`] kills.
+#[test]
+#[ignore = "a process for another test"]
+fn be_a_caller() {
+    let control = std::env::var("NETPROXY_TEST_CONTROL").unwrap();
+    let steps: u32 = std::env::var("NETPROXY_TEST_STEPS")
+        .unwrap()
+        .parse()
+        .unwrap();
+    let mut client = Client::connect(std::path::Path::new(&control)).unwrap();
+    client.prepare_tied("desktop", "b").unwrap();
+    if steps > 0 {
+        client.hold_tied("desktop", LEASE).unwrap();
+    }
+    if steps > 1 {
+        client.retarget("desktop").unwrap();
+    }
+    println!("so far");
+    std::thread::sleep(Duration::from_secs(600));
+}
+
+#[test]
+fn a_caller_that_is_killed_gives_its_move_up() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let rules = world.rules("edge");
+    let streams: Vec<Running> = all_kinds()
+        .into_iter()
+        .map(|kind| start(&world, listen(), kind))
+        .collect();
+    wait_until(|| edge.client().list().unwrap().connections.len() == streams.len());
+    for steps in 0..3 {
+        if steps > 0 {
+            world.place(None);
+        }
+        let mut caller = std::process::Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "callers::be_a_caller",
+                "--ignored",
+                "--nocapture",
+            ])
+            .env("NETPROXY_TEST_CONTROL", &edge.control)
+            .env("NETPROXY_TEST_STEPS", steps.to_string())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let said = std::io::BufReader::new(caller.stdout.take().unwrap());
+        let mut lines = std::io::BufRead::lines(said);
+        assert!(lines.any(|line| line.unwrap().contains("so far")));
+        let phase = || edge.client().list().unwrap().guests[0].phase.clone();
+        assert_eq!(phase().destination(), Some("b"));
+        caller.kill().unwrap();
+        caller.wait().unwrap();
+        wait_until(|| phase().destination().is_none());
+        world.place(Some("a"));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(edge.client().list().unwrap().guests[0].site, "a");
+    for stream in streams {
+        assert!(stream.finish() > 0);
+    }
+    assert_eq!(edge.metric("netproxy_leases_ended_total"), 3);
+    assert_eq!(edge.metric("netproxy_retargets_total"), 0);
+    assert_eq!(world.rules("edge"), rules);
+}
+
+/// Whether the caller's host is cut off, so that its connection stays open, or it just forgets.
+#[test]
+fn a_hold_whose_time_is_over_is_given_up() {
+    let short = Duration::from_millis(200);
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let mut stream = echoing(&world);
+    exchange(&mut stream, b"before");
+    let mut control = edge.client();
+    for tied in [false, true] {
+        if tied {
+            control.prepare_tied("desktop", "b").unwrap();
+            control.hold_tied("desktop", short).unwrap();
+        } else {
+            control.prepare("desktop", "b").unwrap();
+            control.hold("desktop", short).unwrap();
+        }
+        control.renew("desktop", LEASE).unwrap();
+        std::thread::sleep(short * 2);
+        // Renewed in time, it is held still.
+        assert_eq!(control.retarget("desktop").unwrap().connections, 1);
+        control.renew("desktop", short).unwrap();
+        let settled = |site: &str| {
+            let guest = edge.client().list().unwrap().guests.remove(0);
+            guest.phase.destination().is_none() && guest.site == site
+        };
+        wait_until(|| settled("a"));
+        exchange(&mut stream, b"as ever");
+        for late in [
+            control.renew("desktop", LEASE).unwrap_err(),
+            control.release("desktop", Duration::ZERO).unwrap_err(),
+        ] {
+            assert!(matches!(late, netproxy::Error::Refused(_)), "{late}");
+        }
+    }
+    assert_eq!(edge.metric("netproxy_leases_ended_total"), 2);
+}
+
+/// The caller dies after the guest has started at the new site: it is there that it answers.
+#[test]
+fn a_guest_that_answers_at_the_new_site_is_not_sent_back() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let mut stream = echoing(&world);
+    exchange(&mut stream, b"before");
+    let mut caller = edge.client();
+    caller.prepare_tied("desktop", "b").unwrap();
+    world.place(None);
+    caller.hold_tied("desktop", LEASE).unwrap();
+    stream.write_all(b"under way").unwrap();
+    caller.retarget("desktop").unwrap();
+    world.place(Some("b"));
+    drop(caller);
+    let mut answer = [0; 9];
+    stream.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"under way");
+    wait_until(|| edge.client().list().unwrap().guests[0].site == "b");
+    exchange(&mut echoing(&world), b"new");
+}
+
+/// As `vmshadow` does it, and from another host: through a program that leads to the socket.
+#[test]
+fn a_move_is_driven_from_another_host() {
+    let within = Duration::from_secs(20);
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let mut stream = echoing(&world);
+    exchange(&mut stream, b"before");
+    let connect = || {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_netproxy"));
+        Client::through(command.arg("attach").arg(&edge.control)).unwrap()
+    };
+    // The edge knows what its sites have to translate.
+    let translation = connect().reach("desktop", "b").unwrap().translation;
+    assert_eq!(translation, Some(world::translation(SITES[1].1)));
+    let at = || {
+        let guest = edge.client().list().unwrap().guests.remove(0);
+        (guest.site, guest.phase.destination().is_some())
+    };
+    let (mut there, warmth) = Move::prepare(connect(), "desktop", "b", within).unwrap();
+    assert!(warmth.warnings.is_empty(), "{warmth:?}");
+    assert_eq!((there.guest(), there.site()), ("desktop", "b"));
+    world.place(None);
+    stream.write_all(b"under way").unwrap();
+    there.hold(within).unwrap();
+    assert_eq!(there.retarget(within).unwrap().connections, 1);
+    world.place(Some("b"));
+    assert_eq!(there.release(Duration::ZERO, within).unwrap().failed, 0);
+    let mut answer = [0; 9];
+    stream.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"under way");
+    assert_eq!(at(), ("b".into(), false));
+    // Back on purpose, and by being dropped.
+    for purpose in [true, false] {
+        let (mut given_up, _) = Move::prepare(connect(), "desktop", "a", within).unwrap();
+        given_up.hold(within).unwrap();
+        if purpose {
+            given_up.back(within).unwrap();
+        } else {
+            drop(given_up);
+            wait_until(|| at() == ("b".into(), false));
+        }
+        exchange(&mut stream, b"as ever");
+    }
+    // Nobody is there.
+    let mut nothing = std::process::Command::new("true");
+    let error = Move::prepare(
+        Client::through(&mut nothing).unwrap(),
+        "desktop",
+        "a",
+        within,
+    );
+    assert!(
+        matches!(error, Err(netproxy::Error::Protocol(_))),
+        "{error:?}"
+    );
+}
+
+#[test]
+fn an_answer_that_comes_too_late_is_nobodys() {
+    let world = World::new(Duration::from_millis(200));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let mut stream = echoing(&world);
+    exchange(&mut stream, b"before");
+    let within = Duration::from_secs(20);
+    let (mut moving, _) = Move::prepare(edge.client(), "desktop", "b", within).unwrap();
+    world.place(None);
+    // The freeze waits until all that the guest had sent is in.
+    let error = moving.hold(Duration::from_millis(10)).unwrap_err();
+    assert!(matches!(error, netproxy::Error::Timeout), "{error}");
+    let error = moving.retarget(within).unwrap_err();
+    assert!(matches!(error, netproxy::Error::Protocol(_)), "{error}");
+    drop(moving);
+    wait_until(|| {
+        edge.client().list().unwrap().guests[0]
+            .phase
+            .destination()
+            .is_none()
+    });
+    world.place(Some("a"));
+    exchange(&mut stream, b"as ever");
+}
+
+/// Whoever moved the guest died, or the proxy was told nothing: it is put right later, from any
+/// phase, and more than once does no harm.
+#[test]
+fn a_guest_that_arrived_is_followed() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let mut stream = echoing(&world);
+    exchange(&mut stream, b"before");
+    let mut control = edge.client();
+    for (round, (to, other)) in [("b", "a"), ("a", "b"), ("b", "a"), ("a", "b")]
+        .into_iter()
+        .enumerate()
+    {
+        if round > 0 {
+            // A move to where it goes, or to where it does not.
+            control
+                .prepare("desktop", if round == 2 { other } else { to })
+                .unwrap();
+        }
+        world.place(None);
+        stream.write_all(b"under way").unwrap();
+        if round > 1 {
+            control.hold("desktop", LEASE).unwrap();
+        }
+        if round > 2 {
+            control.retarget("desktop").unwrap();
+        }
+        world.place(Some(to));
+        control.arrived("desktop", to).unwrap();
+        control.arrived("desktop", to).unwrap();
+        let mut answer = [0; 9];
+        stream.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"under way");
+        let guest = control.list().unwrap().guests.remove(0);
+        assert_eq!((guest.site.as_str(), guest.phase.destination()), (to, None));
+    }
+    for (guest, site) in [("nobody", "a"), ("desktop", "nowhere")] {
+        let error = control.arrived(guest, site).unwrap_err();
+        assert!(matches!(error, netproxy::Error::Refused(_)), "{error}");
+    }
+}

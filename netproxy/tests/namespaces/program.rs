@@ -1,0 +1,264 @@
+//! The program itself: its privileges, its end in the middle of a move, its successor.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use netproxy::control::Client;
+
+use crate::edge::{
+    LEASE, configuration, echoing, exchange, exchange_all, exchange_with, listen, many_echoing,
+    wait_until,
+};
+use crate::streams::all_kinds;
+use crate::traffic::{Running, serve, start};
+use crate::world;
+use crate::world::World;
+
+/// As [`wait_until`], without a pause: for what is only there for a moment.
+fn wait_until_soon(mut what: impl FnMut() -> bool) {
+    let limit = Instant::now() + Duration::from_secs(30);
+    while !what() {
+        assert!(Instant::now() < limit, "It did not happen");
+    }
+}
+
+/// Runs the program in the edge's namespace; returns when it is ready.
+fn start_program(world: &World, file: &std::path::Path) -> std::process::Child {
+    let file = file.to_owned();
+    let mut child = world.in_namespace("edge", move || {
+        std::process::Command::new(env!("CARGO_BIN_EXE_netproxy"))
+            .arg(file)
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap()
+    });
+    let mut lines = std::io::BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    while line != "ready\n" {
+        line.clear();
+        let read = std::io::BufRead::read_line(&mut lines, &mut line).unwrap();
+        assert!(read > 0, "The program ended before it was ready");
+    }
+    child
+}
+
+#[test]
+fn an_ordinary_user_with_one_capability_is_enough() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let directory = std::env::temp_dir().join(format!("netproxy-user-{}", world.ns("x")));
+    std::fs::create_dir_all(&directory).unwrap();
+    std::os::unix::fs::chown(&directory, Some(65534), Some(65534)).unwrap();
+    let control = directory.join("control");
+    let file = directory.join("proxy.toml");
+    std::fs::write(
+        &file,
+        configuration(&control.display().to_string(), "", false),
+    )
+    .unwrap();
+    // The program itself must be reachable for that user.
+    let program = directory.join("netproxy");
+    std::fs::copy(env!("CARGO_BIN_EXE_netproxy"), &program).unwrap();
+    let words = [
+        "setpriv",
+        "--reuid=65534",
+        "--regid=65534",
+        "--clear-groups",
+    ];
+    let capability = [
+        "--inh-caps=+net_admin",
+        "--ambient-caps=+net_admin",
+        "--bounding-set=-all,+net_admin",
+    ];
+    let (path, binary) = (file.clone(), program.clone());
+    let mut child = world.in_namespace("edge", move || {
+        std::process::Command::new(words[0])
+            .args(&words[1..])
+            .args(capability)
+            .arg(binary)
+            .arg(path)
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap()
+    });
+    wait_until(|| Client::connect(&control).is_ok());
+    let mut stream = echoing(&world);
+    exchange(&mut stream, b"before");
+    let mut client = Client::connect(&control).unwrap();
+    // There and back: the way back needs a rule too.
+    for to in ["b", "a"] {
+        let warmth = client.prepare("desktop", to).unwrap();
+        assert!(warmth.warnings.is_empty(), "{warmth:?}");
+        world.place(None);
+        stream.write_all(b"under way").unwrap();
+        client.hold("desktop", LEASE).unwrap();
+        assert_eq!(client.retarget("desktop").unwrap().connections, 1);
+        world.place(Some(to));
+        assert_eq!(
+            client
+                .release("desktop", Duration::ZERO)
+                .unwrap()
+                .connections,
+            1
+        );
+        let mut answer = [0; 9];
+        stream.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"under way");
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    std::fs::remove_dir_all(&directory).unwrap();
+}
+
+#[test]
+fn killed_in_the_middle_nothing_is_left_behind() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let directory = std::env::temp_dir().join(format!("netproxy-kill-{}", world.ns("x")));
+    std::fs::create_dir_all(&directory).unwrap();
+    let control = directory.join("control");
+    let file = directory.join("proxy.toml");
+    std::fs::write(
+        &file,
+        configuration(&control.display().to_string(), "", false),
+    )
+    .unwrap();
+    let rules = world.rules("edge");
+    for steps in 0..4 {
+        world.place(Some("a"));
+        let mut child = start_program(&world, &file);
+        let mut stream = echoing(&world);
+        exchange(&mut stream, b"before");
+        let mut client = Client::connect(&control).unwrap();
+        let warmth = client.prepare("desktop", "b").unwrap();
+        assert!(warmth.window, "{warmth:?}");
+        assert_ne!(world.rules("edge"), rules, "A move has a routing rule");
+        if steps > 0 {
+            world.place(None);
+            client.hold("desktop", LEASE).unwrap();
+        }
+        if steps > 1 {
+            client.retarget("desktop").unwrap();
+        }
+        if steps > 2 {
+            world.place(Some("b"));
+            client.release("desktop", Duration::ZERO).unwrap();
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        wait_until(|| world.rules("edge") == rules);
+        let table = world.in_namespace("edge", || {
+            world::run("ip", &["route", "show", "table", "all"])
+        });
+        assert!(!table.contains("initcwnd"), "{table}");
+    }
+    std::fs::remove_dir_all(&directory).unwrap();
+}
+
+/// Another program takes over between the moves, when some connections are not proved yet and old
+/// sockets are kept still; during a move it may not.
+#[test]
+fn upgrades_between_moves() {
+    let world = World::new(Duration::from_millis(8));
+    serve(&world, 5900);
+    let directory = std::env::temp_dir().join(format!("netproxy-upgrade-{}", world.ns("x")));
+    std::fs::create_dir_all(&directory).unwrap();
+    let control = directory.join("control");
+    let file = directory.join("proxy.toml");
+    let text = configuration(&control.display().to_string(), "", false);
+    std::fs::write(&file, text).unwrap();
+    let rules = world.rules("edge");
+    let mut child = start_program(&world, &file);
+    let streams: Vec<Running> = all_kinds()
+        .into_iter()
+        .map(|kind| start(&world, listen(), kind))
+        .collect();
+    let connect = || Client::connect(&control).unwrap();
+    wait_until(|| connect().list().unwrap().connections.len() == streams.len());
+    for round in 0..12 {
+        let to = if round % 2 == 0 { "b" } else { "a" };
+        let mut client = connect();
+        client.prepare("desktop", to).unwrap();
+        world.place(None);
+        client.hold("desktop", LEASE).unwrap();
+        let refused = client.upgrade().unwrap_err().to_string();
+        assert!(refused.contains("desktop"), "{refused}");
+        assert_eq!(client.retarget("desktop").unwrap().failed, 0);
+        world.place(Some(to));
+        let released = client.release("desktop", Duration::ZERO).unwrap();
+        assert_eq!(released.failed, 0);
+        client.upgrade().unwrap();
+        assert_eq!(connect().list().unwrap().guests[0].site, to);
+        std::thread::sleep(Duration::from_millis(40));
+    }
+    for stream in streams {
+        assert!(stream.finish() > 0);
+    }
+    assert_eq!(world.rules("edge"), rules);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    std::fs::remove_dir_all(&directory).unwrap();
+}
+
+/// On the way back soon after, sockets with the same addresses have to go first, and a rule stands
+/// in for them. The program is killed while that rule is there.
+#[test]
+fn killed_while_sockets_are_replaced_nothing_is_left_behind() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let directory = std::env::temp_dir().join(format!("netproxy-kill-{}", world.ns("x")));
+    std::fs::create_dir_all(&directory).unwrap();
+    let write = |name: &str, text: &dyn Fn(&str) -> String| {
+        let control = directory.join(format!("{name}.control"));
+        let file = directory.join(format!("{name}.toml"));
+        std::fs::write(&file, text(&control.display().to_string())).unwrap();
+        (file, control)
+    };
+    // Another proxy on the same edge, with another guest, who lives with the client.
+    let (other, _) = write("other", &|control| {
+        format!(
+            "version = 1\n[proxy]\ncontrol = {control:?}\nmark = 7\ntable = 7\n[[guest]]\n\
+             name = \"other\"\naddress = \"10.1.0.2\"\nsite = \"a\"\n[guest.sites.a]\n\
+             routed = true\n[[guest.service]]\nname = \"echo\"\n\
+             listen = [\"10.1.0.1:5901\"]\nport = 7000\n"
+        )
+    });
+    let listener = world.in_namespace("client", || {
+        std::net::TcpListener::bind("10.1.0.2:7000").unwrap()
+    });
+    let mut bystander = start_program(&world, &other);
+    let mut outer = world.in_namespace("client", || TcpStream::connect("10.1.0.1:5901").unwrap());
+    let (mut inner, _) = listener.accept().unwrap();
+    exchange_with(&mut outer, &mut inner, b"before");
+
+    let (file, control) = write("proxy", &|control| configuration(control, "", false));
+    let rules = world.rules("edge");
+    for _ in 0..3 {
+        world.place(Some("a"));
+        let mut child = start_program(&world, &file);
+        let mut streams = many_echoing(&world, 300);
+        exchange_all(&mut streams, b"before");
+        let mut client = Client::connect(&control).unwrap();
+        client.prepare("desktop", "b").unwrap();
+        world.place(None);
+        client.hold("desktop", LEASE).unwrap();
+        client.retarget("desktop").unwrap();
+        world.place(Some("b"));
+        client.release("desktop", Duration::ZERO).unwrap();
+        exchange_all(&mut streams, b"there");
+        client.prepare("desktop", "a").unwrap();
+        world.place(None);
+        client.hold("desktop", LEASE).unwrap();
+        let replacing = std::thread::spawn(move || client.retarget("desktop"));
+        wait_until_soon(|| world.rules("edge").contains("table inet netproxy_"));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let _ = replacing.join().unwrap();
+        wait_until(|| world.rules("edge") == rules);
+        exchange_with(&mut outer, &mut inner, b"still there");
+    }
+    bystander.kill().unwrap();
+    bystander.wait().unwrap();
+    std::fs::remove_dir_all(&directory).unwrap();
+}

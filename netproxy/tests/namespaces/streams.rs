@@ -1,0 +1,283 @@
+//! Streams of every kind whose guest moves at random moments: byte for byte the same.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crate::edge::{Edge, LEASE, echoing, exchange, exchange_all, listen, many_echoing};
+use crate::traffic::{Kind, Noise, Reads, Running, Sends, serve, start};
+use crate::world::{SITES, World};
+
+/// Moves the guest `times` at random moments while streams of the kinds run, and compares.
+pub fn streams_survive(world: &World, edge: &mut Edge, kinds: &[Kind], times: usize, seed: u64) {
+    let streams: Vec<Running> = kinds
+        .iter()
+        .map(|kind| start(world, listen(), *kind))
+        .collect();
+    let mut dice = Noise::new(seed);
+    let begin = Instant::now();
+    for round in 0..times {
+        std::thread::sleep(Duration::from_millis(dice.below(60)));
+        let tally = edge.migrate(world);
+        assert_eq!(
+            tally.connections + tally.waiting,
+            kinds.len(),
+            "round {round}"
+        );
+    }
+    let carried: u64 = streams.into_iter().map(Running::finish).sum();
+    println!(
+        "{times} moves in {:.1} s, {} MB, fallbacks {}",
+        begin.elapsed().as_secs_f64(),
+        carried / 1_000_000,
+        edge.metric("netproxy_retarget_fallbacks_total")
+    );
+    assert!(carried > 0);
+}
+
+pub const FAST: Reads = Reads::Fast;
+
+pub fn all_kinds() -> Vec<Kind> {
+    let messages = Sends::Messages(600);
+    vec![
+        // Small messages both ways, as VNC and ssh.
+        Kind {
+            client: (messages, FAST),
+            guest: (messages, FAST),
+        },
+        // Bulk, each way and both.
+        Kind {
+            client: (Sends::Bulk, FAST),
+            guest: (messages, FAST),
+        },
+        Kind {
+            client: (messages, FAST),
+            guest: (Sends::Bulk, FAST),
+        },
+        Kind {
+            client: (Sends::Bulk, FAST),
+            guest: (Sends::Bulk, FAST),
+        },
+        // Half-closed, each way, while data flows the other way.
+        Kind {
+            client: (Sends::Nothing, FAST),
+            guest: (messages, FAST),
+        },
+        Kind {
+            client: (messages, FAST),
+            guest: (Sends::Nothing, FAST),
+        },
+        Kind {
+            client: (Sends::Nothing, FAST),
+            guest: (Sends::Bulk, FAST),
+        },
+        Kind {
+            client: (Sends::Bulk, FAST),
+            guest: (Sends::Nothing, FAST),
+        },
+        // Full buffers and zero windows.
+        Kind {
+            client: (Sends::Bulk, FAST),
+            guest: (messages, Reads::Stalling),
+        },
+        Kind {
+            client: (messages, Reads::Stalling),
+            guest: (Sends::Bulk, FAST),
+        },
+    ]
+}
+
+#[test]
+fn one_stream_survives_one_move() {
+    let world = World::new(Duration::from_millis(10));
+    serve(&world, 5900);
+    let mut edge = Edge::new(&world, "");
+    let kind = all_kinds()[0];
+    streams_survive(&world, &mut edge, &[kind], 1, 1);
+}
+
+#[test]
+fn every_kind_of_stream_survives_many_moves() {
+    let world = World::new(Duration::from_millis(8));
+    serve(&world, 5900);
+    let mut edge = Edge::new(&world, "");
+    streams_survive(&world, &mut edge, &all_kinds(), 100, 2);
+}
+
+/// A short mixed run under other TCP options.
+fn options(settings: &[(&'static str, &'static str)], seed: u64) {
+    let world = World::new(Duration::from_millis(6));
+    for (key, value) in settings {
+        world.sysctl("guest", key, value);
+    }
+    serve(&world, 5900);
+    let mut edge = Edge::new(&world, "");
+    let kinds = all_kinds();
+    streams_survive(
+        &world,
+        &mut edge,
+        &[kinds[0], kinds[3], kinds[5], kinds[6]],
+        12,
+        seed,
+    );
+}
+
+#[test]
+fn without_timestamps() {
+    options(&[("tcp_timestamps", "0")], 11);
+}
+
+#[test]
+fn without_window_scaling() {
+    options(&[("tcp_window_scaling", "0")], 12);
+}
+
+#[test]
+fn without_sack() {
+    options(&[("tcp_sack", "0")], 13);
+}
+
+#[test]
+fn without_any_option() {
+    options(
+        &[
+            ("tcp_timestamps", "0"),
+            ("tcp_window_scaling", "0"),
+            ("tcp_sack", "0"),
+        ],
+        14,
+    );
+}
+
+#[test]
+fn a_thousand_connections_move_at_once() {
+    let world = World::new(Duration::from_millis(10));
+    serve(&world, 5900);
+    let mut edge = Edge::new(&world, "");
+    let mut streams: Vec<TcpStream> = many_echoing(&world, 1000);
+    exchange_all(&mut streams, b"before");
+    for round in 0..4_u32 {
+        // Every other one has something under way.
+        let text = format!("round {round}");
+        for stream in streams.iter_mut().step_by(2) {
+            stream.write_all(text.as_bytes()).unwrap();
+        }
+        assert_eq!(edge.migrate(&world).connections, 1000);
+        for stream in streams.iter_mut().step_by(2) {
+            let mut answer = vec![0; text.len()];
+            stream.read_exact(&mut answer).unwrap();
+            assert_eq!(answer, text.as_bytes());
+        }
+        exchange_all(&mut streams, b"after");
+    }
+    assert_eq!(edge.metric("netproxy_retargets_total"), 4000);
+    assert_eq!(edge.metric("netproxy_retarget_failures_total"), 0);
+}
+
+#[test]
+fn lost_packets_at_the_release() {
+    let world = World::new(Duration::from_millis(6));
+    serve(&world, 5900);
+    let mut edge = Edge::new(&world, "");
+    let kinds = all_kinds();
+    let streams: Vec<Running> = [kinds[0], kinds[3], kinds[4]]
+        .iter()
+        .map(|kind| start(&world, listen(), *kind))
+        .collect();
+    for wire in &world.wires {
+        wire.loss.store(20, Ordering::Relaxed);
+    }
+    for round in 0..10 {
+        let to = 1 - round % 2;
+        let mut control = edge.client();
+        control.prepare("desktop", SITES[to].0).unwrap();
+        world.place(None);
+        control.hold("desktop", LEASE).unwrap();
+        control.retarget("desktop").unwrap();
+        // Nothing of what is sent at first arrives, the probe least of all.
+        world.wires[to].cut.store(true, Ordering::Relaxed);
+        world.place(Some(SITES[to].0));
+        let tally = control.release("desktop", Duration::ZERO).unwrap();
+        assert_eq!(tally.failed, 0);
+        edge.at = SITES[to].0;
+        std::thread::sleep(Duration::from_millis(30));
+        world.wires[to].cut.store(false, Ordering::Relaxed);
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    streams
+        .into_iter()
+        .map(Running::finish)
+        .for_each(|carried| assert!(carried > 0));
+}
+
+/// Segments of the guest that are queued at the old site for many seconds come to the edge when
+/// the connection has long been at the new one. A reset in answer to them would be queued as
+/// long, and find the guest back at the old site, with the very sequence number that it expects:
+/// its client has ended, and sends nothing more.
+#[test]
+fn segments_that_come_very_late_are_not_answered_with_a_reset() {
+    const QUEUE: Duration = Duration::from_secs(8);
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let mut edge = Edge::new(&world, "");
+    let kind = Kind {
+        client: (Sends::Nothing, FAST),
+        guest: (Sends::Messages(600), FAST),
+    };
+    let stream = start(&world, listen(), kind);
+    std::thread::sleep(Duration::from_millis(200));
+    let usual = world.wires[0].delay_us.load(Ordering::Relaxed);
+    let long = u64::try_from(QUEUE.as_micros()).unwrap();
+    world.wires[0].delay_us.store(long, Ordering::Relaxed);
+    std::thread::sleep(Duration::from_millis(200));
+    edge.migrate(&world);
+    // What was under way arrives meanwhile, and its answers are queued.
+    std::thread::sleep(QUEUE + Duration::from_millis(500));
+    world.wires[0].delay_us.store(usual, Ordering::Relaxed);
+    let mut control = edge.client();
+    // The queue delays the probe too.
+    control.prepare("desktop", "a").unwrap();
+    world.place(None);
+    control.hold("desktop", LEASE).unwrap();
+    control.retarget("desktop").unwrap();
+    world.place(Some("a"));
+    control.release("desktop", Duration::ZERO).unwrap();
+    std::thread::sleep(QUEUE / 2);
+    assert!(stream.finish() > 0);
+}
+
+#[test]
+fn a_guest_that_is_routed_keeps_its_address() {
+    let world = World::new(Duration::from_millis(6));
+    serve(&world, 5900);
+    world.remove_translations();
+    world.route_guest("a");
+    let mut edge = Edge::with(&world, "", true);
+    let rules = world.rules("edge");
+    let kinds = all_kinds();
+    streams_survive(
+        &world,
+        &mut edge,
+        &[kinds[0], kinds[3], kinds[4], kinds[5]],
+        30,
+        21,
+    );
+    assert_eq!(world.rules("edge"), rules);
+}
+
+#[test]
+fn a_smaller_path_mtu_at_the_new_site() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    world.ip("edge", "link set to-b mtu 1280");
+    world.ip("b", "link set up0 mtu 1280");
+    let mut edge = Edge::new(&world, "");
+    let kinds = all_kinds();
+    streams_survive(&world, &mut edge, &[kinds[0], kinds[1], kinds[2]], 4, 31);
+    // One that was opened there goes on where the path is wider.
+    let mut stream = echoing(&world);
+    exchange(&mut stream, &[1; 10_000]);
+    edge.migrate(&world);
+    exchange(&mut stream, &[2; 10_000]);
+}
