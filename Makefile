@@ -61,7 +61,7 @@ test: unit deb oracle
 	$(E2E) $(ONLY)
 
 test-full: unit deb oracle
-	$(CARGO) test --release --locked -p netproxy --test namespaces
+	$(CARGO) test --release --locked -p netproxy --test namespaces -- --include-ignored --skip be_a_caller
 	$(E2E) --include-ignored
 
 # What compares our image of a guest with the stock saver's.

@@ -7,6 +7,7 @@ mod callers;
 mod detours;
 mod edge;
 mod program;
+mod soak;
 mod steps;
 mod streams;
 mod traffic;

@@ -211,6 +211,45 @@ fn lost_packets_at_the_release() {
         .for_each(|carried| assert!(carried > 0));
 }
 
+/// No permanent entry leads to the guest, and the first question for its address is lost, as is its
+/// own for the gateway: the kernel asks again a second later.
+#[test]
+fn lost_questions_for_addresses_cost_only_time() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let mut edge = Edge::new(&world, "");
+    let kinds = all_kinds();
+    let streams: Vec<Running> = [kinds[0], kinds[3], kinds[4], kinds[5]]
+        .iter()
+        .map(|kind| start(&world, listen(), *kind))
+        .collect();
+    for (site, _) in SITES {
+        world.forget_neighbours(site);
+    }
+    for round in 0..4 {
+        let to = SITES[1 - round % 2].0;
+        let mut control = edge.client();
+        control.prepare("desktop", to).unwrap();
+        world.place(None);
+        control.hold("desktop", LEASE).unwrap();
+        control.retarget("desktop").unwrap();
+        for (place, device) in [("a", "lan0"), ("b", "lan0"), ("guest", "g0")] {
+            world.ip(place, &format!("neigh flush dev {device} nud all"));
+        }
+        assert_eq!(
+            control.release("desktop", Duration::ZERO).unwrap().failed,
+            0
+        );
+        std::thread::sleep(Duration::from_millis(50));
+        world.place(Some(to));
+        edge.at = to;
+        std::thread::sleep(Duration::from_millis(1500));
+    }
+    for stream in streams {
+        assert!(stream.finish() > 0);
+    }
+}
+
 /// Segments of the guest that are queued at the old site for many seconds come to the edge when
 /// the connection has long been at the new one. A reset in answer to them would be queued as
 /// long, and find the guest back at the old site, with the very sequence number that it expects:

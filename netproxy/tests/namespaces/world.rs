@@ -107,6 +107,14 @@ pub fn translation(site: &str) -> Translation {
     }
 }
 
+fn neighbour() -> Neighbour {
+    Neighbour {
+        address: GUEST.parse().unwrap(),
+        mac: [2, 0, 0, 0, 0, 5],
+        device: "lan0".into(),
+    }
+}
+
 /// A connection between edge and site, with delay, and faults when asked for.
 #[derive(Default)]
 pub struct Wire {
@@ -192,16 +200,11 @@ impl World {
             world.in_namespace(site, move || {
                 std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
             });
-            let neighbour = Neighbour {
-                address: GUEST.parse().unwrap(),
-                mac: [2, 0, 0, 0, 0, 5],
-                device: "lan0".into(),
-            };
             world.in_namespace(site, move || {
                 let translation = translation(address);
                 translation.apply().unwrap();
                 assert!(translation.is_applied());
-                neighbour.apply().unwrap();
+                neighbour().apply().unwrap();
             });
             world.accept_probes(site, address);
         }
@@ -348,6 +351,12 @@ impl World {
         if let Some(site) = site {
             self.port(site, true);
         }
+    }
+
+    /// Guest and site have to ask for each other's MAC address from now on.
+    pub fn forget_neighbours(&self, site: &str) {
+        self.in_namespace(site, || neighbour().remove().unwrap());
+        self.ip("guest", "neigh flush dev g0 nud all");
     }
 
     /// Leaves the guest to its own address.
