@@ -124,6 +124,11 @@ pub struct Migrate {
     /// Send at most RATE bits a second, with k, M or G: 50M is 50 Mbit/s. At least 256k
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub bandwidth: Option<u64>,
+    /// Send the guest's memory by N connections, and all else by another one; 1: everything by one.
+    /// auto: as many as the link needs, which is its bandwidth times its round trip over 2 MiB,
+    /// where a link without --bandwidth counts as 1 Gbit/s; no more than cores
+    #[arg(long, value_name = "N", default_value = "1", value_parser = parse_connections)]
+    pub connections: Connections,
     /// Encode on N cores; by default on all that this host's dom0 has
     #[arg(long, value_name = "N")]
     pub cores: Option<NonZeroUsize>,
@@ -371,6 +376,9 @@ pub struct Receive {
     /// Say what became of a move instead
     #[arg(long, value_name = "MOVE")]
     pub ask: Option<String>,
+    /// Be one more connection of a move that is received already
+    #[arg(long, value_name = "MOVE", conflicts_with = "ask")]
+    pub join: Option<String>,
 }
 
 /// `vmshadow guard`
@@ -385,6 +393,24 @@ pub struct Guard {
 pub struct Keeper {
     /// The guest's UUID
     pub uuid: String,
+}
+
+/// How many connections carry a guest's memory; none where the link says it.
+#[derive(Debug, Clone, Copy)]
+pub struct Connections(pub Option<NonZeroUsize>);
+
+/// The most connections that carry a guest's memory; as in the engine.
+const MAX_CONNECTIONS: usize = 8;
+
+fn parse_connections(text: &str) -> Result<Connections, String> {
+    if text == "auto" {
+        return Ok(Connections(None));
+    }
+    text.parse()
+        .ok()
+        .filter(|count: &NonZeroUsize| count.get() <= MAX_CONNECTIONS)
+        .map(|count| Connections(Some(count)))
+        .ok_or_else(|| format!("{text:?} is neither auto nor a number from 1 to {MAX_CONNECTIONS}"))
 }
 
 /// `NAME=VALUE` of a limit.

@@ -50,6 +50,7 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
                 cli::OnTimeout::Handover => OnTimeout::HandOver,
             },
             cores: options.cores,
+            connections: options.connections.0,
         },
         allowed: Allowed {
             disks: options.no_disks,

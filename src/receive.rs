@@ -20,6 +20,9 @@ pub fn run(options: &cli::Receive, directories: &Directories) -> anyhow::Result<
         writeln!(std::io::stdout(), "{}", serde_json::to_string(&answer)?)?;
         return Ok(());
     }
+    if let Some(move_id) = &options.join {
+        return incoming::join(directories, move_id).map_err(Into::into);
+    }
     let policy = policy::read()?;
     let paths = Paths::new(directories);
     let detours = Detours::new(directories);

@@ -1,5 +1,6 @@
 //! `vmshadow shadow`
 
+use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -32,7 +33,10 @@ pub fn run(options: &cli::Shadow, directories: &Directories) -> anyhow::Result<(
     let request = Request {
         domain: options.domain.clone(),
         remote,
-        plan: Plan::default(),
+        plan: Plan {
+            connections: NonZeroUsize::new(1),
+            ..Plan::default()
+        },
         allowed: Allowed {
             disks: options.no_disks,
         },

@@ -32,7 +32,7 @@ use crate::guest::xen::stream::state::GuestState;
 use crate::handover::journal::{Journal, Outcome, Phase};
 use crate::hold::hold;
 use crate::image::Image;
-use crate::link::Conversation;
+use crate::link::{Conversation, Expecting};
 use crate::report::{Progress, own_memory, rounded};
 use crate::rounds::{Meter, Outlook};
 use crate::shadow::{Named, Shadows, inventory};
@@ -75,6 +75,8 @@ pub struct Prepared {
     pub ended: Box<dyn FnOnce()>,
     /// Who watches it, and may give it up.
     pub control: Shared,
+    /// More connections that may come, if any are taken.
+    pub expecting: Option<Expecting>,
 }
 
 /// Says whether this site takes a guest, and prepares for it: checks, journal, guardian, image.
@@ -151,6 +153,7 @@ struct Receiving {
     decoder: BatchDecoder,
     arrival: Arrival,
     control: Shared,
+    expecting: Option<Expecting>,
     meter: Meter,
     /// The most memory of our own that was seen.
     memory: u64,
@@ -192,10 +195,12 @@ impl Receiving {
                 warnings,
                 edge_site: prepared.arranged.site.as_deref().map(Text::new),
                 shadow: prepared.shadow,
+                join: prepared.expecting.as_ref().map(|expecting| expecting.token),
             },
             decoder: BatchDecoder::new(),
             arrival: Arrival::default(),
             control: prepared.control,
+            expecting: prepared.expecting,
             meter: Meter::default(),
             memory: 0,
             vanished: false,
@@ -240,6 +245,9 @@ impl Receiving {
         hold("accepting");
         self.guest
             .start(Arc::clone(&self.image), self.offer.static_data())?;
+        if let Some(expecting) = self.expecting.take() {
+            self.peer.gather(expecting, self.offer.connections as usize);
+        }
         self.peer
             .send(&ToSource::Accept(Box::new(self.acceptance.clone())))?;
         self.phase("receiving");

@@ -7,11 +7,13 @@
 //! /run/vmshadow/<uuid>.lock                  one worker a guest
 //! /run/vmshadow/<uuid>.keeper                one keeper a guest
 //! /run/vmshadow/control/<move>.<role>        where a worker can be asked
+//! /run/vmshadow/join/<move>                  where more connections of a move come in
 //! /var/log/vmshadow/<name>.log               what guardians and keepers did
 //! ```
 
 use std::fs::{self, DirBuilder};
-use std::os::unix::fs::DirBuilderExt;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, IoContext, Result};
@@ -63,6 +65,11 @@ impl Directories {
         self.runtime.join("control")
     }
 
+    /// Where workers that receive a guest let more of its connections in.
+    pub fn joining(&self) -> PathBuf {
+        self.runtime.join("join")
+    }
+
     /// Where what is held of guests that run elsewhere is.
     pub fn shadows(&self) -> PathBuf {
         self.state.join("shadows")
@@ -94,6 +101,12 @@ impl Directories {
         }
         Ok(())
     }
+}
+
+/// Makes a directory that is its owner's alone, whatever it was.
+pub(crate) fn make_private(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o700))
 }
 
 /// Syncs a directory, so that a file made in it is still there after a power cut.

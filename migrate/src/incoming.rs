@@ -9,7 +9,9 @@
 //!
 //! All that may take its time comes after the hello: from then on signs of life go out.
 
+use std::fs::File;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -34,10 +36,14 @@ use crate::handover::journal::{self, Begin, JOURNAL_VERSION, Journal, Role};
 use crate::handover::lock::GuestLock;
 use crate::handover::recovery::{self, incoming_name};
 use crate::keeper;
-use crate::link::{Conversation, Link, Rate};
+use crate::link::door::{self, Door};
+use crate::link::{Conversation, Expecting, Link, Rate};
+use crate::outgoing::random;
 use crate::pages::PAGE_SIZE;
 use crate::shadow::{ShadowPolicy, Shadows};
-use crate::wire::{Acceptance, Offer, Purpose, Role as WireRole, Text, XenVersion};
+use crate::wire::{
+    Acceptance, JoinToken, MoveId, Offer, Purpose, Role as WireRole, Text, XenVersion,
+};
 
 /// How long whoever settles an earlier move of the guest may hold its lock.
 const LOCKED: Duration = Duration::from_secs(5);
@@ -112,6 +118,26 @@ pub fn receive(
         (Err(_), Some(missing)) => Err(Error::Refused(missing)),
         (result, _) => result,
     }
+}
+
+/// Passes standard input and output on to the worker that receives `move_id` here: one more
+/// connection of that move.
+///
+/// # Errors
+/// Where there is none.
+pub fn join(directories: &Directories, move_id: &str) -> Result<()> {
+    let move_id: MoveId = move_id
+        .parse()
+        .map_err(|error| Error::Refused(chain(&error)))?;
+    let own = |stream: BorrowedFd<'_>| {
+        let stream = stream.try_clone_to_owned();
+        stream
+            .map(File::from)
+            .context(|| "Can't take over a standard stream")
+    };
+    // Without buffers of ours between them and the worker.
+    let (input, output) = (own(io::stdin().as_fd())?, own(io::stdout().as_fd())?);
+    door::join(directories, move_id, input, output)
 }
 
 /// How a guest's arrival is watched, and given up.
@@ -203,6 +229,14 @@ fn prepare(
     let ranges = kind.memory_ranges(offer.pages, most);
     let shadows = Shadows::new(directories, policies.shadows.clone());
     let (image, shadow) = shadows.image(offer, &ranges, &memory)?;
+    let (door, expecting) = match offer.connections {
+        0 => (None, None),
+        _ => {
+            let (door, links) = Door::open(directories, offer.move_id)?;
+            let token = JoinToken::new(random()?);
+            (Some(door), Some(Expecting { token, links }))
+        }
+    };
     let (directories, name, uuid) = (directories.clone(), offer.name.clone(), offer.uuid.clone());
     Ok(Prepared {
         guest,
@@ -216,11 +250,13 @@ fn prepare(
         arranged,
         keep: Box::new(move || keeper::start(&directories, &name, &uuid)),
         ended: Box::new(move || {
+            drop(door);
             drop(lock);
             // It finds the end in the journal, or what is left to do.
             guardian.finish();
         }),
         control,
+        expecting,
     })
 }
 
@@ -310,6 +346,7 @@ fn would_take(directories: &Directories, policy: &SitePolicy, offer: &Offer) -> 
             .collect(),
         edge_site: None,
         shadow: None,
+        join: None,
     })
 }
 

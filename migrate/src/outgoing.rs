@@ -27,7 +27,7 @@ use crate::handover::journal::{self, Begin, JOURNAL_VERSION, Journal, Outcome, R
 use crate::handover::lock::GuestLock;
 use crate::handover::recovery;
 use crate::keeper;
-use crate::link::ssh::Remote;
+use crate::link::ssh::{Remote, Session};
 use crate::link::{Conversation, Rate};
 use crate::pages::PAGE_SIZE;
 use crate::report::{Observer, Progress, Report, TrackerKind};
@@ -386,6 +386,12 @@ fn prepare_and_move(
         Purpose::Move | Purpose::DryRun => run,
         Purpose::Shadow => run_shadow,
     };
+    let mut beside: Vec<Session> = Vec::new();
+    let mut open = || {
+        let (link, session) = request.remote.join(move_id)?;
+        beside.push(session);
+        Ok(link)
+    };
     let (report, result) = run(
         Move {
             guest: &mut *guest,
@@ -398,6 +404,7 @@ fn prepare_and_move(
             control: control.clone(),
             shadows: &shadows,
             earlier: costs.earlier(&uuid, &request.remote.host, guest_bytes),
+            open: &mut open,
             unchanged: &mut unchanged,
             keep: &mut keep,
             ask: &mut recovery::ask,
@@ -421,6 +428,8 @@ fn prepare_and_move(
         Err(Error::InDoubt { .. }) => guardian.leave(),
         _ => guardian.finish(),
     }
+    // Those for pages have nothing more to say.
+    drop(beside);
     session.finish(Duration::from_secs(10));
     if result.is_ok()
         && request.purpose == Purpose::Move
@@ -498,6 +507,8 @@ pub(crate) fn offer(
         digest_key: key,
         verify: request.plan.verify,
         purpose: request.purpose,
+        // It depends on the link, which is not known yet.
+        connections: 0,
     })
 }
 

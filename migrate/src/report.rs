@@ -108,6 +108,9 @@ pub struct Link {
     pub rtt_ms: f64,
     /// The rate at which the first round crossed, Mbit/s.
     pub mbit: f64,
+    /// The connections that pages went by; besides them there is one for all else, where there are
+    /// more than one.
+    pub connections: u32,
 }
 
 /// What was foretold of a move, to be compared with what came.

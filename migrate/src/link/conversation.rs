@@ -9,7 +9,9 @@
 //!                  there is nothing to send
 //! ```
 //!
-//! Pages may be queued before they are encoded: the writer waits for them in their turn.
+//! Pages may be queued before they are encoded: the writer waits for them in their turn. They may
+//! also go by connections of their own, each a conversation too (`spreading`); at the other end
+//! what comes by them is put in its place before it is received (`gathering`).
 //!
 //! A peer that is silent for [`SILENCE`] after its hello is lost, whatever its connection says: a
 //! cut link shows no end of file. Each byte from it counts. A sign of life is a pong with number
@@ -24,12 +26,13 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded};
 
 use super::sign_of_life::{LastHeard, Listening};
+use super::spreading::Spreading;
 use super::{Counted, HeldUp, Link, Pace, Rate};
 use crate::bytes::write_all_vectored;
 use crate::codec::{Encoding, Sent};
 use crate::error::{Error, Result, chain};
 use crate::wire::{
-    Agreement, Direction, Frame, FrameReader, FrameWriter, Hello, Message, Role, Tag,
+    Agreement, Direction, Frame, FrameReader, FrameWriter, Hello, Message, Place, Role, Tag,
     ToDestination, ToSource, WireError,
 };
 
@@ -52,8 +55,8 @@ const TICK: Duration = Duration::from_millis(100);
 
 /// A frame with its own copy of the payload.
 pub struct Received {
-    tag: Tag,
-    payload: Vec<u8>,
+    pub(super) tag: Tag,
+    pub(super) payload: Vec<u8>,
 }
 
 impl Received {
@@ -72,15 +75,24 @@ impl Received {
 }
 
 /// What waits for the link.
-enum Outgoing {
+pub(super) enum Outgoing {
     Frame(Vec<u8>),
     /// A frame of pages that are being encoded.
     Pages(Encoding),
     /// Asks how many bytes were written before it.
     Mark(Sender<u64>),
+    /// From now on this connection takes its part of these, until there are no more, or it is told
+    /// to stop.
+    Share(Receiver<Placed>, Arc<AtomicBool>),
 }
 
-enum Heard {
+/// A batch of pages, and where it stands in the stream.
+pub(super) struct Placed {
+    pub(super) place: Place,
+    pub(super) pages: Encoding,
+}
+
+pub(super) enum Heard {
     Hello(Hello),
     Frame(Received),
     End(String),
@@ -88,21 +100,28 @@ enum Heard {
 
 /// One end of a link on which messages are exchanged.
 pub struct Conversation {
-    peer: String,
+    pub(super) peer: String,
     role: Role,
-    outgoing: Option<Sender<Outgoing>>,
+    pub(super) outgoing: Option<Sender<Outgoing>>,
     /// Closes when the writer has ended.
     all_written: Receiver<()>,
-    incoming: Receiver<Heard>,
-    last_heard: LastHeard,
+    pub(super) incoming: Receiver<Heard>,
+    pub(super) last_heard: LastHeard,
     silence: Duration,
-    written: Arc<AtomicU64>,
-    read: Arc<AtomicU64>,
+    pub(super) written: Arc<AtomicU64>,
+    pub(super) read: Arc<AtomicU64>,
     held_up: HeldUp,
     broken: Arc<Mutex<Option<String>>>,
-    cancel: Arc<AtomicBool>,
-    hurry: Arc<AtomicBool>,
+    pub(super) rate: Rate,
+    pub(super) cancel: Arc<AtomicBool>,
+    pub(super) hurry: Arc<AtomicBool>,
     deadline: Option<Deadline>,
+    /// The connections that carry this one's pages.
+    pub(super) spreading: Option<Spreading>,
+    /// What was written by connections that carried pages.
+    pub(super) written_beside: Vec<Arc<AtomicU64>>,
+    /// What puts the pages of other connections in their place ends with this.
+    pub(super) gathering: Option<Sender<()>>,
 }
 
 /// When all that is sent and received has to be done.
@@ -135,11 +154,33 @@ impl Conversation {
         cancel: Arc<AtomicBool>,
         queue: usize,
     ) -> Self {
-        let rate = rate.into();
-        let (outgoing, frames) = bounded::<Outgoing>(queue);
-        let (heard, incoming) = bounded(QUEUE);
+        Self::begin(
+            peer,
+            link,
+            role,
+            rate.into(),
+            cancel,
+            (queue, QUEUE),
+            Arc::default(),
+        )
+    }
+
+    /// With room for so many frames that wait for the link, and so many that wait to be received.
+    /// What is read is counted into `read`.
+    pub(super) fn begin(
+        peer: &str,
+        link: Link,
+        role: Role,
+        rate: Rate,
+        cancel: Arc<AtomicBool>,
+        queues: (usize, usize),
+        read: Arc<AtomicU64>,
+    ) -> Self {
+        let kept_rate = rate.clone();
+        let (outgoing, frames) = bounded::<Outgoing>(queues.0);
+        let (heard, incoming) = bounded(queues.1);
         let last_heard = LastHeard::default();
-        let (written, read) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
+        let written = Arc::<AtomicU64>::default();
         let broken = Arc::<Mutex<Option<String>>>::default();
 
         let mut writer = Counted::new(link.writer, Arc::clone(&written));
@@ -211,9 +252,13 @@ impl Conversation {
             read,
             held_up,
             broken,
+            rate: kept_rate,
             cancel,
             hurry,
             deadline: None,
+            spreading: None,
+            written_beside: Vec::new(),
+            gathering: None,
         }
     }
 
@@ -222,20 +267,35 @@ impl Conversation {
         &self.peer
     }
 
-    /// Bytes written to the link, and read from it.
+    /// The most bytes a second that are sent now, if there is a limit.
+    pub fn limit(&self) -> Option<u64> {
+        self.rate.get()
+    }
+
+    /// Bytes written to the link, and read from it, by all of its connections.
     pub fn bytes(&self) -> (u64, u64) {
         (
-            self.written.load(Ordering::Relaxed),
+            self.written.load(Ordering::Relaxed) + self.bytes_beside(),
             self.read.load(Ordering::Relaxed),
         )
+    }
+
+    /// Of the bytes written, those by connections that carried pages alone.
+    pub fn bytes_beside(&self) -> u64 {
+        let beside = self.written_beside.iter();
+        beside.map(|bytes| bytes.load(Ordering::Relaxed)).sum()
     }
 
     /// Bytes written to the link, and how long that took: the rate of the link, as long as frames
     /// wait for it.
     pub fn sent(&self) -> Sent {
+        let held_up = match &self.spreading {
+            None => self.held_up.total(),
+            Some(spreading) => spreading.held_up(|connection| connection.held_up.total()),
+        };
         Sent {
-            bytes: self.written.load(Ordering::Relaxed),
-            held_up: self.held_up.total(),
+            bytes: self.bytes().0,
+            held_up,
         }
     }
 
@@ -275,6 +335,11 @@ impl Conversation {
     /// [`Error::LinkLost`], [`Error::Cancelled`], [`Error::Stalled`].
     pub fn send(&mut self, message: &impl Message) -> Result<()> {
         let mut frame = Vec::new();
+        if let Some(spreading) = &mut self.spreading
+            && let Some(after) = spreading.before(message.tag())
+        {
+            FrameWriter::new(&mut frame).send(&after)?;
+        }
         FrameWriter::new(&mut frame).send(message)?;
         self.queue(Outgoing::Frame(frame))
     }
@@ -284,7 +349,21 @@ impl Conversation {
     /// # Errors
     /// As [`Conversation::send`].
     pub fn send_pages(&mut self, pages: Encoding) -> Result<()> {
-        self.queue(Outgoing::Pages(pages))
+        let Some(spreading) = &mut self.spreading else {
+            return self.queue(Outgoing::Pages(pages));
+        };
+        let mut waiting = spreading.place(pages);
+        loop {
+            self.check()?;
+            let Some(spreading) = &self.spreading else {
+                return Err(self.lost("the link was closed".into()));
+            };
+            match spreading.queue.send_timeout(waiting, self.patience(TICK)) {
+                Ok(()) => return Ok(()),
+                Err(SendTimeoutError::Timeout(unsent)) => waiting = unsent,
+                Err(SendTimeoutError::Disconnected(_)) => return Err(self.end_reason()),
+            }
+        }
     }
 
     /// The bytes that will have been written when all that is queued so far is: received once they
@@ -340,6 +419,8 @@ impl Conversation {
     /// Sends what is queued, as far as the link takes it within a few seconds, and closes the
     /// writing direction. The peer sees an end of file.
     pub fn close(&mut self) {
+        self.end_spreading();
+        self.gathering = None;
         self.hurry.store(true, Ordering::Relaxed);
         self.outgoing = None;
         // Nothing is ever sent: this returns when the writer has ended, or is given up.
@@ -398,6 +479,15 @@ impl Conversation {
 
     fn check(&self) -> Result<()> {
         self.interrupted()?;
+        self.check_connection()?;
+        match &self.spreading {
+            Some(spreading) => spreading.check(),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether this connection, of all, still is one.
+    pub(super) fn check_connection(&self) -> Result<()> {
         if self.broken.lock().is_ok_and(|broken| broken.is_some()) {
             return Err(self.end_reason());
         }
@@ -416,7 +506,7 @@ impl Conversation {
         self.lost(broken.unwrap_or_else(|| "the connection was closed".into()))
     }
 
-    fn lost(&self, reason: String) -> Error {
+    pub(super) fn lost(&self, reason: String) -> Error {
         Error::LinkLost {
             peer: self.peer.clone(),
             reason,
@@ -453,17 +543,22 @@ fn write_frames(
         match frames.recv_timeout(SIGN_OF_LIFE) {
             Ok(Outgoing::Frame(frame)) => paced.write(&[], &frame)?,
             Ok(Outgoing::Pages(pages)) => {
-                let batch = loop {
-                    match pages.recv_timeout(SIGN_OF_LIFE) {
-                        Ok(batch) => break batch,
-                        Err(RecvTimeoutError::Timeout) => paced.write(&[], &sign_of_life)?,
-                        Err(RecvTimeoutError::Disconnected) => {
-                            return Err(io::Error::other("Pages were not encoded").into());
+                let batch = paced.encoded(&pages, &sign_of_life)?;
+                paced.write(&Tag::Pages.header(batch.len())?, &batch)?;
+            }
+            Ok(Outgoing::Share(batches, stop)) => {
+                while !stop.load(Ordering::Relaxed) {
+                    match batches.recv_timeout(SIGN_OF_LIFE) {
+                        Ok(Placed { place, pages }) => {
+                            let batch = paced.encoded(&pages, &sign_of_life)?;
+                            let place = place.to_bytes();
+                            let header = Tag::Batch.header(place.len() + batch.len())?;
+                            paced.write(&[&header[..], &place[..]].concat(), &batch)?;
                         }
+                        Err(RecvTimeoutError::Timeout) => paced.write(&[], &sign_of_life)?,
+                        Err(RecvTimeoutError::Disconnected) => break,
                     }
-                };
-                let header = Tag::Pages.header(batch.len())?;
-                paced.write(&header, &batch)?;
+                }
             }
             Ok(Outgoing::Mark(mark)) => {
                 // Whoever asked may have ended.
@@ -484,6 +579,19 @@ struct Paced<'a, W> {
 }
 
 impl<W: Write> Paced<'_, W> {
+    /// Waits until pages are encoded.
+    fn encoded(&mut self, pages: &Encoding, sign_of_life: &[u8]) -> io::Result<Vec<u8>> {
+        loop {
+            match pages.recv_timeout(SIGN_OF_LIFE) {
+                Ok(batch) => return Ok(batch),
+                Err(RecvTimeoutError::Timeout) => self.write(&[], sign_of_life)?,
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(io::Error::other("Pages were not encoded"));
+                }
+            }
+        }
+    }
+
     /// Writes `header` and `rest`, the first slice of the one with the other.
     fn write(&mut self, header: &[u8], mut rest: &[u8]) -> io::Result<()> {
         let mut header = header;

@@ -1,16 +1,23 @@
 //! How two sites reach one another.
 //!
 //! A [`Link`] is a pair of byte streams with what ends them. Over ssh, as in `xl migrate`, the
-//! other end is a child process's standard input and output.
+//! other end is a child process's standard input and output. One connection carries everything, or
+//! several carry the pages and one the rest.
 
 mod conversation;
+pub mod door;
+mod gathering;
+mod order;
 mod pacing;
 mod said;
 mod sign_of_life;
+mod spreading;
 pub mod ssh;
 
 pub use conversation::{Conversation, QUEUE, Received, SILENCE};
+pub use gathering::Expecting;
 pub use pacing::{Counted, HeldUp, Pace, Rate};
+pub use spreading::{Joining, MAX_CONNECTIONS, connections_for};
 
 use std::io::{Read, Write};
 

@@ -16,6 +16,7 @@ use crossbeam_channel::{Receiver, bounded};
 use super::Link;
 use super::said::{LastLines, read_lines};
 use crate::error::{Error, IoContext, Result};
+use crate::wire::MoveId;
 
 /// How long a question may take, ssh's own way there included.
 const ANSWERING: Duration = Duration::from_secs(30);
@@ -29,6 +30,9 @@ const LOGGED: u32 = 1000;
 /// How long to wait for the rest of what ssh said once it has ended. A process that it left behind
 /// may hold its standard error open.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// The first of the options that are always given.
+const BATCH_MODE: &str = "-oBatchMode=yes";
 
 /// How often a process is looked at.
 const TICK: Duration = Duration::from_millis(10);
@@ -59,7 +63,7 @@ impl Remote {
         }
         for option in [
             "-T",
-            "-oBatchMode=yes",
+            BATCH_MODE,
             "-oServerAliveInterval=5",
             "-oServerAliveCountMax=3",
             "-oConnectTimeout=20",
@@ -97,8 +101,26 @@ impl Remote {
     /// # Errors
     /// [`Error::Io`] where ssh can't be started.
     pub fn connect(&self) -> Result<(Link, Session)> {
-        let mut child = self
-            .child(&["receive"])?
+        self.start(self.child(&["receive"])?)
+    }
+
+    /// Starts one more connection to a `vmshadow receive` that runs there for `move_id`: a
+    /// connection of its own in any case, since one that is shared fills no longer link.
+    ///
+    /// # Errors
+    /// As [`Remote::connect`].
+    pub fn join(&self, move_id: MoveId) -> Result<(Link, Session)> {
+        let mut alone = self.clone();
+        // Behind what the operator gave, and before the host. What is given first counts.
+        if let Some(at) = alone.command.iter().position(|part| part == BATCH_MODE) {
+            let options = ["-oControlMaster=no", "-oControlPath=none"];
+            alone.command.splice(at..at, options.map(str::to_owned));
+        }
+        self.start(alone.child(&["receive", "--join", &move_id.to_string()])?)
+    }
+
+    fn start(&self, mut command: Command) -> Result<(Link, Session)> {
+        let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -304,6 +326,25 @@ mod tests {
         assert_eq!(
             remote.command[remote.command.len() - 2..],
             ["root@b", "vmshadow"]
+        );
+    }
+
+    #[test]
+    fn a_connection_that_joins_is_shared_with_none() {
+        let script = r#"for part; do echo "$part"; done"#;
+        let mut remote = Remote::new("sh", "b", "vmshadow").unwrap();
+        // What ssh would get.
+        let shell = ["sh", "-c", script].map(str::to_owned);
+        remote.command.splice(0..1, shell);
+        let (mut link, _session) = remote.join(MoveId::from_random([1; 16])).unwrap();
+        let mut said = String::new();
+        link.reader.read_to_string(&mut said).unwrap();
+        let said: Vec<&str> = said.lines().collect();
+        let at = |part: &str| said.iter().position(|it| *it == part).unwrap();
+        assert!(at("-oControlPath=none") < at("b"), "{said:?}");
+        assert_eq!(
+            said[at("vmshadow")..at("vmshadow") + 3],
+            ["vmshadow", "receive", "--join"]
         );
     }
 

@@ -115,6 +115,7 @@ impl Session<'_> {
         note(self.go.guest.end_tracking());
         self.go.peer.ignore_cancel();
         self.go.peer.set_deadline(None);
+        self.go.peer.end_spreading();
         // A peer that is gone finds out by itself.
         let _ = self
             .go

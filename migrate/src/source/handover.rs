@@ -137,8 +137,10 @@ impl Session<'_> {
                 if let Some((before, end)) = self.last_round.take()
                     && let (Ok(end), Some(round)) = (end.try_recv(), self.report.rounds.last_mut())
                 {
-                    round.wire_bytes = end - before;
+                    round.wire_bytes = (end + self.go.peer.bytes_beside()).saturating_sub(before);
                 }
+                // No pages follow. What becomes of these connections is of no matter any more.
+                self.go.peer.end_spreading();
                 for part in ready.parts {
                     let name = format!("destination: {}", part.name);
                     self.report.downtime.parts.insert(name, part.seconds);

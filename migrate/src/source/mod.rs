@@ -38,7 +38,7 @@ use crate::guest::Source;
 use crate::handover::journal::{Entry, Journal, Outcome, Phase};
 use crate::handover::recovery::Owner;
 use crate::held::{HOT_BYTES, Held};
-use crate::link::{Conversation, QUEUE, Received};
+use crate::link::{Conversation, Link, QUEUE, Received};
 use crate::pages::{PAGE_SIZE, PageSet};
 use crate::report::{
     Downtime, Link as LinkReport, MemoryOfBoth, Observer, Predicted, Progress, REPORT_VERSION,
@@ -67,6 +67,9 @@ pub struct Plan {
     pub on_timeout: OnTimeout,
     /// The cores to encode on; those that this host has where none is given.
     pub cores: Option<NonZeroUsize>,
+    /// The connections to send pages by; as many as the link needs where none is given. With one
+    /// of them everything goes by that.
+    pub connections: Option<NonZeroUsize>,
 }
 
 impl Plan {
@@ -117,6 +120,8 @@ pub struct Move<'a> {
     pub shadows: &'a Shadows,
     /// What earlier moves tell of this one.
     pub earlier: Earlier,
+    /// Opens one more connection to the destination's worker, for pages.
+    pub open: &'a mut dyn FnMut() -> Result<Link>,
     /// Checks, right before and after the suspend, that the guest still is what was offered.
     pub unchanged: &'a mut dyn FnMut() -> Result<()>,
     /// Starts what takes the place of `xl`'s monitor: called where the guest goes on here after it

@@ -3,20 +3,23 @@
 use std::time::{Duration, Instant};
 
 use super::{Greeted, HANDLING, Offered, Session};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, chain};
 use crate::guest::PageTable;
 use crate::held::{HOT_BYTES, Held};
 use crate::hold::hold;
-use crate::link::Conversation;
+use crate::link::{Conversation, Joining, MAX_CONNECTIONS, connections_for};
 use crate::report::{Progress, rounded};
 use crate::shadow::inventory;
-use crate::wire::{Offer, RefusalCode, ShadowHead, Text, ToDestination, ToSource};
+use crate::wire::{JoinToken, Offer, RefusalCode, ShadowHead, Text, ToDestination, ToSource};
 
 /// How long the other site may take to greet: ssh and the start of a program, emulated.
 const GREETING: Duration = Duration::from_secs(60);
 
 /// How long the other site may take to accept: it waits for memory, and for xl's lock.
 const ACCEPTING: Duration = Duration::from_secs(240);
+
+/// How long connections for pages may take to join: as the first one, and they start at once.
+const JOINING: Duration = Duration::from_secs(60);
 
 impl Session<'_> {
     pub(super) fn greet(&mut self) -> Result<Greeted> {
@@ -34,9 +37,15 @@ impl Session<'_> {
         Ok(Greeted)
     }
 
-    pub(super) fn offer(&mut self, _greeted: Greeted, offer: Offer) -> Result<Offered> {
+    pub(super) fn offer(&mut self, _greeted: Greeted, mut offer: Offer) -> Result<Offered> {
         self.phase("offering");
         hold("offering");
+        // One connection is there already, and needs no other beside it.
+        offer.connections = match self.connections() {
+            1 => 0,
+            more => more as u32,
+        };
+        let wanted = offer.connections;
         self.go.peer.send(&ToDestination::Offer(Box::new(offer)))?;
         let refused = |peer: &Conversation, code, reason: Text| Error::RefusedByPeer {
             peer: peer.peer().to_owned(),
@@ -52,9 +61,14 @@ impl Session<'_> {
                 }
                 let site = accept.edge_site.map(|site| site.to_string());
                 self.go.connections.accepted(site.as_deref())?;
+                let joining = match accept.join {
+                    Some(token) => self.open_connections(token, wanted),
+                    None => Vec::new(),
+                };
                 if let Some(head) = &accept.shadow {
                     self.recall(head)?;
                 }
+                self.spread(joining)?;
             }
             ToSource::Refuse(refusal) => {
                 return Err(refused(&self.go.peer, refusal.code, refusal.reason));
@@ -66,6 +80,54 @@ impl Session<'_> {
         }
         self.watch.lap("offer");
         Ok(Offered)
+    }
+
+    /// How many connections pages are to go by.
+    fn connections(&self) -> usize {
+        let plan = &self.go.plan;
+        let round_trip = Duration::from_secs_f64(self.report.link.rtt_ms / 1e3);
+        plan.connections.map_or_else(
+            || connections_for(self.go.peer.limit(), round_trip, plan.cores()),
+            |asked| asked.get().min(MAX_CONNECTIONS),
+        )
+    }
+
+    /// Opens connections for pages. They join while this side goes on.
+    fn open_connections(&mut self, token: JoinToken, wanted: u32) -> Vec<Joining> {
+        let mut joining = Vec::new();
+        for index in 0..wanted {
+            let opened =
+                (self.go.open)().and_then(|link| Joining::start(&self.go.peer, link, token, index));
+            match opened {
+                Ok(connection) => joining.push(connection),
+                Err(error) => self.warn_of_connection(&error),
+            }
+        }
+        joining
+    }
+
+    fn warn_of_connection(&mut self, error: &Error) {
+        self.go.observer.notice(Progress::Warning(format!(
+            "A connection for pages can't be made: {}",
+            chain(error)
+        )));
+    }
+
+    /// From here on pages go by those that have joined; without any, by the first one.
+    fn spread(&mut self, joining: Vec<Joining>) -> Result<()> {
+        hold("joining");
+        let deadline = Instant::now() + JOINING;
+        let mut joined = Vec::new();
+        for connection in joining {
+            match connection.finish(deadline) {
+                Ok(connection) => joined.push(connection),
+                Err(Error::Cancelled) => return Err(Error::Cancelled),
+                Err(error) => self.warn_of_connection(&error),
+            }
+        }
+        self.report.link.connections = joined.len().max(1) as u32;
+        let queue = self.go.plan.queue();
+        self.go.peer.spread_over(joined, queue)
     }
 
     /// The destination has a shadow of the guest: learns what is in it, by what is known here or by

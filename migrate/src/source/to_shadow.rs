@@ -24,7 +24,7 @@ impl Session<'_> {
         self.watch.lap("copy");
         self.go.peer.send(&ToDestination::Keep)?;
         match self.receive(HANDLING)? {
-            ToSource::Kept => {}
+            ToSource::Kept => self.go.peer.end_spreading(),
             other => return Err(self.unexpected(&other)),
         }
         // What the destination has now is known here: the next time it needs no inventory.

@@ -4,7 +4,7 @@ use super::Text;
 use crate::digest::{DigestKey, MemoryDigest};
 use crate::guest::xen::stream::record::{CPUID_LEAF_SIZE, MSR_ENTRY_SIZE};
 use crate::guest::xen::stream::state::{DomainKind, StateError, StaticData};
-use crate::hexadecimal;
+use crate::hexadecimal::{self, NotHexadecimal};
 use crate::pages::MAX_PAGES;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -80,6 +80,60 @@ fn is_uuid(text: &str) -> bool {
             8 | 13 | 18 | 23 => byte == b'-',
             _ => byte.is_ascii_hexdigit(),
         })
+}
+
+/// What lets one more connection join a move: 16 random bytes, written as hexadecimal digits.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct JoinToken([u8; 16]);
+
+impl JoinToken {
+    /// A token of bytes that must come from a good source of randomness.
+    #[must_use]
+    pub const fn new(bytes: [u8; 16]) -> Self {
+        Self(bytes)
+    }
+
+    /// Its bytes.
+    #[must_use]
+    pub const fn as_bytes(&self) -> &[u8; 16] {
+        &self.0
+    }
+}
+
+/// Takes the same time whatever the two are: how much of it was guessed doesn't show.
+impl PartialEq for JoinToken {
+    fn eq(&self, other: &Self) -> bool {
+        let differing = self
+            .0
+            .iter()
+            .zip(&other.0)
+            .fold(0, |all, (a, b)| std::hint::black_box(all | (a ^ b)));
+        differing == 0
+    }
+}
+
+impl Eq for JoinToken {}
+
+/// Does not show the token.
+impl fmt::Debug for JoinToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("JoinToken(..)")
+    }
+}
+
+impl TryFrom<String> for JoinToken {
+    type Error = NotHexadecimal;
+
+    fn try_from(text: String) -> Result<Self, NotHexadecimal> {
+        hexadecimal::parse(&text).map(Self)
+    }
+}
+
+impl From<JoinToken> for String {
+    fn from(token: JoinToken) -> Self {
+        hexadecimal::format(&token.0)
+    }
 }
 
 /// The kinds of guest.
@@ -178,6 +232,10 @@ pub struct Offer {
     /// What the pages are for.
     #[serde(default)]
     pub purpose: Purpose,
+    /// How many connections the source would like to send the pages by, besides this one; 0 where
+    /// they are to come by this one.
+    #[serde(default)]
+    pub connections: u32,
 }
 
 /// What a guest's pages cross for.
@@ -299,6 +357,10 @@ pub struct Acceptance {
     /// What the destination has of the guest's memory already.
     #[serde(default)]
     pub shadow: Option<ShadowHead>,
+    /// What lets the connections join that the source would like to send pages by; none where it
+    /// wants none, or none are taken.
+    #[serde(default)]
+    pub join: Option<JoinToken>,
 }
 
 /// What a destination has of a guest's memory already, in few words.

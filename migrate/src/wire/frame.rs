@@ -1,5 +1,6 @@
 //! Frames: the header, the limits, and how they are read and written.
 
+use super::message::PLACE_SIZE;
 use super::{Direction, Message, WireError};
 use crate::codec::MAX_BATCH_BYTES;
 use crate::pages::MAX_PAGES;
@@ -49,6 +50,12 @@ pub enum Tag {
     Probe = 0x0d,
     /// [`ToDestination::Outgoing`](super::ToDestination::Outgoing).
     Outgoing = 0x0e,
+    /// [`ToDestination::Join`](super::ToDestination::Join).
+    Join = 0x0f,
+    /// [`ToDestination::Batch`](super::ToDestination::Batch).
+    Batch = 0x10,
+    /// [`ToDestination::After`](super::ToDestination::After).
+    After = 0x11,
     /// [`ToSource::Accept`](super::ToSource::Accept).
     Accept = 0x81,
     /// [`ToSource::Refuse`](super::ToSource::Refuse).
@@ -71,10 +78,12 @@ pub enum Tag {
     Inventory = 0x8b,
     /// [`ToSource::Kept`](super::ToSource::Kept).
     Kept = 0x8c,
+    /// [`ToSource::Joined`](super::ToSource::Joined).
+    Joined = 0x8d,
 }
 
 impl Tag {
-    const ALL: [Self; 25] = [
+    const ALL: [Self; 29] = [
         Self::Offer,
         Self::P2mFrames,
         Self::Pages,
@@ -100,6 +109,10 @@ impl Tag {
         Self::Keep,
         Self::Inventory,
         Self::Kept,
+        Self::Join,
+        Self::Batch,
+        Self::After,
+        Self::Joined,
     ];
 
     fn from_byte(byte: u8) -> Option<Self> {
@@ -142,15 +155,18 @@ impl Tag {
             Self::Offer => MIB,
             Self::P2mFrames => 8 + (MAX_PAGES as usize).div_ceil(512) * 8,
             Self::Pages => MAX_BATCH_BYTES,
+            Self::Batch => PLACE_SIZE + MAX_BATCH_BYTES,
             Self::Inventory => 8 + MAX_CHUNK_BYTES,
             Self::State => 16 * MIB,
             Self::Outgoing => 2 * MIB,
             Self::Accept | Self::Ready | Self::Probe => 64 * KIB,
             Self::Refuse | Self::Abort | Self::Failed => 8 * KIB,
-            Self::RoundEnd | Self::RoundAck | Self::Progress | Self::Final => 64,
+            Self::RoundEnd | Self::RoundAck | Self::Progress | Self::Final | Self::Join => 64,
             Self::Commit
             | Self::Recall
             | Self::Keep
+            | Self::After
+            | Self::Joined
             | Self::Kept
             | Self::Running
             | Self::SourcePing

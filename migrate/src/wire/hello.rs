@@ -14,10 +14,10 @@ use std::io::{self, Read, Write};
 
 /// The lowest version of the protocol that this program speaks. Version 1 had no zstd, and
 /// version 2 neither references nor deltas; version 3 knew nothing of shadows, of dry runs, nor of
-/// connections that a guest has begun itself.
-pub const MIN_PROTOCOL: u16 = 4;
+/// connections that a guest has begun itself; version 4 had one connection for everything.
+pub const MIN_PROTOCOL: u16 = 5;
 /// The highest version of the protocol that this program speaks.
-pub const MAX_PROTOCOL: u16 = 4;
+pub const MAX_PROTOCOL: u16 = 5;
 
 const MAGIC: &[u8; 8] = b"VMSHADOW";
 const HEADER_SIZE: usize = 16;

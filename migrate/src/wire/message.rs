@@ -1,6 +1,6 @@
 //! The messages, typed, and their payloads.
 
-use super::document::{Acceptance, Offer, Readiness, Refusal};
+use super::document::{Acceptance, JoinToken, Offer, Readiness, Refusal};
 use super::{Frame, Tag, Text, WireError};
 use crate::bytes::{Bytes, Malformed};
 use crate::digest::MemoryDigest;
@@ -39,6 +39,29 @@ pub trait Message {
 
 /// The most bytes in a [`ToDestination::Probe`].
 pub const MAX_PROBE: usize = 64 << 10;
+
+/// Bytes of a [`Place`].
+pub(crate) const PLACE_SIZE: usize = 16;
+
+/// Where a batch that comes by a connection of its own stands in the stream.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Place {
+    /// How many batches come before it.
+    pub batches: u64,
+    /// How many messages that follow an [`ToDestination::After`] come before it.
+    pub messages: u64,
+}
+
+impl Place {
+    /// As it stands before a batch.
+    pub(crate) fn to_bytes(self) -> [u8; PLACE_SIZE] {
+        let mut bytes = [0; PLACE_SIZE];
+        let (batches, messages) = bytes.split_at_mut(8);
+        batches.copy_from_slice(&self.batches.to_le_bytes());
+        messages.copy_from_slice(&self.messages.to_le_bytes());
+        bytes
+    }
+}
 
 /// A message of the source's.
 #[derive(Clone, PartialEq)]
@@ -90,6 +113,22 @@ pub enum ToDestination<'a> {
     Pong(u64),
     /// Bytes of no meaning, up to [`MAX_PROBE`], before the offer: to measure the link.
     Probe(&'a [u8]),
+    /// The first message of one more connection, which is to carry pages of the same move.
+    Join {
+        /// What the acceptance gave.
+        token: JoinToken,
+        /// Which of the connections it is, from 0.
+        index: u32,
+    },
+    /// A batch of pages on such a connection.
+    Batch {
+        /// Where it stands.
+        place: Place,
+        /// As in [`ToDestination::Pages`].
+        batch: &'a [u8],
+    },
+    /// The next message comes after so many batches that come by connections of their own.
+    After(u64),
 }
 
 /// A message of the destination's.
@@ -117,6 +156,8 @@ pub enum ToSource {
     },
     /// The shadow is kept.
     Kept,
+    /// The connection is one of the move's.
+    Joined(u32),
     /// The guest runs here.
     Running,
     /// The destination cannot go on. Before the commit, nothing is left there.
@@ -151,6 +192,9 @@ impl Message for ToDestination<'_> {
             Self::Ping(_) => Tag::SourcePing,
             Self::Pong(_) => Tag::SourcePong,
             Self::Probe(_) => Tag::Probe,
+            Self::Join { .. } => Tag::Join,
+            Self::Batch { .. } => Tag::Batch,
+            Self::After(_) => Tag::After,
         }
     }
 
@@ -181,7 +225,14 @@ impl Message for ToDestination<'_> {
             Self::State(state) => encode_state(state, to)?,
             Self::Final(digest) => to.extend(digest.0),
             Self::Abort(reason) => to.extend(reason.as_str().as_bytes()),
-            Self::Ping(number) | Self::Pong(number) => to.extend(number.to_le_bytes()),
+            Self::Ping(number) | Self::Pong(number) | Self::After(number) => {
+                to.extend(number.to_le_bytes());
+            }
+            Self::Join { token, index } => {
+                to.extend(token.as_bytes());
+                to.extend(index.to_le_bytes());
+            }
+            Self::Batch { place, .. } => to.extend(place.to_bytes()),
         }
         Ok(())
     }
@@ -189,6 +240,7 @@ impl Message for ToDestination<'_> {
     fn bulk(&self) -> &[u8] {
         match self {
             Self::Pages(bytes) | Self::Probe(bytes) => bytes,
+            Self::Batch { batch, .. } => batch,
             _ => &[],
         }
     }
@@ -229,6 +281,18 @@ impl<'a> ToDestination<'a> {
             Tag::SourcePing => Self::Ping(from.u64().map_err(&malformed)?),
             Tag::SourcePong => Self::Pong(from.u64().map_err(&malformed)?),
             Tag::Probe => Self::Probe(decode_rest(&mut from)),
+            Tag::Join => Self::Join {
+                token: JoinToken::new(from.array().map_err(&malformed)?),
+                index: from.u32().map_err(&malformed)?,
+            },
+            Tag::Batch => Self::Batch {
+                place: Place {
+                    batches: from.u64().map_err(&malformed)?,
+                    messages: from.u64().map_err(&malformed)?,
+                },
+                batch: decode_rest(&mut from),
+            },
+            Tag::After => Self::After(from.u64().map_err(&malformed)?),
             _ => return Err(WireError::WrongDirection(tag)),
         };
         if from.is_empty() {
@@ -270,6 +334,9 @@ impl fmt::Debug for ToDestination<'_> {
             Self::Abort(reason) => f.debug_tuple("Abort").field(reason).finish(),
             Self::Ping(number) => f.debug_tuple("Ping").field(number).finish(),
             Self::Pong(number) => f.debug_tuple("Pong").field(number).finish(),
+            Self::Join { index, .. } => write!(f, "Join({index})"),
+            Self::Batch { place, batch } => write!(f, "Batch({place:?}, {} bytes)", batch.len()),
+            Self::After(batches) => f.debug_tuple("After").field(batches).finish(),
         }
     }
 }
@@ -284,6 +351,7 @@ impl Message for ToSource {
             Self::Inventory { .. } => Tag::Inventory,
             Self::Kept => Tag::Kept,
             Self::Running => Tag::Running,
+            Self::Joined(_) => Tag::Joined,
             Self::Failed(_) => Tag::Failed,
             Self::Progress { .. } => Tag::Progress,
             Self::Ping(_) => Tag::DestinationPing,
@@ -301,6 +369,7 @@ impl Message for ToSource {
             }
             Self::Ready(readiness) => encode_document(self.tag(), readiness, to)?,
             Self::Running | Self::Kept => {}
+            Self::Joined(index) => to.extend(index.to_le_bytes()),
             Self::Inventory { first, runs } => {
                 to.extend(first.to_le_bytes());
                 to.extend(runs);
@@ -334,6 +403,7 @@ impl ToSource {
             },
             Tag::Ready => Self::Ready(decode_document(&mut from, tag)?),
             Tag::Running => Self::Running,
+            Tag::Joined => Self::Joined(from.u32().map_err(&malformed)?),
             Tag::Inventory => Self::Inventory {
                 first: from.u64().map_err(&malformed)?,
                 runs: decode_rest(&mut from).to_vec(),

@@ -26,6 +26,21 @@
 //!   at any time: Ping and Pong both ways; Abort from the source, Failed from the destination
 //! ```
 //!
+//! Where both sides want it, pages go by connections of their own, and the first one carries all
+//! else:
+//!
+//! ```text
+//!   source, on each                                 destination
+//!     | -------------------- Hello -------------------- |
+//!     | Join -----------------------------------------> |      with what the acceptance gave
+//!     | <--------------------------------------- Joined |
+//!     | Batch, Batch, ... ----------------------------> |      each says where it stands
+//! ```
+//!
+//! The stream is one all the same. A batch says how many batches and how many messages come before
+//! it, and each message that must stand in its place among them follows an After, which says how
+//! many batches come before it.
+//!
 //! A [`Hello`] has a layout that never changes, so that any two versions understand each other's.
 //! Everything after it is frames:
 //!
@@ -44,12 +59,12 @@ mod message;
 mod text;
 
 pub use document::{
-    Acceptance, CpuPolicy, GuestKind, MoveId, NotAMoveId, Offer, OfferError, Part, Purpose,
-    Readiness, Refusal, RefusalCode, ShadowHead, TscOffer, XenVersion,
+    Acceptance, CpuPolicy, GuestKind, JoinToken, MoveId, NotAMoveId, Offer, OfferError, Part,
+    Purpose, Readiness, Refusal, RefusalCode, ShadowHead, TscOffer, XenVersion,
 };
 pub use frame::{FRAME_HEADER_SIZE, Frame, FrameReader, FrameWriter, Tag};
 pub use hello::{Agreement, Hello, MAX_PROTOCOL, MIN_PROTOCOL, Role};
-pub use message::{Direction, MAX_PROBE, Message, ToDestination, ToSource};
+pub use message::{Direction, MAX_PROBE, Message, Place, ToDestination, ToSource};
 pub use text::Text;
 
 use crate::bytes::Malformed;

@@ -85,6 +85,7 @@ fn offer() -> Offer {
         digest_key: DigestKey::new([0xee; 32]),
         verify: true,
         purpose: Purpose::Shadow,
+        connections: 2,
     }
 }
 
@@ -138,6 +139,15 @@ fn to_destination() -> impl Strategy<Value = ToDestination<'static>> {
         texts().prop_map(ToDestination::Abort),
         any::<u64>().prop_map(ToDestination::Ping),
         any::<u64>().prop_map(ToDestination::Pong),
+        any::<u64>().prop_map(ToDestination::After),
+        any::<([u8; 16], u32)>().prop_map(|(token, index)| ToDestination::Join {
+            token: JoinToken::new(token),
+            index,
+        }),
+        any::<(u64, u64)>().prop_map(|(batches, messages)| ToDestination::Batch {
+            place: Place { batches, messages },
+            batch: &[1, 2, 3],
+        }),
     ]
 }
 
@@ -171,6 +181,7 @@ fn to_source() -> impl Strategy<Value = ToSource> {
             .prop_map(|(xen, tsc_khz, warnings)| {
                 ToSource::Accept(Box::new(Acceptance {
                     edge_site: Some(Text::new("dublin")),
+                    join: tsc_khz.map(|khz| JoinToken::new([khz as u8; 16])),
                     shadow: tsc_khz.map(|khz| ShadowHead {
                         basis: (khz % 2 == 0).then_some(MemoryDigest([7; 16])),
                         lacking: vec![(khz.into(), 3)],
@@ -190,6 +201,7 @@ fn to_source() -> impl Strategy<Value = ToSource> {
             })
         }),
         Just(ToSource::Running),
+        any::<u32>().prop_map(ToSource::Joined),
         (any::<u64>(), proptest::collection::vec(any::<u8>(), 0..100))
             .prop_map(|(first, runs)| ToSource::Inventory { first, runs }),
         Just(ToSource::Kept),
@@ -488,10 +500,10 @@ proptest! {
     #[test]
     fn a_payload_of_another_length_is_refused(message in to_destination()) {
         let mut bytes = send(&message);
-        // A reason may have any length.
+        // A reason may have any length, and so may a batch.
         prop_assume!(!matches!(
             message,
-            ToDestination::Abort(_) | ToDestination::Outgoing(_)
+            ToDestination::Abort(_) | ToDestination::Outgoing(_) | ToDestination::Batch { .. }
         ));
         let tag = message.tag();
         bytes.push(b'!');

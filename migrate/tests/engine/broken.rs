@@ -7,7 +7,7 @@ use migrate::Error;
 use migrate::guest::Moment;
 use migrate::guest::replay::{Call, Crossing, Shape, Watch, cross, die, pair};
 
-use crate::scene::{Place, Scene, at_call, busy};
+use crate::scene::{Place, Scene, at_call, busy, connections};
 
 /// Calls at the source, in the order in which they come first.
 const AT_SOURCE: [Call; 7] = [
@@ -185,4 +185,57 @@ fn a_destination_that_has_the_guest_refuses() {
     );
     assert!(crossed.destination_journal.is_none());
     assert!(scene.near.runs() && scene.far.runs());
+}
+
+#[test]
+fn with_several_connections_whatever_breaks_one_guest_runs() {
+    /// What happens at a call.
+    #[derive(Debug, Clone, Copy)]
+    enum Deed {
+        CutFirst,
+        CutOther,
+        Kill,
+        Cancel,
+    }
+    let calls = [
+        Call::Begin,
+        Call::Read(Moment::Live),
+        Call::EndRound,
+        Call::Suspend,
+        Call::Read(Moment::Last),
+        Call::Complete,
+        Call::TakeOver,
+    ];
+    for call in calls {
+        for deed in [Deed::CutFirst, Deed::CutOther, Deed::Kill, Deed::Cancel] {
+            let scene = Scene::with(busy(17));
+            let (near, far, first) = pair(Shape::default());
+            let (data, others) = connections(3);
+            let cancel = Arc::<AtomicBool>::default();
+            let flag = Arc::clone(&cancel);
+            let act = move || match deed {
+                Deed::CutFirst => first.cut(),
+                Deed::CutOther => others[1].cut(),
+                Deed::Kill => die(),
+                Deed::Cancel => flag.store(true, Ordering::Relaxed),
+            };
+            let crossing = Crossing {
+                cancel,
+                data,
+                ..crossing(call, act)
+            };
+            let crossed = cross(&scene.near, &scene.far, (near, far), crossing).unwrap();
+            let place = scene.settled(&crossed);
+            if committed(call) {
+                assert_eq!(place, Place::Destination, "{call:?}, {deed:?}: {crossed:?}");
+            }
+            if place == Place::Source {
+                let (data, _cuts) = connections(2);
+                scene.moves(Crossing {
+                    data,
+                    ..Crossing::default()
+                });
+            }
+        }
+    }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use migrate::Error;
 use migrate::guest::Moment;
 use migrate::guest::replay::{
-    Call, Change, Clock, Content, Crossing, Guest, History, Memory, Shape, Step, Watch, Write,
+    Call, Change, Clock, Content, Crossing, Cut, Guest, History, Memory, Shape, Step, Watch, Write,
     cross, die, pair,
 };
 use migrate::pages::PageType;
@@ -18,7 +18,7 @@ use migrate::rounds::Limits;
 use migrate::source::Plan;
 use proptest::prelude::*;
 
-use crate::scene::{Place, Scene, pool};
+use crate::scene::{Place, Scene, connections, pool};
 
 /// The most pages of a guest here.
 const MOST: u64 = 300;
@@ -33,6 +33,8 @@ enum Trouble {
 #[derive(Debug, Clone, Copy)]
 enum Deed {
     Cut,
+    /// A connection for pages, where there are any.
+    CutOther,
     Kill,
     Cancel,
     Fail,
@@ -125,28 +127,46 @@ fn trouble() -> impl Strategy<Value = Trouble> {
         Call::Discard,
         Call::Keep,
     ]);
-    let deed = prop::sample::select(vec![Deed::Cut, Deed::Kill, Deed::Cancel, Deed::Fail]);
+    let deed = prop::sample::select(vec![
+        Deed::Cut,
+        Deed::CutOther,
+        Deed::Kill,
+        Deed::Cancel,
+        Deed::Fail,
+    ]);
     prop_oneof![
         1 => (1..400_000u64).prop_map(Trouble::CutAfter),
         3 => (call, 1..4usize, deed).prop_map(|(call, nth, deed)| Trouble::At(call, nth, deed)),
     ]
 }
 
-/// Tracker, verify mode, rounds, whether the log is read all the time and hot pages wait, and the
-/// cores to encode on.
-type Options = (TrackerKind, bool, u32, bool, usize);
+/// Tracker, verify mode, rounds, whether the log is read all the time and hot pages wait, the
+/// cores to encode on, and connections for pages: fewer than two are none.
+type Options = (TrackerKind, bool, u32, bool, usize, usize);
 
 fn options() -> impl Strategy<Value = Options> {
     let tracker = prop::sample::select(vec![TrackerKind::LogDirty, TrackerKind::Scan]);
-    (tracker, any::<bool>(), 1..6u32, any::<bool>(), 1..4usize)
+    (
+        tracker,
+        any::<bool>(),
+        1..6u32,
+        any::<bool>(),
+        1..4usize,
+        0..4usize,
+    )
 }
 
-fn plain((tracker, verify, rounds, looking, cores): Options) -> Crossing {
+fn plain(options: Options) -> Crossing {
+    made(options).0
+}
+
+fn made((tracker, verify, rounds, looking, cores, others): Options) -> (Crossing, Vec<Cut>) {
     let (looking, downtime) = match looking {
         true => (Duration::ZERO, Duration::from_nanos(1)),
         false => (Limits::default().looking, Duration::ZERO),
     };
-    Crossing {
+    let (data, cuts) = connections(if others < 2 { 0 } else { others });
+    let crossing = Crossing {
         tracker,
         plan: Plan {
             verify,
@@ -160,8 +180,10 @@ fn plain((tracker, verify, rounds, looking, cores): Options) -> Crossing {
             cores: NonZeroUsize::new(cores),
             ..Plan::default()
         },
+        data,
         ..Crossing::default()
-    }
+    };
+    (crossing, cuts)
 }
 
 /// One move in which things go wrong. Where the guest is then.
@@ -175,6 +197,7 @@ fn attempt(scene: &Scene, troubles: &[Trouble], options: Options) -> Place {
         }
     }
     let (near, far, cut) = pair(shape);
+    let (plain, others) = made(options);
     let cancel = Arc::<AtomicBool>::default();
     let cancelled = Arc::clone(&cancel);
     let watch: Arc<Watch> = Arc::new(move |this| {
@@ -184,6 +207,7 @@ fn attempt(scene: &Scene, troubles: &[Trouble], options: Options) -> Place {
             }
             match deed {
                 Deed::Cut => cut.cut(),
+                Deed::CutOther => others.iter().take(1).for_each(Cut::cut),
                 Deed::Kill => die(),
                 Deed::Cancel => cancelled.store(true, Ordering::Relaxed),
                 Deed::Fail => return Err(Error::Refused("It fails".into())),
@@ -196,7 +220,7 @@ fn attempt(scene: &Scene, troubles: &[Trouble], options: Options) -> Place {
         // Each call is made at one of the sites, but for the start of a keeper.
         at_source: Arc::clone(&watch),
         at_destination: watch,
-        ..plain(options)
+        ..plain
     };
     let crossed = cross(&scene.near, &scene.far, (near, far), crossing).unwrap();
     scene.settled(&crossed)

@@ -8,10 +8,11 @@ use std::time::Duration;
 use migrate::error::chain;
 use migrate::guest::replay::generated::{Kind, Made, Random};
 use migrate::guest::replay::{
-    Call, Change, Clock, Content, Crossed, Crossing, Guest, History, Memory, Shape, Site, Step,
-    Watch, Write, cross, pair,
+    Call, Change, Clock, Content, Crossed, Crossing, Cut, Guest, History, Memory, Shape, Site,
+    Step, Watch, Write, cross, pair,
 };
 use migrate::handover::journal::Outcome;
+use migrate::link::Link;
 use migrate::pages::PageType;
 
 /// Where a guest is when all is over.
@@ -113,6 +114,18 @@ impl Scene {
         assert_eq!(self.settled(&crossed), Place::Destination);
         crossed
     }
+}
+
+/// So many connections for pages beside the first one, both ends of each, and what cuts them.
+pub fn connections(count: usize) -> ((Vec<Link>, Vec<Link>), Vec<Cut>) {
+    let (mut data, mut cuts) = ((Vec::new(), Vec::new()), Vec::new());
+    for _ in 0..count {
+        let (near, far, cut) = pair(Shape::default());
+        data.0.push(near);
+        data.1.push(far);
+        cuts.push(cut);
+    }
+    (data, cuts)
 }
 
 /// Pages of the guest of these tests.

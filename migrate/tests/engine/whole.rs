@@ -1,5 +1,6 @@
 //! Moves that nothing disturbs.
 
+use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use migrate::guest::replay::generated::Random;
@@ -8,7 +9,7 @@ use migrate::report::TrackerKind;
 use migrate::rounds::Limits;
 use migrate::source::Plan;
 
-use crate::scene::{PAGES, Place, Scene, at_call, busy, history};
+use crate::scene::{PAGES, Place, Scene, at_call, busy, connections, history};
 
 #[test]
 fn a_guest_that_writes_all_the_time_arrives_as_it_left() {
@@ -81,6 +82,56 @@ fn with_its_log_read_all_the_time_a_guest_arrives_as_it_left() {
     });
     let report = crossed.report.unwrap();
     assert!(report.predicted.after_first_round.is_some(), "{report:?}");
+}
+
+#[test]
+fn pages_that_go_by_several_connections_arrive_as_they_left() {
+    for (count, cores) in [(2, 1), (4, 3)] {
+        let there = Scene::with(busy(40 + count));
+        let crossing = || Crossing {
+            plan: Plan {
+                verify: true,
+                cores: NonZeroUsize::new(cores),
+                limits: Limits {
+                    downtime: Duration::ZERO,
+                    ..Limits::default()
+                },
+                ..Plan::default()
+            },
+            data: connections(count as usize).0,
+            ..Crossing::default()
+        };
+        let report = there.moves(crossing()).report.unwrap();
+        assert_eq!(u64::from(report.link.connections), count);
+        let all: u64 = report.rounds.iter().map(|round| round.wire_bytes).sum();
+        assert!(all > report.wire_bytes / 10 * 9, "{report:?}");
+        // And back, with shadows at both ends.
+        let report = there.turned().moves(crossing()).report.unwrap();
+        assert!(report.recalled > PAGES / 2, "{report:?}");
+    }
+}
+
+#[test]
+fn a_connection_that_does_not_come_is_done_without() {
+    let scene = Scene::with(busy(45));
+    let (data, cuts) = connections(3);
+    cuts[0].cut();
+    cuts[2].cut();
+    let crossing = Crossing {
+        data,
+        ..Crossing::default()
+    };
+    let report = scene.moves(crossing).report.unwrap();
+    assert_eq!(report.link.connections, 1);
+    // With none of them all goes by the first one.
+    let (data, cuts) = connections(2);
+    cuts.iter().for_each(migrate::guest::replay::Cut::cut);
+    let back = Crossing {
+        data,
+        ..Crossing::default()
+    };
+    let report = scene.turned().moves(back).report.unwrap();
+    assert_eq!(report.link.connections, 1);
 }
 
 #[test]

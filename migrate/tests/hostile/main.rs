@@ -16,9 +16,9 @@ use migrate::guest::{PageState, PageTable};
 use migrate::held::Held;
 use migrate::pages::{PAGE_SIZE, Page, PageType};
 use migrate::wire::{
-    Acceptance, CpuPolicy, FrameWriter, GuestKind, Hello, MoveId, Offer, Part, Purpose, Readiness,
-    Refusal, RefusalCode, Role, ShadowHead, Tag, Text, ToDestination, ToSource, TscOffer,
-    XenVersion,
+    Acceptance, CpuPolicy, FrameWriter, GuestKind, Hello, JoinToken, MoveId, Offer, Part, Place,
+    Purpose, Readiness, Refusal, RefusalCode, Role, ShadowHead, Tag, Text, ToDestination, ToSource,
+    TscOffer, XenVersion,
 };
 
 const MIB: u64 = 1 << 20;
@@ -139,6 +139,7 @@ fn offer() -> Offer {
     });
     Offer {
         purpose: Purpose::Move,
+        connections: 2,
         move_id: MoveId::from_random([3; 16]),
         name: "g1".to_owned(),
         uuid: "6c1c2b54-62a4-4f3b-9d5a-0d8e7d1b6b0f".to_owned(),
@@ -283,6 +284,18 @@ fn to_destination() -> Vec<Vec<u8>> {
         ToDestination::State(Box::new(state())),
         ToDestination::Final(MemoryDigest([1; 16])),
         ToDestination::Commit,
+        ToDestination::Join {
+            token: JoinToken::new([5; 16]),
+            index: 1,
+        },
+        ToDestination::Batch {
+            place: Place {
+                batches: 7,
+                messages: 2,
+            },
+            batch: &batch,
+        },
+        ToDestination::After(8),
         ToDestination::Abort(Text::new("Enough")),
         ToDestination::Ping(7),
     ];
@@ -333,6 +346,7 @@ fn to_source() -> Vec<Vec<u8>> {
             tsc_khz: Some(1),
             warnings,
             edge_site: None,
+            join: Some(JoinToken::new([5; 16])),
             shadow: Some(ShadowHead {
                 basis: Some(MemoryDigest([3; 16])),
                 lacking: vec![(5, 2)],
@@ -343,6 +357,7 @@ fn to_source() -> Vec<Vec<u8>> {
             runs: inventory(),
         },
         ToSource::Kept,
+        ToSource::Joined(3),
         ToSource::Refuse(Refusal {
             code: RefusalCode::Memory,
             reason: Text::new("Full"),

@@ -62,7 +62,8 @@ pub fn frames_to_destination(bytes: &[u8]) {
             again.as_ref() == Some(&message),
             "{message:?} came back as {again:?}"
         );
-        if let ToDestination::Pages(payload) = message {
+        if let ToDestination::Pages(payload) | ToDestination::Batch { batch: payload, .. } = message
+        {
             batch(payload);
         }
         Ok(())

@@ -9,12 +9,16 @@
 //! A worker can be killed: [`die`] ends its thread at once, with nothing given up or tidied, and
 //! what it held (its lock, its end of the link) is let go of as the kernel would.
 
+use std::mem;
+use std::num::NonZeroUsize;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::slice;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::Duration;
+
+use crossbeam_channel::bounded;
 
 use super::destination::{ReplayDestination, Restored};
 use super::guest::UUID;
@@ -30,14 +34,15 @@ use crate::guest::Source;
 use crate::handover::journal::{self, Begin, Entry, JOURNAL_VERSION, Journal, Role, find};
 use crate::handover::lock::GuestLock;
 use crate::handover::recovery::Owner;
-use crate::link::{Conversation, Link, Rate};
+use crate::link::{Conversation, Expecting, Link, Rate};
 use crate::outgoing::random;
 use crate::pages::PAGE_SIZE;
 use crate::report::{Observer, Progress, Report, TrackerKind};
 use crate::shadow::{ShadowPolicy, Shadows};
 use crate::source::{self, Move, Plan};
 use crate::wire::{
-    CpuPolicy, GuestKind, MoveId, Offer, Purpose, Role as WireRole, Text, TscOffer, XenVersion,
+    CpuPolicy, GuestKind, JoinToken, MoveId, Offer, Purpose, Role as WireRole, Text, TscOffer,
+    XenVersion,
 };
 
 /// How long another worker may hold the guest's lock.
@@ -61,6 +66,8 @@ pub struct Crossing {
     pub at_destination: Arc<Watch>,
     /// Is told how far the move is.
     pub observer: Box<dyn Observer>,
+    /// More connections, for pages: the source's ends, and the destination's.
+    pub data: (Vec<Link>, Vec<Link>),
 }
 
 impl Default for Crossing {
@@ -74,6 +81,7 @@ impl Default for Crossing {
             at_source: Arc::new(|_| Ok(())),
             at_destination: Arc::new(|_| Ok(())),
             observer: Box::new(Nobody),
+            data: (Vec::new(), Vec::new()),
         }
     }
 }
@@ -154,8 +162,9 @@ pub fn cross(
 ) -> Result<Crossed> {
     let (near, far) = link;
     let (restored, watch) = (crossing.restored, Arc::clone(&crossing.at_destination));
+    let data = mem::take(&mut crossing.data.1);
     thread::scope(|scope| {
-        let arriving = scope.spawn(move || arrive(to, far, restored, &watch));
+        let arriving = scope.spawn(move || arrive_by(to, far, data, restored, &watch));
         let left = leave(from, near, &mut crossing, &mut |entry| to.answer(entry));
         let arrived = arriving.join().unwrap_or_else(|why| resume_unwind(why))?;
         let left = left?;
@@ -206,6 +215,10 @@ pub fn leave(
     let journal = Journal::create(&from.directories, begin)?;
     let path = journal.entry().path.clone();
     let offer = offer(&mut guest, move_id, &key, crossing.plan.verify);
+    let mut data = mem::take(&mut crossing.data.0);
+    let mut plan = crossing.plan.clone();
+    // Otherwise as many as the link needs.
+    plan.connections = NonZeroUsize::new(data.len()).or(NonZeroUsize::new(1));
     let rate = Rate::new(crossing.rate);
     let control = control(&offer, Role::Source, rate.clone(), crossing);
     let cancel = Arc::clone(&crossing.cancel);
@@ -220,10 +233,14 @@ pub fn leave(
                 peer,
                 observer: crossing.observer.as_mut(),
                 connections: &mut Untouched,
-                plan: crossing.plan.clone(),
+                plan,
                 shadows: &shadows,
                 control,
                 earlier: Earlier::default(),
+                open: &mut || {
+                    data.pop()
+                        .ok_or_else(|| Error::Refused("There is no other link".into()))
+                },
                 unchanged: &mut || Ok(()),
                 keep: &mut || {
                     watch(Call::Keep)?;
@@ -257,11 +274,27 @@ pub fn leave(
 /// # Errors
 /// What can't be settled after it.
 pub fn arrive(to: &Arc<Site>, link: Link, restored: Restored, watch: &Arc<Watch>) -> Result<End> {
+    arrive_by(to, link, Vec::new(), restored, watch)
+}
+
+/// As [`arrive`], with more connections that come in, for pages.
+///
+/// # Errors
+/// As [`arrive`].
+pub fn arrive_by(
+    to: &Arc<Site>,
+    link: Link,
+    data: Vec<Link>,
+    restored: Restored,
+    watch: &Arc<Watch>,
+) -> Result<End> {
     let peer = Conversation::start("source", link, WireRole::Destination, None, Arc::default());
     let mut path = None;
+    let mut data = Some(data);
     let ended = survive(|| {
         let mut take = |offer: &Offer| {
-            let prepared = prepare(to, offer, restored, watch)?;
+            let data = data.take().unwrap_or_default();
+            let prepared = prepare(to, offer, data, restored, watch)?;
             path = Some(prepared.journal.entry().path.clone());
             Ok(prepared)
         };
@@ -294,6 +327,7 @@ fn control(offer: &Offer, role: Role, rate: Rate, crossing: &Crossing) -> Shared
 fn prepare(
     to: &Arc<Site>,
     offer: &Offer,
+    data: Vec<Link>,
     restored: Restored,
     watch: &Arc<Watch>,
 ) -> Result<Prepared> {
@@ -342,6 +376,18 @@ fn prepare(
             Rate::default(),
             &Crossing::default(),
         ),
+        expecting: match offer.connections {
+            0 => None,
+            _ => {
+                let (come, links) = bounded(data.len());
+                for link in data {
+                    // There is room for all of them.
+                    let _ = come.send(link);
+                }
+                let token = JoinToken::new(random()?);
+                Some(Expecting { token, links })
+            }
+        },
     })
 }
 
@@ -388,5 +434,6 @@ fn offer(guest: &mut ReplaySource, move_id: MoveId, key: &DigestKey, verify: boo
         digest_key: key.clone(),
         verify,
         purpose: Purpose::Move,
+        connections: 0,
     }
 }

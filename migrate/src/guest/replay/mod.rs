@@ -24,7 +24,7 @@ mod recording;
 mod site;
 mod source;
 
-pub use crossing::{Crossed, Crossing, End, Left, arrive, cross, die, leave};
+pub use crossing::{Crossed, Crossing, End, Left, arrive, arrive_by, cross, die, leave};
 pub use destination::{ReplayDestination, Restored};
 pub use guest::Guest;
 pub use history::{Clock, History, Step};

@@ -1,0 +1,220 @@
+//! How more connections come to a worker that receives a guest.
+//!
+//! ```text
+//!   source                         destination
+//!   ssh vmshadow receive           vmshadow receive                  the worker
+//!                                    |  /run/vmshadow/join/MOVE      its door
+//!   ssh ... receive --join MOVE    vmshadow receive --join MOVE      passes bytes on, both ways
+//! ```
+//!
+//! The process that joins knows nothing but the move's name, and looks at nothing that it passes
+//! on. Only the worker's own user comes in, and the worker checks what is said first. A process
+//! that joins ends with its ssh, and with its worker.
+
+use std::fs::{self, File};
+use std::io;
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::unistd::geteuid;
+
+use super::{Link, MAX_CONNECTIONS};
+use crate::directories::{self, Directories};
+use crate::error::{IoContext, Result};
+use crate::wire::MoveId;
+
+/// How long what is said to a connection that has ended at the other site may take to be read.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// Where the connections of one move come in, until it is dropped.
+#[derive(Debug)]
+pub struct Door {
+    path: PathBuf,
+    closed: Arc<AtomicBool>,
+}
+
+fn path(directories: &Directories, move_id: MoveId) -> PathBuf {
+    directories.joining().join(move_id.to_string())
+}
+
+impl Door {
+    /// Opens the door of a move. What comes in is received.
+    ///
+    /// # Errors
+    /// [`crate::Error::Io`].
+    pub fn open(directories: &Directories, move_id: MoveId) -> Result<(Door, Receiver<Link>)> {
+        let directory = directories.joining();
+        let failed = || format!("Can't open a socket in {}", directory.display());
+        directories::make_private(&directory).context(failed)?;
+        remove_stale(&directory);
+        let path = path(directories, move_id);
+        let listener = UnixListener::bind(&path).context(failed)?;
+        let closed = Arc::<AtomicBool>::default();
+        let (come, links) = bounded(MAX_CONNECTIONS);
+        let stop = Arc::clone(&closed);
+        thread::Builder::new()
+            .name("door".into())
+            .spawn(move || accept(&listener, &come, &stop))
+            .context(failed)?;
+        Ok((Door { path, closed }, links))
+    }
+}
+
+impl Drop for Door {
+    fn drop(&mut self) {
+        self.closed.store(true, Ordering::Release);
+        // Wakes the thread that accepts. Where this fails there is none.
+        let _ = UnixStream::connect(&self.path);
+        // The next worker removes it where this fails.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Sockets of workers that were killed: nobody will ever listen there again.
+fn remove_stale(directory: &std::path::Path) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        if UnixStream::connect(entry.path())
+            .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+        {
+            // It harms nobody, and the next worker tries again.
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
+fn accept(listener: &UnixListener, come: &Sender<Link>, closed: &AtomicBool) {
+    for stream in listener.incoming() {
+        if closed.load(Ordering::Acquire) {
+            return;
+        }
+        let link = stream.and_then(|stream| {
+            let who = getsockopt(&stream, PeerCredentials)?;
+            if who.uid() != geteuid().as_raw() {
+                return Err(io::ErrorKind::PermissionDenied.into());
+            }
+            Ok(Link {
+                reader: Box::new(stream.try_clone()?),
+                writer: Box::new(stream),
+            })
+        });
+        match link {
+            Ok(link) => {
+                // One that can't be taken is closed; so is the door, once nobody takes any.
+                let _ = come.try_send(link);
+            }
+            Err(error) => {
+                log::warn!("A connection did not come in: {error}");
+                thread::sleep(Duration::from_millis(100));
+            }
+        }
+    }
+}
+
+/// Joins a move that is received here: passes `input` on to its worker, and what that says to
+/// `output`, until either has ended.
+///
+/// # Errors
+/// Where no such move is received here.
+pub fn join(
+    directories: &Directories,
+    move_id: MoveId,
+    mut input: File,
+    mut output: File,
+) -> Result<()> {
+    let failed = || format!("Can't join the move {move_id}");
+    let mut worker = UnixStream::connect(path(directories, move_id)).context(failed)?;
+    let mut to_worker = worker.try_clone().context(failed)?;
+    let (passing, passed) = bounded::<()>(0);
+    thread::spawn(move || {
+        // Dropped when this thread ends. Whatever ended it, there is nothing more to pass on.
+        let _passing = passing;
+        let _ = io::copy(&mut input, &mut to_worker);
+        let _ = to_worker.shutdown(Shutdown::Write);
+    });
+    let (saying, said) = bounded::<()>(0);
+    thread::spawn(move || {
+        let _saying = saying;
+        let _ = io::copy(&mut worker, &mut output);
+    });
+    crossbeam_channel::select! {
+        // Nothing is ever sent: a channel closes when its thread ends.
+        recv(said) -> _ => {}
+        recv(passed) -> _ => {
+            let _: std::result::Result<(), _> = said.recv_timeout(LAST_WORDS);
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::fd::OwnedFd;
+
+    fn id() -> MoveId {
+        MoveId::from_random([7; 16])
+    }
+
+    /// A process that joins, as a thread, and its two streams' other ends.
+    fn joined(
+        directories: &Directories,
+    ) -> (thread::JoinHandle<Result<()>>, UnixStream, UnixStream) {
+        let (input, ours) = UnixStream::pair().unwrap();
+        let (output, theirs) = UnixStream::pair().unwrap();
+        let directories = directories.clone();
+        let file = |stream: UnixStream| File::from(OwnedFd::from(stream));
+        let thread = thread::spawn(move || join(&directories, id(), file(input), file(output)));
+        (thread, ours, theirs)
+    }
+
+    #[test]
+    fn what_comes_in_is_passed_on_until_either_end_is_gone() {
+        let root = tempfile::tempdir().unwrap();
+        let directories = Directories::under(root.path());
+        let (door, links) = Door::open(&directories, id()).unwrap();
+        let (joining, mut ours, mut theirs) = joined(&directories);
+        let mut link = links.recv().unwrap();
+        ours.write_all(b"there").unwrap();
+        let mut bytes = [0; 5];
+        link.reader.read_exact(&mut bytes).unwrap();
+        assert_eq!(&bytes, b"there");
+        link.writer.write_all(b"back").unwrap();
+        theirs.read_exact(&mut bytes[..4]).unwrap();
+        assert_eq!(&bytes[..4], b"back");
+        // The worker ends.
+        drop(link);
+        joining.join().unwrap().unwrap();
+
+        // ssh ends.
+        let (joining, ours, _theirs) = joined(&directories);
+        let mut link = links.recv().unwrap();
+        drop(ours);
+        assert_eq!(link.reader.read(&mut bytes).unwrap(), 0);
+        drop(link);
+        joining.join().unwrap().unwrap();
+        drop(door);
+        assert_eq!(fs::read_dir(directories.joining()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn there_is_no_door_where_nothing_is_received() {
+        let root = tempfile::tempdir().unwrap();
+        let directories = Directories::under(root.path());
+        let (joining, ..) = joined(&directories);
+        assert!(joining.join().unwrap().is_err());
+        // A worker that was killed leaves its socket, and the next one removes it.
+        directories::make_private(&directories.joining()).unwrap();
+        let stale = directories.joining().join("stale");
+        drop(UnixListener::bind(&stale).unwrap());
+        let (_door, _links) = Door::open(&directories, id()).unwrap();
+        assert!(!stale.exists());
+    }
+}

@@ -1,0 +1,213 @@
+//! The source's end of several connections: one carries all but pages, the others carry those.
+//!
+//! ```text
+//!   send()        After, message --> first connection
+//!
+//!   send_pages()  one queue  [ ][ ][ ] --+--> connection 0        each takes the next batch
+//!                                        +--> connection 1        when it has written one
+//!                                        +--> connection 2
+//! ```
+//!
+//! So no connection waits for a slower one, and of what each has to write the order stays that of
+//! the stream. A connection that breaks ends the conversation: what was on its way is not known.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Sender, TryRecvError, bounded};
+
+use super::conversation::{Heard, Outgoing, Placed};
+use super::{Conversation, Link};
+use crate::codec::Encoding;
+use crate::error::{Error, Result, chain};
+use crate::wire::{JoinToken, Place, Role, Tag, ToDestination, ToSource};
+
+/// The most connections that carry a guest's pages.
+pub const MAX_CONNECTIONS: usize = 8;
+
+/// How much one ssh connection has on its way at the most: the window of its channel, in bytes.
+const WINDOW: f64 = 2_097_152.0;
+
+/// What a link is taken for whose rate nobody limits, in bytes a second: 1 Gbit/s.
+const FAST: f64 = 125e6;
+
+/// How many connections fill a link with that round trip, where no more than `limit` bytes a second
+/// are sent: its bandwidth times its delay over what one of them has on its way. More than there
+/// are cores to encrypt are of no use.
+#[must_use]
+pub fn connections_for(limit: Option<u64>, round_trip: Duration, cores: usize) -> usize {
+    let rate = limit.map_or(FAST, |bytes| (bytes as f64).min(FAST));
+    let wanted = (rate * round_trip.as_secs_f64() / WINDOW).ceil() as usize;
+    wanted.clamp(1, cores.clamp(1, MAX_CONNECTIONS))
+}
+
+/// The connections that carry pages.
+pub(super) struct Spreading {
+    pub(super) queue: Sender<Placed>,
+    /// Where the stream has come to.
+    place: Place,
+    connections: Vec<Conversation>,
+    stop: Arc<AtomicBool>,
+}
+
+/// A connection that is to join a move.
+pub struct Joining {
+    connection: Conversation,
+    index: u32,
+}
+
+impl Joining {
+    /// Says over `link` that it belongs to the move that gave out `token`.
+    ///
+    /// # Errors
+    /// [`Error::LinkLost`], [`Error::Cancelled`].
+    pub fn start(
+        first: &Conversation,
+        link: Link,
+        token: JoinToken,
+        index: u32,
+    ) -> Result<Joining> {
+        // All connections together keep below the rate.
+        let (rate, cancel) = (first.rate.clone(), Arc::clone(&first.cancel));
+        let mut connection = Conversation::start(first.peer(), link, Role::Source, rate, cancel);
+        connection.send(&ToDestination::Join { token, index })?;
+        Ok(Joining { connection, index })
+    }
+
+    /// Waits until the other side says that it does.
+    ///
+    /// # Errors
+    /// What it says else; [`Error::LinkLost`], [`Error::Cancelled`].
+    pub fn finish(mut self, deadline: Instant) -> Result<Conversation> {
+        self.connection.greet(deadline)?;
+        let received = self.connection.receive(deadline)?;
+        let peer = self.connection.peer().to_owned();
+        match ToSource::decode(received.frame())? {
+            ToSource::Joined(index) if index == self.index => Ok(self.connection),
+            ToSource::Failed(reason) => Err(Error::PeerFailed {
+                peer,
+                reason: reason.to_string(),
+            }),
+            _ => Err(Error::Protocol {
+                peer,
+                what: "no answer to a connection that joins".into(),
+            }),
+        }
+    }
+}
+
+impl Spreading {
+    /// What is to be sent before a message of that kind.
+    pub(super) fn before(&mut self, tag: Tag) -> Option<ToDestination<'static>> {
+        match tag {
+            Tag::Abort | Tag::SourcePing | Tag::SourcePong => None,
+            _ => {
+                self.place.messages += 1;
+                Some(ToDestination::After(self.place.batches))
+            }
+        }
+    }
+
+    /// The next batch.
+    pub(super) fn place(&mut self, pages: Encoding) -> Placed {
+        let place = self.place;
+        self.place.batches += 1;
+        Placed { place, pages }
+    }
+
+    /// How long the connections were held up, each of them.
+    pub(super) fn held_up(&self, of: impl Fn(&Conversation) -> Duration) -> Duration {
+        let all: Duration = self.connections.iter().map(of).sum();
+        all / self.connections.len().max(1) as u32
+    }
+
+    /// Whether all of them still are connections.
+    pub(super) fn check(&self) -> Result<()> {
+        for connection in &self.connections {
+            connection.check_connection()?;
+            match connection.incoming.try_recv() {
+                Err(TryRecvError::Empty) => {}
+                Ok(Heard::End(reason)) => return Err(connection.lost(reason)),
+                Err(TryRecvError::Disconnected) | Ok(Heard::Hello(_)) => {
+                    return Err(connection.lost("the connection was closed".into()));
+                }
+                Ok(Heard::Frame(received)) => {
+                    let said = ToSource::decode(received.frame());
+                    let reason = match said {
+                        Ok(ToSource::Failed(reason)) => reason.to_string(),
+                        Ok(_) => "a message on a connection for pages".into(),
+                        Err(error) => chain(&error),
+                    };
+                    return Err(connection.lost(reason));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Spreading {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for connection in &mut self.connections {
+            connection.hurry.store(true, Ordering::Relaxed);
+            connection.outgoing = None;
+        }
+    }
+}
+
+impl Conversation {
+    /// From now on pages go by `connections`, with room for `queue` batches that wait for them, and
+    /// this one carries all else. Without any of them all stays as it is.
+    ///
+    /// # Errors
+    /// [`Error::LinkLost`].
+    pub fn spread_over(&mut self, connections: Vec<Conversation>, queue: usize) -> Result<()> {
+        if connections.is_empty() {
+            return Ok(());
+        }
+        let (queue, batches) = bounded(queue);
+        let stop = Arc::<AtomicBool>::default();
+        for connection in &connections {
+            let share = Outgoing::Share(batches.clone(), Arc::clone(&stop));
+            let taken = connection
+                .outgoing
+                .as_ref()
+                .is_some_and(|outgoing| outgoing.send(share).is_ok());
+            if !taken {
+                return Err(connection.lost("the connection was closed".into()));
+            }
+            self.written_beside.push(Arc::clone(&connection.written));
+        }
+        self.spreading = Some(Spreading {
+            queue,
+            place: Place::default(),
+            connections,
+            stop,
+        });
+        Ok(())
+    }
+
+    /// No pages follow: the connections for them are closed.
+    pub fn end_spreading(&mut self) {
+        self.spreading = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_longer_and_faster_link_needs_more_connections() {
+        let ms = Duration::from_millis;
+        assert_eq!(connections_for(None, ms(1), 8), 1);
+        assert_eq!(connections_for(None, ms(40), 8), 3);
+        assert_eq!(connections_for(None, ms(40), 2), 2);
+        assert_eq!(connections_for(None, ms(10_000), 64), MAX_CONNECTIONS);
+        // 50 Mbit/s are filled by one.
+        assert_eq!(connections_for(Some(6_250_000), ms(200), 8), 1);
+        assert_eq!(connections_for(Some(u64::MAX), Duration::ZERO, 0), 1);
+    }
+}
