@@ -167,7 +167,7 @@ fn a_move_is_steered_and_given_up() {
     let testbed = sites(with(Hypervisor::Release));
     let guest = small_guest();
     testbed.start_guest(SiteName::A, &guest).unwrap();
-    let points = ["offering", "copying", "suspended", "ready"];
+    let points = ["copying", "suspended"];
     cancelled_at(&testbed, &guest, SiteName::A, &points);
     cancelled_at(&testbed, &guest, SiteName::B, &["receiving"]);
     foretold(&testbed, &guest, SiteName::A);
