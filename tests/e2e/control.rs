@@ -167,8 +167,7 @@ fn a_move_is_steered_and_given_up() {
     let testbed = sites(with(Hypervisor::Release));
     let guest = small_guest();
     testbed.start_guest(SiteName::A, &guest).unwrap();
-    let points = ["copying", "suspended"];
-    cancelled_at(&testbed, &guest, SiteName::A, &points);
+    cancelled_at(&testbed, &guest, SiteName::A, &["suspended"]);
     cancelled_at(&testbed, &guest, SiteName::B, &["receiving"]);
     foretold(&testbed, &guest, SiteName::A);
     refused_once_committed(&testbed, &guest);
@@ -195,6 +194,7 @@ fn cap(testbed: &Testbed, at: SiteName) -> String {
 /// A guest that may be slowed down has its processor time back when its move was given up, when
 /// its worker was killed, and when it has arrived.
 #[test]
+#[ignore = "minutes: make test-full"]
 fn a_guest_that_is_slowed_down() {
     let testbed = sites(with(Hypervisor::Release));
     let guest = Guest {

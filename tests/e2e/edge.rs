@@ -87,7 +87,7 @@ fn connections_outlive_moves_between_networks() {
     let (testbed, guest, edge) = behind_an_edge();
     // From the site without the edge: across the WAN, as most clients.
     let watch = testbed.watch(SiteName::B, &guest).unwrap();
-    for from in [SiteName::A, SiteName::B, SiteName::A, SiteName::B] {
+    for from in [SiteName::A, SiteName::B] {
         moves_with_its_connections(&testbed, &guest, from);
     }
     thread::sleep(Duration::from_secs(2));
@@ -158,6 +158,7 @@ fn retargeted(testbed: &Testbed) -> u32 {
 /// A move that fails, however late, leaves connections and paths where they were; one whose worker
 /// is killed after the commit takes them along.
 #[test]
+#[ignore = "minutes: make test-full"]
 fn connections_stay_with_the_guest() {
     let (testbed, guest, _edge) = behind_an_edge();
     let watch = testbed.watch(SiteName::A, &guest).unwrap();

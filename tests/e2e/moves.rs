@@ -138,6 +138,7 @@ fn log_dirty_two_vcpus_192_mib_two_cpus_of_dom0() {
 }
 
 #[test]
+#[ignore = "minutes: make test-full"]
 fn log_dirty_two_vcpus_512_mib_larger_than_dom0() {
     row(Hypervisor::Release, Kind::Pv, (1, 384), 2, 512, 1);
 }

@@ -73,6 +73,7 @@ fn clear_errors_before_anything_is_suspended() {
 
 /// What only this host, its CPU or its disk refuses.
 #[test]
+#[ignore = "minutes: make test-full"]
 fn what_the_hosts_cannot_do() {
     let options = Options {
         cpu_features: "+abm".into(),
