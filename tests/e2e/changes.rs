@@ -138,6 +138,7 @@ fn a_guest_that_ends_on_the_way() {
     let testbed = sites(with(Hypervisor::Release));
     let guest = growing_guest();
     for (point, end) in [
+        ("copying", "xl destroy g1"),
         ("recopying", "xl shutdown -w g1"),
         ("suspending", "xl destroy g1"),
     ] {

@@ -81,14 +81,24 @@ fn moves_with_its_connections(testbed: &Testbed, guest: &Guest, from: SiteName) 
     only_path_is_at(testbed, at);
 }
 
-/// There and back while a client watches by the edge: its connection lives.
 #[test]
 fn connections_outlive_moves_between_networks() {
+    outlive(&[SiteName::A, SiteName::B]);
+}
+
+#[test]
+#[ignore = "minutes: make test-full"]
+fn connections_outlive_more_moves_between_networks() {
+    outlive(&[SiteName::A, SiteName::B, SiteName::A, SiteName::B]);
+}
+
+/// Moves from these sites while a client watches by the edge: its connection lives.
+fn outlive(moves: &[SiteName]) {
     let (testbed, guest, edge) = behind_an_edge();
     // From the site without the edge: across the WAN, as most clients.
     let watch = testbed.watch(SiteName::B, &guest).unwrap();
-    for from in [SiteName::A, SiteName::B] {
-        moves_with_its_connections(&testbed, &guest, from);
+    for from in moves {
+        moves_with_its_connections(&testbed, &guest, *from);
     }
     thread::sleep(Duration::from_secs(2));
     let seen = watch.finish().unwrap();

@@ -1,6 +1,8 @@
 //! A peer that lies: rubbish, half a conversation, and a real one with bytes changed. An error,
 //! bounded memory, nothing left; the guest runs where it was.
 
+use std::ops::Range;
+
 use testbed::{Hypervisor, SiteName};
 
 use crate::scene::{migrate, move_guest, said, settled, sites, small_guest, with};
@@ -31,11 +33,19 @@ print(status, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 /// What a receiver may hold: the memory file of the guest, mapped, and 64 MiB for itself.
 const MOST_KIB: u64 = (96 + 64) << 10;
 
-/// How many spoiled conversations are tried each way.
-const ATTEMPTS: u32 = 3;
-
 #[test]
 fn lying_peers() {
+    lie(0..3);
+}
+
+#[test]
+#[ignore = "minutes: make test-full"]
+fn more_lying_peers() {
+    lie(3..9);
+}
+
+/// A conversation is spoiled each way with each of `seeds`.
+fn lie(seeds: Range<u32>) {
     let testbed = sites(with(Hypervisor::Release));
     let guest = small_guest();
     testbed.start_guest(SiteName::A, &guest).unwrap();
@@ -61,7 +71,7 @@ fn lying_peers() {
     let rubbish = "head -c 3000000 /dev/urandom | vmshadow receive 2> /dev/null";
     let half = "head -c 5000000 /tmp/question | vmshadow receive 2> /dev/null";
     let mut commands = vec![rubbish.to_owned(), half.to_owned()];
-    for seed in 0..ATTEMPTS {
+    for seed in seeds.clone() {
         commands.push(format!(
             "python3 /tmp/spoil.py /tmp/question /tmp/spoiled {seed} 9000000; \
              vmshadow receive < /tmp/spoiled 2> /dev/null"
@@ -81,7 +91,7 @@ fn lying_peers() {
 
     // A lying destination.
     let mut commands = vec!["head -c 3000000 /dev/urandom; cat > /dev/null".to_owned()];
-    for seed in 0..ATTEMPTS {
+    for seed in seeds.clone() {
         commands.push(format!(
             "python3 /tmp/spoil.py /tmp/answer /tmp/spoiled {seed} 9000000; \
              cat /tmp/spoiled; cat > /dev/null"
