@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use netproxy::control::{Client, Move};
 
-use crate::edge::{Edge, LEASE, echoing, exchange, listen, wait_until};
-use crate::streams::all_kinds;
-use crate::traffic::{Running, serve, start};
+use crate::edge::{Edge, LEASE, echoing, exchange, wait_until};
+use crate::streams::{all_kinds, one_of_each};
+use crate::traffic::serve;
 use crate::world;
 use crate::world::{SITES, World};
 
@@ -38,10 +38,7 @@ fn a_caller_that_is_killed_gives_its_move_up() {
     serve(&world, 5900);
     let edge = Edge::new(&world, "");
     let rules = world.rules("edge");
-    let streams: Vec<Running> = all_kinds()
-        .into_iter()
-        .map(|kind| start(&world, listen(), kind))
-        .collect();
+    let streams = one_of_each(&world, &all_kinds());
     wait_until(|| edge.client().list().unwrap().connections.len() == streams.len());
     for steps in 0..3 {
         if steps > 0 {

@@ -7,11 +7,10 @@ use std::time::{Duration, Instant};
 use netproxy::control::Client;
 
 use crate::edge::{
-    LEASE, configuration, echoing, exchange, exchange_all, exchange_with, listen, many_echoing,
-    wait_until,
+    LEASE, configuration, echoing, exchange, exchange_all, exchange_with, many_echoing, wait_until,
 };
-use crate::streams::all_kinds;
-use crate::traffic::{Running, serve, start};
+use crate::streams::{all_kinds, one_of_each};
+use crate::traffic::serve;
 use crate::world;
 use crate::world::World;
 
@@ -170,10 +169,7 @@ fn upgrades_between_moves() {
     std::fs::write(&file, text).unwrap();
     let rules = world.rules("edge");
     let mut child = start_program(&world, &file);
-    let streams: Vec<Running> = all_kinds()
-        .into_iter()
-        .map(|kind| start(&world, listen(), kind))
-        .collect();
+    let streams = one_of_each(&world, &all_kinds());
     let connect = || Client::connect(&control).unwrap();
     wait_until(|| connect().list().unwrap().connections.len() == streams.len());
     for round in 0..12 {

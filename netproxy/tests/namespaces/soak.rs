@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use netproxy::control::Client;
 
-use crate::edge::{Edge, LEASE, listen};
-use crate::streams::all_kinds;
-use crate::traffic::{Noise, Running, serve, start};
+use crate::edge::{Edge, LEASE};
+use crate::streams::{all_kinds, one_of_each};
+use crate::traffic::{Noise, Running, serve};
 use crate::world::{SITES, World};
 
 /// What one round was to be, and became.
@@ -77,10 +77,7 @@ fn a_thousand_random_moves() {
     serve(&world, 5900);
     let edge = Edge::new(&world, "");
     let rules = world.rules("edge");
-    let streams: Vec<Running> = all_kinds()
-        .into_iter()
-        .map(|kind| start(&world, listen(), kind))
-        .collect();
+    let streams = one_of_each(&world, &all_kinds());
     let mut control = edge.client();
     let (mut dice, mut tale) = (Noise::new(41), Tale::default());
     let (mut at, begin) = (0, Instant::now());

@@ -13,7 +13,7 @@ use crate::edge::{
     Edge, LEASE, configuration, echoing, established, exchange, exchange_all, exchange_with,
     listen, many_echoing, wait_until,
 };
-use crate::streams::all_kinds;
+use crate::streams::{all_kinds, one_of_each};
 use crate::traffic::{Running, serve, start};
 use crate::world;
 use crate::world::{EDGE, GUEST, PROBE_PORT, SITES, World};
@@ -47,10 +47,7 @@ fn a_cancelled_move_leaves_everything_as_it_was() {
     serve(&world, 5900);
     let edge = Edge::new(&world, "");
     let rules = world.rules("edge");
-    let streams: Vec<Running> = all_kinds()
-        .into_iter()
-        .map(|kind| start(&world, listen(), kind))
-        .collect();
+    let streams = one_of_each(&world, &all_kinds());
     let mut control = edge.client();
     for round in 0..12 {
         std::thread::sleep(Duration::from_millis(20));

@@ -9,12 +9,17 @@ use crate::edge::{Edge, LEASE, echoing, exchange, exchange_all, listen, many_ech
 use crate::traffic::{Kind, Noise, Reads, Running, Sends, serve, start};
 use crate::world::{SITES, World};
 
-/// Moves the guest `times` at random moments while streams of the kinds run, and compares.
-pub fn streams_survive(world: &World, edge: &mut Edge, kinds: &[Kind], times: usize, seed: u64) {
-    let streams: Vec<Running> = kinds
+/// Starts a stream of each of the kinds.
+pub fn one_of_each(world: &World, kinds: &[Kind]) -> Vec<Running> {
+    kinds
         .iter()
         .map(|kind| start(world, listen(), *kind))
-        .collect();
+        .collect()
+}
+
+/// Moves the guest `times` at random moments while streams of the kinds run, and compares.
+pub fn streams_survive(world: &World, edge: &mut Edge, kinds: &[Kind], times: usize, seed: u64) {
+    let streams = one_of_each(world, kinds);
     let mut dice = Noise::new(seed);
     let begin = Instant::now();
     for round in 0..times {
