@@ -32,6 +32,8 @@ pub struct ReplayDestination {
     site: Arc<Site>,
     name: String,
     pages: u64,
+    /// Pages that the guest was said to have.
+    populated: u64,
     /// Pages that the guest to be may have.
     limit: u64,
     restored: Restored,
@@ -58,6 +60,7 @@ impl ReplayDestination {
             site: Arc::clone(site),
             name: name.to_owned(),
             pages,
+            populated,
             limit: populated,
             restored,
             image: None,
@@ -74,16 +77,25 @@ impl ReplayDestination {
         image.lock().map_err(|_| broken())
     }
 
+    /// The pages in the image.
+    fn pages_here(&self) -> Result<PageSet> {
+        let image = self.image()?;
+        let mut here = PageSet::new(self.pages);
+        for pfn in (0..self.pages).filter(|pfn| image.held(*pfn).is_some()) {
+            here.insert(pfn);
+        }
+        Ok(here)
+    }
+
     /// Begins with nothing but the image.
     fn restart(&mut self) -> Result<()> {
-        self.stale = false;
-        self.pending = PageSet::new(self.pages);
-        for pfn in 0..self.pages {
-            if self.image()?.held(pfn).is_some() {
-                self.pending.insert(pfn);
-            }
-        }
-        self.given = self.pending.clone();
+        self.limit = self.populated;
+        self.given = self.pages_here()?;
+        self.stale = self.given.len() > self.limit;
+        self.pending = match self.stale {
+            true => PageSet::new(self.pages),
+            false => self.given.clone(),
+        };
         self.site.begin_incoming(Incoming {
             name: self.name.clone(),
             memory: Memory::holes(match self.restored {
@@ -91,11 +103,20 @@ impl ReplayDestination {
                 Restored::Dropped => 0,
             }),
             state: None,
-        })
+        })?;
+        // As the real feeder, which begins at once.
+        match self.stale {
+            true => Ok(()),
+            false => self.feed(FEED),
+        }
     }
 
     /// Gives pages to the guest to be, at most so many.
     fn feed(&mut self, most: usize) -> Result<()> {
+        // As libxl: a domain has a limit.
+        if self.given.len() > self.limit {
+            return Err(Error::Refused("The restore failed: too many pages".into()));
+        }
         let mut cursor = 0;
         self.batch.clear();
         self.pending.take_batch(&mut cursor, most, &mut self.batch);
@@ -141,8 +162,8 @@ impl Destination for ReplayDestination {
                 what: "memory is larger than was offered".into(),
             });
         }
+        self.populated = populated;
         let grown = populated > self.limit;
-        self.limit = populated;
         if grown {
             self.restart()?;
         }
@@ -164,7 +185,9 @@ impl Destination for ReplayDestination {
 
     fn end_round(&mut self, vanished: bool) -> Result<bool> {
         (self.watch)(Call::EndRound)?;
-        let again = vanished || self.stale;
+        self.stale |= vanished;
+        // As in the real destination: which pages went may come after how many.
+        let again = self.stale && self.pages_here()?.len() <= self.populated;
         if again {
             self.restart()?;
         }
@@ -173,6 +196,11 @@ impl Destination for ReplayDestination {
 
     fn complete(&mut self, state: GuestState) -> Result<()> {
         (self.watch)(Call::Complete)?;
+        if self.stale {
+            return Err(Error::Guest {
+                what: format!("more pages of it came than the {} told", self.populated),
+            });
+        }
         self.site.with_incoming(|incoming| {
             incoming.state = Some(state);
             Ok(())

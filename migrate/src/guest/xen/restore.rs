@@ -64,6 +64,9 @@ const MAKING: Duration = Duration::from_secs(60);
 /// How long libxl may take to end a restore whose stream was cut short.
 const ENDING: Duration = Duration::from_secs(30);
 
+/// How long to wait for libxl's own reason, where something else has shown that a restore failed.
+const REASON: Duration = Duration::from_secs(10);
+
 /// How long xl may hold its lock.
 const XL_PATIENCE: Duration = Duration::from_secs(60);
 
@@ -274,9 +277,16 @@ impl XenDestination {
     fn devices_attached(&mut self) -> Result<()> {
         match self.devices.take().map(thread::JoinHandle::join) {
             None | Some(Ok(Ok(()))) => Ok(()),
-            Some(Ok(Err(reason))) => Err(Error::Refused(format!(
-                "Can't attach the guest's devices: {reason}"
-            ))),
+            Some(Ok(Err(reason))) => {
+                // A restore that fails takes the domain away from under the devices' scripts.
+                let restore = self.restore.as_ref();
+                if let Some(Err(why)) = restore.and_then(|it| it.ended.recv_timeout(REASON).ok()) {
+                    return Err(Error::Refused(format!("The restore failed: {why}")));
+                }
+                Err(Error::Refused(format!(
+                    "Can't attach the guest's devices: {reason}"
+                )))
+            }
             Some(Err(_)) => Err(poisoned()),
         }
     }
@@ -335,9 +345,13 @@ impl XenDestination {
                 }
             }
         };
+        // More than its domain may have: pages are here that the guest no longer has.
+        let stale = given.len() > limit;
         {
             let mut work = locked(&shared.work)?;
-            work.pending = given.clone();
+            if !stale {
+                work.pending = given.clone();
+            }
             work.unframed = self.incoming.kind == Kind::Pv;
             work.frames = (!self.frames.is_empty()).then(|| self.frames.clone());
         }
@@ -385,7 +399,7 @@ impl XenDestination {
             aborter,
             limit,
             given,
-            stale: false,
+            stale,
         })
     }
 
@@ -440,10 +454,14 @@ impl XenDestination {
         self.changed(&held.iter().collect::<Vec<_>>())
     }
 
+    /// How many pages of the guest are in the image.
+    fn pages_here(&self) -> Result<u64> {
+        let image = self.image.as_ref().ok_or_else(no_restore)?;
+        Ok(known_pages(&*locked(image)?, PageType::has_data).len())
+    }
+
     fn restore(&self) -> Result<&Restore> {
-        self.restore
-            .as_ref()
-            .ok_or_else(|| Error::Refused("There is no restore".into()))
+        self.restore.as_ref().ok_or_else(no_restore)
     }
 
     fn work(&self) -> Result<MutexGuard<'_, Work>> {
@@ -451,7 +469,7 @@ impl XenDestination {
         let work = locked(&restore.shared.work)?;
         if let Some(reason) = &work.failed {
             // libxl knows better why than a broken pipe.
-            let why = match restore.ended.recv_timeout(Duration::from_secs(10)) {
+            let why = match restore.ended.recv_timeout(REASON) {
                 Ok(Err(error)) => error,
                 _ => reason.clone(),
             };
@@ -547,6 +565,10 @@ fn rings(params: &[(u64, u64)]) -> Vec<u64> {
         .collect()
 }
 
+fn no_restore() -> Error {
+    Error::Refused("There is no restore".into())
+}
+
 /// libxl counts the terminating zero among the bytes that it keeps.
 fn with_end(text: &str) -> Vec<u8> {
     let mut bytes = text.as_bytes().to_vec();
@@ -603,10 +625,7 @@ impl Destination for XenDestination {
     }
 
     fn changed(&mut self, pfns: &[u64]) -> Result<()> {
-        let restore = self
-            .restore
-            .as_mut()
-            .ok_or_else(|| Error::Refused("There is no restore".into()))?;
+        let restore = self.restore.as_mut().ok_or_else(no_restore)?;
         for pfn in pfns {
             restore.given.insert(*pfn);
         }
@@ -627,10 +646,17 @@ impl Destination for XenDestination {
         // The guest isn't suspended before this: hotplug is no part of its silence.
         self.devices_attached()?;
         let first = !std::mem::replace(&mut self.confirmed, true);
-        if !vanished && !self.restore()?.stale {
+        let restore = self.restore.as_mut().ok_or_else(no_restore)?;
+        restore.stale |= vanished;
+        if !restore.stale {
             if first {
                 self.feed_held_back()?;
             }
+            return Ok(false);
+        }
+        // The guest's size is told as soon as it is known, in the middle of a round too. Which
+        // pages it gave up comes with the next one: what began now would be given too many.
+        if self.pages_here()? > self.populated {
             return Ok(false);
         }
         self.end_restore()?;
@@ -641,6 +667,15 @@ impl Destination for XenDestination {
     fn complete(&mut self, state: GuestState) -> Result<()> {
         if let GuestState::Hvm(state) = &state {
             check_params(&state.params)?;
+        }
+        if self.restore()?.stale {
+            return Err(Error::Guest {
+                what: format!(
+                    "{} pages of it came, and it was said to have {}",
+                    self.pages_here()?,
+                    self.populated
+                ),
+            });
         }
         self.rewritten = self.find_rewritten(&state)?;
         self.work()?.tail = Some(state);
