@@ -231,11 +231,14 @@ fn prepare(
     let (image, shadow) = shadows.image(offer, &ranges, &memory)?;
     let (door, expecting) = match offer.connections {
         0 => (None, None),
-        _ => {
-            let (door, links) = Door::open(directories, offer.move_id)?;
-            let token = JoinToken::new(random()?);
-            (Some(door), Some(Expecting { token, links }))
-        }
+        _ => match door(directories, offer) {
+            Ok((door, expecting)) => (Some(door), Some(expecting)),
+            // All of it goes by one connection then.
+            Err(error) => {
+                log::warn!("{}", chain(&error));
+                (None, None)
+            }
+        },
     };
     let (directories, name, uuid) = (directories.clone(), offer.name.clone(), offer.uuid.clone());
     Ok(Prepared {
@@ -348,6 +351,13 @@ fn would_take(directories: &Directories, policy: &SitePolicy, offer: &Offer) -> 
         shadow: None,
         join: None,
     })
+}
+
+/// Where connections for pages can join the move, and what they have to know.
+fn door(directories: &Directories, offer: &Offer) -> Result<(Door, Expecting)> {
+    let token = JoinToken::new(random()?);
+    let (door, links) = Door::open(directories, offer.move_id)?;
+    Ok((door, Expecting { token, links }))
 }
 
 /// What is kept of each page is made before the restore finds that there is no room. A memory map

@@ -204,9 +204,9 @@ fn a_guest_that_is_slowed_down() {
     testbed.start_guest(SiteName::A, &guest).unwrap();
     let site = testbed.site(SiteName::A);
     site.run("xl sched-credit2 -d g1 -c 90").unwrap();
-    for end in ["vmshadow cancel g1", "kill -9 $(pgrep -x vmshadow)", ""] {
+    let slowed_down = |from: SiteName, then: &dyn Fn()| {
         let options = "--throttle 20 --downtime 0 --bandwidth 15M --retry 0";
-        let command = migrate(SiteName::A, options);
+        let (site, command) = (testbed.site(from), migrate(from, options));
         let mut child = site
             .command(&format!("{command} > /tmp/vmshadow-out 2>&1"))
             .spawn()
@@ -217,14 +217,32 @@ fn a_guest_that_is_slowed_down() {
             assert!(ended.is_none(), "{}", said());
             said().contains("slowed down to")
         });
-        if !end.is_empty() {
-            assert_ne!(cap(&testbed, SiteName::A), "90");
-            site.run(end).unwrap();
-        }
-        let moved = child.wait().unwrap().success();
+        then();
+        (child.wait().unwrap().success(), said())
+    };
+    for end in ["vmshadow cancel g1", "kill -9 $(pgrep -x vmshadow)", ""] {
+        let (moved, said) = slowed_down(SiteName::A, &|| {
+            if !end.is_empty() {
+                assert_ne!(cap(&testbed, SiteName::A), "90");
+                site.run(end).unwrap();
+            }
+        });
         let at = settled(&testbed, &guest, end);
-        assert_eq!(moved, end.is_empty(), "{}", said());
+        assert_eq!(moved, end.is_empty(), "{said}");
         assert_eq!(at == SiteName::B, moved);
         assert_eq!(cap(&testbed, at), "90", "{end}");
     }
+
+    // Started again, it has what its configuration said when it stopped.
+    let before = testbed.status(SiteName::B, &guest).unwrap();
+    let (moved, said) = slowed_down(SiteName::B, &|| {
+        testbed.ask(SiteName::B, &guest, "reboot").unwrap();
+    });
+    assert!(!moved, "{said}");
+    wait_until("it is up again", || {
+        let status = testbed.status(SiteName::B, &guest);
+        status.is_ok_and(|status| status.boot_id != before.boot_id)
+    });
+    assert_eq!(testbed.where_is("g1").unwrap(), [SiteName::B]);
+    assert_eq!(cap(&testbed, SiteName::B), "90");
 }

@@ -328,6 +328,13 @@ pub trait Source {
     /// What Xen refuses.
     fn set_cpu_cap(&mut self, percent: u32) -> Result<()>;
 
+    /// As [`Source::set_cpu_cap`], where the guest has its own share again; also of one that has
+    /// rebooted since, which takes what was set along.
+    ///
+    /// # Errors
+    /// What Xen refuses.
+    fn restore_cpu_cap(&mut self, percent: u32) -> Result<()>;
+
     /// Suspends the guest, and returns once it is. Where it fails the guest runs, or will be made
     /// to by [`Source::resume`].
     ///

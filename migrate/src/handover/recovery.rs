@@ -17,7 +17,6 @@ use std::fs;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use xen_sys::DomId;
 
 use super::journal::{self, Entry, Journal, Outcome, Phase, Role};
 use super::lock::GuestLock;
@@ -133,9 +132,9 @@ pub fn settle(directories: &Directories, entry: &Entry, patience: Duration) -> R
         }
         Action::GoOn => {
             let host = Host::open()?;
+            speed_up(&host, &entry)?;
             if let Some(domid) = host.find(&entry.begin.uuid)? {
                 host.end_log_dirty(domid, entry.phase >= Phase::Tracking)?;
-                speed_up(&host, domid, &entry)?;
             }
             journal.end_and_remove(Outcome::Aborted)?;
             Ok(settled(
@@ -389,6 +388,8 @@ pub(crate) fn ask(entry: &Entry) -> Result<Owner> {
 /// monitor ends then.
 fn resume(directories: &Directories, entry: &Entry) -> Result<()> {
     let host = Host::open()?;
+    // With its processor time, a suspend that is late ends soon.
+    speed_up(&host, entry)?;
     let Some(domid) = host.find(&entry.begin.uuid)? else {
         log::warn!("{} is gone from this host", entry.begin.name);
         return Ok(());
@@ -398,14 +399,13 @@ fn resume(directories: &Directories, entry: &Entry) -> Result<()> {
         keeper::start(directories, &entry.begin.name, &entry.begin.uuid)?;
         host.resume(domid)?;
     }
-    host.end_log_dirty(domid, true)?;
-    speed_up(&host, domid, entry)
+    host.end_log_dirty(domid, true)
 }
 
 /// Gives a guest that was slowed down its processor time back.
-fn speed_up(host: &Host, domid: DomId, entry: &Entry) -> Result<()> {
+fn speed_up(host: &Host, entry: &Entry) -> Result<()> {
     match entry.cap {
-        Some(cap) => host.set_cpu_cap(domid, cap),
+        Some(cap) => host.restore_cpu_cap(&entry.begin.uuid, cap),
         None => Ok(()),
     }
 }

@@ -34,8 +34,10 @@ const TICK: Duration = Duration::from_secs(1);
 /// How long the first connection may take to say why another one has ended.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// The most messages that wait for batches before them.
+/// The most messages that wait for batches before them, and how many bytes they may have, but for
+/// the last one. No source comes near.
 const MOST_WAITING: usize = 64;
+const MOST_WAITING_BYTES: usize = 32 << 20;
 
 /// Connections that may come to a move, for its pages.
 pub struct Expecting {
@@ -170,7 +172,11 @@ fn merge(
     let mut order = Order::<Received>::new();
     // None where one has ended.
     let mut connections: Vec<Option<Conversation>> = Vec::new();
+    // By which of them a batch came.
+    let mut used: Vec<bool> = Vec::new();
     let mut may_join = true;
+    // Of the messages that wait.
+    let mut waiting_bytes = 0;
     // All pages have come: connections for them may end.
     let mut complete = false;
     let mut lost: Option<(Instant, String)> = None;
@@ -179,6 +185,7 @@ fn merge(
             let received = match turn {
                 Turn::Message(received) => {
                     complete |= matches!(received.tag, Tag::Final | Tag::Keep);
+                    waiting_bytes -= received.payload.len();
                     received
                 }
                 Turn::Batch(payload) => Received {
@@ -190,7 +197,10 @@ fn merge(
                 return Ok(());
             }
         }
-        let event = wait(&order, messages, joining, closed, &connections, may_join);
+        let may_wait = order.waiting() < MOST_WAITING && waiting_bytes <= MOST_WAITING_BYTES;
+        let messages_now = may_wait.then_some(messages);
+        let joining_now = may_join.then_some(joining);
+        let event = wait(&order, messages_now, joining_now, closed, &connections);
         match event {
             Event::Closed => return Ok(()),
             Event::Message(Heard::Frame(received)) if received.tag == Tag::After => {
@@ -211,12 +221,16 @@ fn merge(
                 let _ = to.send(heard);
                 return Ok(());
             }
-            Event::Message(Heard::Frame(received)) => order.message(received),
+            Event::Message(Heard::Frame(received)) => {
+                waiting_bytes += received.payload.len();
+                order.message(received);
+            }
             Event::Message(Heard::End(reason)) => return Err(reason),
             Event::Message(Heard::Hello(_)) => return Err("it greeted twice".into()),
             Event::Joined(connection) => {
                 order.join();
                 connections.push(Some(*connection));
+                used.push(false);
             }
             Event::AllJoined => may_join = false,
             Event::Batch(number, Some(Heard::Frame(received))) => {
@@ -226,9 +240,14 @@ fn merge(
                 // While nothing was taken nothing was read.
                 connection.last_heard.note(Instant::now());
                 match ToDestination::decode(received.frame()).map_err(|error| chain(&error))? {
-                    ToDestination::Batch { place, batch } => order
-                        .batch(number, place, batch.to_vec())
-                        .map_err(|error| chain(&error))?,
+                    ToDestination::Batch { place, batch } => {
+                        if let Some(used) = used.get_mut(number) {
+                            *used = true;
+                        }
+                        order
+                            .batch(number, place, batch.to_vec())
+                            .map_err(|error| chain(&error))?;
+                    }
                     other => {
                         return Err(format!(
                             "{:?} on a connection for pages",
@@ -245,7 +264,8 @@ fn merge(
                     Some(Heard::End(reason)) => reason,
                     _ => "the connection was closed".into(),
                 };
-                if !complete {
+                // One that was too late for the source, which goes on without, takes nothing along.
+                if !complete && used.get(number).is_some_and(|used| *used) {
                     lost.get_or_insert((Instant::now() + GRACE, reason));
                 }
             }
@@ -270,19 +290,18 @@ fn merge(
     }
 }
 
-/// Waits until something comes that can be taken.
+/// Waits until something comes that can be taken; from where nothing is, nothing.
 fn wait(
     order: &Order<Received>,
-    messages: &Receiver<Heard>,
-    joining: &Receiver<Conversation>,
+    messages: Option<&Receiver<Heard>>,
+    joining: Option<&Receiver<Conversation>>,
     closed: &Receiver<()>,
     connections: &[Option<Conversation>],
-    may_join: bool,
 ) -> Event {
     let mut select = Select::new();
     let closing = select.recv(closed);
-    let message = (order.waiting() < MOST_WAITING).then(|| select.recv(messages));
-    let join = may_join.then(|| select.recv(joining));
+    let message = messages.map(|messages| (select.recv(messages), messages));
+    let join = joining.map(|joining| (select.recv(joining), joining));
     let batches: Vec<(usize, usize, &Receiver<Heard>)> = connections
         .iter()
         .enumerate()
@@ -301,13 +320,13 @@ fn wait(
         let _: std::result::Result<(), _> = ready.recv(closed);
         return Event::Closed;
     }
-    if Some(at) == message {
+    if let Some((_, messages)) = message.filter(|(index, _)| *index == at) {
         return match ready.recv(messages) {
             Ok(heard) => Event::Message(heard),
             Err(_) => Event::Message(Heard::End("the connection was closed".into())),
         };
     }
-    if Some(at) == join {
+    if let Some((_, joining)) = join.filter(|(index, _)| *index == at) {
         return ready
             .recv(joining)
             .map_or(Event::AllJoined, |it| Event::Joined(Box::new(it)));

@@ -47,6 +47,9 @@ pub(super) struct Spreading {
     pub(super) queue: Sender<Placed>,
     /// Where the stream has come to.
     place: Place,
+    /// All pages are sent, and what follows them: connections for pages may end. Where one took
+    /// some of them along, the destination notices.
+    complete: bool,
     connections: Vec<Conversation>,
     stop: Arc<AtomicBool>,
 }
@@ -103,6 +106,7 @@ impl Spreading {
         match tag {
             Tag::Abort | Tag::SourcePing | Tag::SourcePong => None,
             _ => {
+                self.complete |= matches!(tag, Tag::Final | Tag::Keep);
                 self.place.messages += 1;
                 Some(ToDestination::After(self.place.batches))
             }
@@ -124,6 +128,9 @@ impl Spreading {
 
     /// Whether all of them still are connections.
     pub(super) fn check(&self) -> Result<()> {
+        if self.complete {
+            return Ok(());
+        }
         for connection in &self.connections {
             connection.check_connection()?;
             match connection.incoming.try_recv() {
@@ -183,6 +190,7 @@ impl Conversation {
         self.spreading = Some(Spreading {
             queue,
             place: Place::default(),
+            complete: false,
             connections,
             stop,
         });

@@ -106,11 +106,11 @@ impl Session<'_> {
                 log::error!("{}", chain(&error));
             }
         };
+        // First what the guest waits for: with its processor time, a suspend that is late ends soon.
+        note(self.speed_up());
         if self.go.journal.entry().phase >= Phase::Suspending {
-            // First what the guest waits for.
             note(self.go_on());
         }
-        note(self.speed_up());
         self.go.connections.stayed();
         note(self.go.guest.end_tracking());
         self.go.peer.ignore_cancel();

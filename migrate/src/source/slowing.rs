@@ -68,10 +68,10 @@ impl Session<'_> {
     pub(super) fn speed_up(&mut self) -> Result<()> {
         self.note_slowed_down();
         match self.slowed.take() {
-            Some(slowed) => self.go.guest.set_cpu_cap(slowed.cap),
+            Some(slowed) => self.go.guest.restore_cpu_cap(slowed.cap),
             // It may have been set even where that failed.
             None => match self.go.journal.entry().cap {
-                Some(cap) => self.go.guest.set_cpu_cap(cap),
+                Some(cap) => self.go.guest.restore_cpu_cap(cap),
                 None => Ok(()),
             },
         }

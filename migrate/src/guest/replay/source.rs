@@ -160,6 +160,10 @@ impl Source for ReplaySource {
         })
     }
 
+    fn restore_cpu_cap(&mut self, percent: u32) -> Result<()> {
+        self.set_cpu_cap(percent)
+    }
+
     fn suspend(&mut self) -> Result<()> {
         (self.watch)(Call::Suspend)?;
         self.site.with_guest(|guest| {

@@ -13,6 +13,9 @@ use crate::error::{Error, IoContext, Result, chain};
 /// How long a destroyed domain may take to be gone: its memory is freed page by page.
 const DYING: Duration = Duration::from_secs(60);
 
+/// How long a toolstack may take to start a guest again that has stopped.
+const RESTARTING: Duration = Duration::from_secs(15);
+
 /// How long a guest that has taken a request to suspend may take to do it, or to give up: Linux
 /// tries for 20 s to freeze its tasks.
 pub const SUSPENDING: Duration = Duration::from_secs(60);
@@ -170,6 +173,35 @@ impl Host {
         match self.toolstack.set_cpu_cap(domid, percent) {
             Err(error) if gone(&error) => Ok(()),
             other => other.context(|| "Can't set the guest's share of the processors"),
+        }
+    }
+
+    /// As [`Host::set_cpu_cap`], of the guest in whichever domain it is by now. One that reboots
+    /// takes what is set along: its toolstack reads that with the configuration.
+    ///
+    /// # Errors
+    /// What Xen refuses.
+    pub fn restore_cpu_cap(&self, uuid: &str, percent: u32) -> Result<()> {
+        let start = Instant::now();
+        loop {
+            if let Some(domid) = self.find(uuid)? {
+                self.set_cpu_cap(domid, percent)?;
+                let info = self
+                    .ctl
+                    .domain_info(domid)
+                    .context(|| "Can't read about the domain")?;
+                let stays = |info: DomainInfo| {
+                    !info.dying && (info.shutdown.is_none() || info.is_suspended())
+                };
+                if info.is_some_and(stays) {
+                    return Ok(());
+                }
+            }
+            if start.elapsed() > RESTARTING {
+                log::info!("The guest has stopped; nothing is left to be sped up");
+                return Ok(());
+            }
+            thread::sleep(Duration::from_millis(100));
         }
     }
 

@@ -288,6 +288,11 @@ impl Source for PvSource {
         self.leaving.host.set_cpu_cap(self.leaving.domid, percent)
     }
 
+    fn restore_cpu_cap(&mut self, percent: u32) -> Result<()> {
+        let leaving = &self.leaving;
+        leaving.host.restore_cpu_cap(&leaving.facts.uuid, percent)
+    }
+
     fn suspend(&mut self) -> Result<()> {
         self.leaving.suspend()
     }
