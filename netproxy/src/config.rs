@@ -360,11 +360,33 @@ impl Config {
         }
         let mut names = BTreeSet::new();
         let mut listeners = BTreeSet::new();
+        // Where each guest's ports are reached, and what is behind them.
+        let mut reached: BTreeMap<SocketAddr, (&str, u16)> = BTreeMap::new();
         for guest in &self.guests {
             if guest.name.get_ref().is_empty() || !names.insert(guest.name.get_ref()) {
                 return Err(mistake(&guest.name, "A guest's name must be its own"));
             }
             guest.check(&mut listeners)?;
+            let name = guest.name.get_ref().as_str();
+            for (site, service) in guest
+                .sites
+                .keys()
+                .flat_map(|site| guest.services.iter().map(move |service| (site, service)))
+            {
+                let Some(at) = guest.upstream(site, service) else {
+                    continue;
+                };
+                let behind = (name, *service.port.get_ref());
+                if *reached.entry(at).or_insert(behind) != behind {
+                    return Err(mistake(
+                        &service.port,
+                        format!(
+                            "At site {site} another service is reached by {at}: \
+                             give each its own site_port"
+                        ),
+                    ));
+                }
+            }
         }
         Ok(())
     }
@@ -409,12 +431,23 @@ impl GuestConfig {
             }
         }
         let mut names = BTreeSet::new();
+        let mut site_ports = BTreeMap::new();
         for service in &self.services {
             if service.name.get_ref().is_empty() || !names.insert(service.name.get_ref()) {
                 return Err(mistake(&service.name, "A service's name must be its own"));
             }
             if *service.port.get_ref() == 0 || service.site_port == Some(0) {
                 return Err(mistake(&service.port, "A port can't be 0"));
+            }
+            // A site has one way to translate what the guest sends from it.
+            let site_port = *site_ports
+                .entry(*service.port.get_ref())
+                .or_insert(service.site_port);
+            if site_port != service.site_port {
+                return Err(mistake(
+                    &service.port,
+                    "Another service of this port has another site_port",
+                ));
             }
             for listen in &service.listen {
                 // Port 0 is any port, and never twice the same.
@@ -586,6 +619,31 @@ allow = ["203.0.113.0/24"]
         assert!(swap("idle =", "idel =").starts_with("proxy.toml:5: unknown field"));
         assert!(swap("192.0.2.1", "2001:db8::1").starts_with("proxy.toml:12: The source"));
         assert!(swap("name = \"vnc\"", "name = \"\"").starts_with("proxy.toml:18: A service"));
+    }
+
+    #[test]
+    fn what_is_reached_by_one_port_of_a_site_is_one_service() {
+        let guest = &GOOD[GOOD.find("[[guest]]").unwrap()..];
+        let second = guest
+            .replace("\"desktop\"", "\"other\"")
+            .replace("10.7.0.5", "10.7.0.6")
+            .replace(":5900", ":5901");
+        let both = |second: &str| Config::parse(&format!("{GOOD}{second}"), "proxy.toml");
+        both(&second.replace("15900", "15901")).unwrap();
+        let refused = both(&second).unwrap_err().to_string();
+        assert!(
+            refused.contains("reached by 198.51.100.7:15900"),
+            "{refused}"
+        );
+
+        let service = "[[guest.service]]\nname = \"too\"\nlisten = []\nport = 5900\n";
+        both(&format!("{service}site_port = 15900\n")).unwrap();
+        let refused = both(service).unwrap_err().to_string();
+        assert!(refused.contains("another site_port"), "{refused}");
+        let refused =
+            both(&format!("{service}site_port = 15900\n").replace("port = 5900", "port = 22"));
+        let refused = refused.unwrap_err().to_string();
+        assert!(refused.contains("reached by"), "{refused}");
     }
 
     #[test]

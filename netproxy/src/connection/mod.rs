@@ -278,6 +278,11 @@ impl Connection {
         if !event.is_error() {
             return None;
         }
+        // Who resets it is not the guest yet: the new site's host, or one that the guest does not
+        // come to. If it goes back it gets another socket; if it goes on, reading shows the error.
+        if !of_client && matches!(self.stage, Stage::Moved(_)) {
+            return None;
+        }
         let error = endpoint.stream.take_error().ok().flatten()?;
         self.side_failed(of_client, &error)
     }

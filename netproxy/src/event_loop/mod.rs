@@ -283,7 +283,9 @@ impl Worker {
 
     /// How long the loop may sleep.
     fn patience(&self) -> Option<Duration> {
-        if !self.turns.is_empty() || !self.accepting.is_empty() || !self.jobs.is_empty() {
+        // Without descriptors those who wait have to, as `accept_again` says.
+        let accepting = !self.accepting.is_empty() && self.accept_again.is_none();
+        if !self.turns.is_empty() || accepting || !self.jobs.is_empty() {
             return Some(Duration::ZERO);
         }
         let timer = self.timers.peek().map(|Reverse((at, _))| *at);

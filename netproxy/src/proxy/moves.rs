@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::{Proxy, lock};
+use crate::config::GuestConfig;
 use crate::error::{Error, Result};
 use crate::event_loop::{Command, Tally};
 use crate::guest::Guest;
@@ -175,6 +176,7 @@ impl Proxy {
         let site = phase.destination().unwrap_or_default().to_owned();
         lock(&self.left).insert((guest.to_owned(), known.site()), Instant::now());
         known.set_site(&site);
+        self.follow_route(guest, &known.settings(), &site);
         let tally = self.tally(|reply| Command::Release {
             guest: guest.to_owned(),
             wait,
@@ -191,6 +193,20 @@ impl Proxy {
             );
         }
         Ok(tally)
+    }
+
+    /// Leads the re-targeted sockets of a routed guest by the way that its address has now: it was
+    /// changed since the move was prepared. What fails is logged; the first packets are late then.
+    fn follow_route(&self, guest: &str, settings: &GuestConfig, site: &str) {
+        let upstream = |service| settings.upstream(site, service);
+        let Some(remote) = settings.services.iter().find_map(upstream) else {
+            return;
+        };
+        if remote.ip() == settings.address
+            && let Err(error) = self.paths.open(guest, remote.ip(), settings.source)
+        {
+            log::warn!("The route to {guest}: {}", error.chain());
+        }
     }
 
     /// Lets all connections go on at the old site.

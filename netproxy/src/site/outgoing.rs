@@ -362,14 +362,16 @@ impl Detour {
                  \x20   {to} meta mark set {mark:#x}\n  }}\n"
             ),
         };
+        let network = NETWORK + u32::from(self.number);
         let guard = match &self.tunnel {
-            // Of the family of the guest's own table only: another one needs no guard in it.
+            // Only of this guest's network: others may come from other sites. And only of the
+            // family of the guest's own table: another one needs no guard in it.
             Tunnel::Vxlan { remote, port, .. }
                 if remote.is_ipv4() == self.guest_address.is_ipv4() =>
             {
                 format!(
                     "  chain guard {{\n    type filter hook input priority raw; policy accept;\n\
-                     \x20   udp dport {port} {ip} saddr != {remote} drop\n  }}\n"
+                     \x20   udp dport {port} @th,96,24 {network} {ip} saddr != {remote} drop\n  }}\n"
                 )
             }
             _ => String::new(),
@@ -594,7 +596,11 @@ mod tests {
              meta mark set 0x766d0003\n"
         ));
         assert!(!old.contains("notrack"), "The old site goes on translating");
-        assert!(old.contains("udp dport 4789 ip saddr != 203.0.113.9 drop"));
+        let guard = format!(
+            "udp dport 4789 @th,96,24 {} ip saddr != 203.0.113.9 drop",
+            NETWORK + 3
+        );
+        assert!(old.contains(&guard));
         let mut none = detour(Side::New);
         none.flows.clear();
         assert!(!none.rules().contains("elements"));
