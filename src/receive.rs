@@ -44,6 +44,11 @@ pub fn run(options: &cli::Receive, directories: &Directories) -> anyhow::Result<
     let received = incoming::receive(directories, &policies, &mut expect, cancel);
     match (&received, name) {
         (Ok(()), Some(name)) => {
+            if let Some(edge) = &policy.edge
+                && let Err(error) = edge.see_to_arrival(&name)
+            {
+                log::warn!("Connections to {name} may not have followed: {error:#}");
+            }
             if let Err(error) = detours.settle(&name, true) {
                 log::warn!("The detour of {name} may end early: {error:#}");
             }

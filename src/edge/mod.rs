@@ -19,18 +19,23 @@ pub use path::Paths;
 
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use migrate::directories::Directories;
 use migrate::handover::recovery::Settled;
 use netproxy::control::Client;
+use netproxy::retarget::phase::Phase;
 use serde::Deserialize;
 
 use crate::policy;
 
 /// How long the edge may take to answer: ssh, across a WAN.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long the source's worker may take to let connections go on, once the guest has arrived.
+const RELEASING: Duration = Duration::from_secs(40);
 
 /// `[edge]` of the configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -121,6 +126,32 @@ impl Edge {
             client.arrived(guest, &self.site)?;
         }
         Ok(())
+    }
+}
+
+impl Edge {
+    /// After the guest has arrived here: waits until the edge has it here, which the source's
+    /// worker sees to. Tells the edge itself where that is dead, or knows of no edge.
+    ///
+    /// # Errors
+    /// Where the edge can't be reached.
+    pub fn see_to_arrival(&self, guest: &str) -> anyhow::Result<()> {
+        let mut client = self.connect()?;
+        let start = Instant::now();
+        loop {
+            let overview = client.list().with_context(|| self.unreachable())?;
+            let Some(known) = overview.guests.into_iter().find(|it| it.name == guest) else {
+                return Ok(());
+            };
+            if known.site == self.site {
+                return Ok(());
+            }
+            if known.phase == Phase::Settled || start.elapsed() > RELEASING {
+                client.arrived(guest, &self.site)?;
+                return Ok(());
+            }
+            thread::sleep(Duration::from_millis(500));
+        }
     }
 }
 

@@ -36,6 +36,28 @@ struct Record {
     neighbour: Option<Entry>,
 }
 
+impl Record {
+    /// Takes back what `now` has not replaced.
+    fn remove_beside(&self, now: &Record) -> anyhow::Result<()> {
+        let table = |record: &Record| record.translation.as_ref().map(Translation::table);
+        if let Some(translation) = &self.translation
+            && table(self) != table(now)
+        {
+            translation.remove()?;
+        }
+        let place = |record: &Record| {
+            let entry = record.neighbour.as_ref();
+            entry.map(|entry| (entry.address, entry.device.clone()))
+        };
+        if let Some(entry) = &self.neighbour
+            && place(self) != place(now)
+        {
+            entry.neighbour().remove()?;
+        }
+        Ok(())
+    }
+}
+
 /// A neighbour entry.
 #[derive(Debug, Serialize, Deserialize)]
 struct Entry {
@@ -103,13 +125,18 @@ impl Paths {
             }),
             translation,
         };
-        self.close(guest)?;
+        let before = self.records.read::<Record>(guest)?;
         self.records.write(guest, &record)?;
+        // In place of the ones that are there: without them this host would answer the edge's
+        // packets itself, with resets.
         if let Some(translation) = &record.translation {
             translation.apply()?;
         }
         if let Some(entry) = &record.neighbour {
             entry.neighbour().apply()?;
+        }
+        if let Some(before) = before {
+            before.remove_beside(&record)?;
         }
         Ok(true)
     }
