@@ -73,10 +73,8 @@ oracle: packages
 unit: packages
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
-	$(CARGO) test $(WORKSPACE) --exclude netproxy --locked
-	$(CARGO) test -p netproxy --locked --lib --test loopback --test upgrade
-	$(CARGO) test -p netproxy --locked --test namespaces -- --test-threads=1 $(RETARGET)
-	$(CARGO) test -p netproxy --locked --doc
+	$(CARGO) test $(WORKSPACE) --locked
+	$(CARGO) test $(WORKSPACE) --locked --test namespaces -- --test-threads=1 $(RETARGET)
 
 # Over guests that are replayed: those of `make record`, and a generated one. Give the machine
 # nothing else to do.

@@ -89,11 +89,16 @@ pub fn new_sites(options: Options) -> Testbed {
         std::env::var_os("VMSHADOW_DEB").expect("VMSHADOW_DEB names the package: see `make test`"),
     );
     let testbed = Testbed::up(&options).unwrap();
-    for site in testbed.sites() {
-        site.install(&package).unwrap();
-        site.write("/etc/vmshadow/vmshadow.toml", POLICY.as_bytes())
-            .unwrap();
-    }
+    thread::scope(|scope| {
+        for site in testbed.sites() {
+            let package = &package;
+            scope.spawn(move || {
+                site.install(package).unwrap();
+                site.write("/etc/vmshadow/vmshadow.toml", POLICY.as_bytes())
+                    .unwrap();
+            });
+        }
+    });
     testbed
 }
 

@@ -187,7 +187,7 @@ impl Guest {
             format!("kernel = \"{DIRECTORY}/vmlinux\""),
             format!("ramdisk = \"{}\"", self.initrd()),
             format!(
-                "extra = \"console=hvc0 testbed.name={} testbed.address={}/24{gateway} testbed.run={}\"",
+                "extra = \"console=hvc0 mitigations=off testbed.name={} testbed.address={}/24{gateway} testbed.run={}\"",
                 self.name,
                 self.own_address(),
                 run.join(";")
@@ -264,7 +264,7 @@ mod tests {
              type = \"pvh\"\n\
              kernel = \"/var/lib/vmshadow-testbed/vmlinux\"\n\
              ramdisk = \"/var/lib/vmshadow-testbed/guest.initrd\"\n\
-             extra = \"console=hvc0 testbed.name=g1 testbed.address=10.77.0.101/24 \
+             extra = \"console=hvc0 mitigations=off testbed.name=g1 testbed.address=10.77.0.101/24 \
              testbed.run=rewrite,8;random,40\"\n\
              memory = 128\n\
              maxmem = 256\n\

@@ -35,11 +35,11 @@ pub fn command_line(
     } = options;
     let xen = format!(
         "console=com1 com1=115200,8n1 guest_loglvl=all dom0_mem={dom0_memory_mib}M,\
-         max:{dom0_memory_mib}M dom0_max_vcpus={dom0_vcpus} noreboot {}",
+         max:{dom0_memory_mib}M dom0_max_vcpus={dom0_vcpus} noreboot spec-ctrl=no {}",
         options.xen_arguments
     );
     let modules = format!(
-        "{} root=/dev/vda console=hvc0 quiet site={site},{}",
+        "{} root=/dev/vda console=hvc0 quiet mitigations=off site={site},{}",
         path(&images.kernel()),
         path(&images.dom0_initrd())
     );
