@@ -16,10 +16,12 @@
 
 use super::choice::{Choice, Encoded, HARDLY, Order, Probed, Produced};
 use super::encode::{BatchEncoder, BatchStatistics, Compressor};
-use super::link_rate::Sent;
+use super::link_rate::{Processors, Sent};
 use super::technique::{PagesByTechnique, Technique};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use nix::time::ClockId;
+use std::fs;
+use std::num::NonZeroUsize;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -43,6 +45,7 @@ pub struct AdaptiveEncoder {
     compressed: PagesByTechnique,
     /// When the last batch was done, or production went on.
     last: Instant,
+    processors: ProcessorClock,
     waiting: Duration,
 }
 
@@ -111,6 +114,55 @@ impl Clocks {
         };
         (took, cpu)
     }
+}
+
+/// Sees what this host's processors do.
+#[derive(Default)]
+struct ProcessorClock {
+    last: Option<ProcessorTimes>,
+}
+
+/// Since the host was started, and of this process.
+#[derive(Clone, Copy)]
+struct ProcessorTimes {
+    wall: Instant,
+    idle: Duration,
+    own: Duration,
+}
+
+impl ProcessorClock {
+    /// What they did since it was asked last.
+    fn look(&mut self) -> Option<Processors> {
+        let now = ProcessorTimes::now();
+        let last = std::mem::replace(&mut self.last, now)?;
+        let now = now?;
+        let count = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let idle = now.idle.saturating_sub(last.idle);
+        let own = now.own.saturating_sub(last.own);
+        let all = (now.wall - last.wall) * count as u32;
+        Some(Processors {
+            count,
+            idle,
+            others: all.saturating_sub(idle).saturating_sub(own),
+        })
+    }
+}
+
+impl ProcessorTimes {
+    /// None where this is not told.
+    fn now() -> Option<Self> {
+        Some(ProcessorTimes {
+            wall: Instant::now(),
+            idle: idle_time(&fs::read_to_string("/proc/uptime").ok()?)?,
+            own: ClockId::CLOCK_PROCESS_CPUTIME_ID.now().ok()?.into(),
+        })
+    }
+}
+
+/// How long all processors together were idle: the second number of `/proc/uptime`.
+fn idle_time(uptime: &str) -> Option<Duration> {
+    let seconds = uptime.split_ascii_whitespace().nth(1)?.parse().ok()?;
+    Duration::try_from_secs_f64(seconds).ok()
 }
 
 /// Compresses a batch as `order` says, appends it to `to`, and empties it.
@@ -217,6 +269,7 @@ impl AdaptiveEncoder {
             workers: (workers > 0).then(|| Workers::start(workers)),
             compressed: PagesByTechnique::default(),
             last: Instant::now(),
+            processors: ProcessorClock::default(),
             waiting: Duration::ZERO,
         }
     }
@@ -237,6 +290,7 @@ impl AdaptiveEncoder {
         self.choice.resume(sent);
         self.waiting = Duration::ZERO;
         self.last = Instant::now();
+        self.processors.look();
     }
 
     /// Notes that the producer waited for the link.
@@ -303,6 +357,7 @@ impl AdaptiveEncoder {
             raw,
             reading,
             elapsed,
+            processors: self.processors.look(),
         };
         self.choice.produced(produced, sent);
     }
@@ -385,6 +440,20 @@ impl std::fmt::Debug for AdaptiveEncoder {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn idle_time_is_read() {
+        assert_eq!(
+            idle_time("12.50 20.25\n"),
+            Some(Duration::from_millis(20_250))
+        );
+        for bad in ["", "12.50", "12.50 x", "1 -1"] {
+            assert_eq!(idle_time(bad), None);
+        }
+        let mut clock = ProcessorClock::default();
+        assert_eq!(clock.look(), None);
+        assert!(clock.look().is_some_and(|it| it.count > 0));
+    }
     use crate::codec::{BatchDecoder, Content};
     use crate::pages::{PAGE_SIZE, Page, PageType};
 

@@ -10,13 +10,19 @@
 //!
 //!   rate(technique) = min( 1 / (reading + slowdown * cost),  link / ratio )
 //!
+//!   and no more than   processors / (reading + cost + ratio * others)
+//!
 //!   reading    seconds per raw byte that the producer spends on anything but compressing
 //!   workers    threads that compress
 //!   cost       CPU seconds per raw byte of the technique
 //!   slowdown   elapsed seconds per CPU second: others want the CPU too
 //!   link       bytes a second, see `LinkRate`
 //!   ratio      bytes of the block per raw byte
+//!   others     seconds of a processor that ssh, and who else works, take for a byte that is sent
 //! ```
+//!
+//! The last one is what counts in a small dom0: one processor reads, compresses, encrypts and sends,
+//! and what one of these takes the others miss.
 //!
 //! The cheapest technique within 2 % of the highest rate is taken, and the one in use is kept
 //! within 4 %. Until the link is known zstd at level 1 is used: on a slow link it is not far from
@@ -33,7 +39,7 @@
 //! **What doesn't shrink** must not cost. When the ratio comes above 0.97, a sample of each batch
 //! is compressed by LZ4 first, and the batch is stored where the sample hardly shrinks either.
 
-use super::link_rate::{LinkRate, Sent};
+use super::link_rate::{LinkRate, Processors, Sent};
 use super::technique::Technique;
 use std::time::Duration;
 
@@ -93,6 +99,8 @@ pub struct Produced {
     pub reading: Duration,
     /// Elapsed time since the last batch was.
     pub elapsed: Duration,
+    /// What the host's processors did in that time, if that is known.
+    pub processors: Option<Processors>,
 }
 
 /// A batch that was encoded.
@@ -270,8 +278,11 @@ impl Choice {
     }
 
     fn decide(&mut self) {
-        let Some(link) = self.link.bytes_per_second() else {
-            return;
+        let link = match self.link.bytes_per_second() {
+            Some(link) => link,
+            // It has never been what held anything up.
+            None if self.link.waits_for_processors() => f64::INFINITY,
+            None => return,
         };
         let rates = Technique::ALL.map(|technique| self.rate(technique, link));
         let best = rates.iter().copied().fold(0.0, f64::max);
@@ -294,7 +305,11 @@ impl Choice {
             0 => self.reading.value + compressing,
             workers => self.reading.value.max(compressing / workers as f64),
         };
-        (link / self.ratio(technique)).min(encoding.recip())
+        let ratio = self.ratio(technique);
+        let together = self.link.others().map_or(f64::INFINITY, |(count, others)| {
+            count as f64 / (self.reading.value + self.cost(technique) + ratio * others)
+        });
+        (link / ratio).min(encoding.recip()).min(together)
     }
 
     /// CPU seconds per raw byte.
@@ -352,7 +367,7 @@ impl Choice {
 
     /// Learns from a batch that was produced, and from what was sent since the last one.
     pub fn produced(&mut self, batch: Produced, sent: Sent) {
-        self.link.note(sent, batch.elapsed);
+        self.link.note(sent, batch.elapsed, batch.processors);
         self.elapsed += batch.elapsed.as_secs_f64();
         self.unpaid += batch.reading.as_secs_f64();
         if batch.raw == 0 {

@@ -15,6 +15,10 @@
 //! The growth is 1 % a window near the rate that held the writer up last: what was tried in vain is
 //! tried again, but seldom. Elsewhere it is 25 %, or less where a window had less than buffers hold.
 //!
+//! Where the host's processors are never idle, a writer is held up by those that need them too: ssh,
+//! and who compresses. Then it tells nothing about the link. What others than this process take of
+//! the processors for each byte is measured beside it.
+//!
 //! Buffers between the writer and the link (pipes, ssh, TCP) take the first megabytes after a pause
 //! as fast as they come. These are no proof of a fast link, and are left out where they would be.
 
@@ -29,6 +33,17 @@ pub struct Sent {
     pub held_up: Duration,
 }
 
+/// What a host's processors did in a while.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Processors {
+    /// How many there are.
+    pub count: usize,
+    /// How long they were idle, all together.
+    pub idle: Duration,
+    /// How long they worked for others than this process.
+    pub others: Duration,
+}
+
 /// The shortest time to judge by, in seconds.
 const WINDOW: f64 = 0.2;
 
@@ -40,6 +55,10 @@ const BUFFERS: f64 = 4_194_304.0;
 
 /// The part of a window from which on the writer is the bottleneck.
 const SATURATED: f64 = 0.7;
+
+/// The part of a window for which one processor at least has to be idle: else they are what all
+/// wait for.
+const IDLE: f64 = 0.1;
 
 /// The weight of a new window.
 const WEIGHT: f64 = 0.3;
@@ -61,9 +80,15 @@ pub struct LinkRate {
     bytes: f64,
     held_up: f64,
     elapsed: f64,
+    /// What the processors did in the window.
+    processors: Option<Processors>,
     unsaturated: Unsaturated,
     /// The rate that held the writer up last.
     limit: Option<f64>,
+    /// Processors, and seconds of them that others take for a byte.
+    others: Option<(usize, f64)>,
+    /// No processor was idle in the last window.
+    busy: bool,
 }
 
 /// The windows since the writer was held up last, or paused.
@@ -82,6 +107,19 @@ impl LinkRate {
         self.seconds_per_byte.map(f64::recip)
     }
 
+    /// How many processors there are, and for how many seconds of one of them a byte that is sent
+    /// keeps others than this process at work. None until that is known.
+    #[must_use]
+    pub const fn others(&self) -> Option<(usize, f64)> {
+        self.others
+    }
+
+    /// Whether it is the host's processors that all wait for.
+    #[must_use]
+    pub const fn waits_for_processors(&self) -> bool {
+        self.busy
+    }
+
     /// Begins to look, after a pause in which nothing was produced.
     pub fn resume(&mut self, sent: Sent) {
         self.last = Some(sent);
@@ -93,14 +131,22 @@ impl LinkRate {
     }
 
     /// Notes what was sent, with the time since the last call, in which the producer never
-    /// paused.
-    pub fn note(&mut self, sent: Sent, elapsed: Duration) {
+    /// paused, and what the host's processors did meanwhile, if that is known.
+    pub fn note(&mut self, sent: Sent, elapsed: Duration, processors: Option<Processors>) {
         let Some(last) = self.last.replace(sent) else {
             return;
         };
         self.bytes += sent.bytes.saturating_sub(last.bytes) as f64;
         self.held_up += sent.held_up.saturating_sub(last.held_up).as_secs_f64();
         self.elapsed += elapsed.as_secs_f64();
+        self.processors = match (self.processors, processors) {
+            (Some(before), Some(since)) => Some(Processors {
+                count: since.count,
+                idle: before.idle + since.idle,
+                others: before.others + since.others,
+            }),
+            (before, since) => since.or(before),
+        };
         if self.elapsed >= WINDOW && self.bytes >= WINDOW_BYTES {
             self.judge();
             self.clear_window();
@@ -109,10 +155,23 @@ impl LinkRate {
 
     fn clear_window(&mut self) {
         (self.bytes, self.held_up, self.elapsed) = (0.0, 0.0, 0.0);
+        self.processors = None;
     }
 
     fn judge(&mut self) {
-        let fastest = self.bytes / self.held_up.max(1e-9);
+        let mut fastest = self.bytes / self.held_up.max(1e-9);
+        if let Some(processors) = self.processors {
+            let per_byte = processors.others.as_secs_f64() / self.bytes;
+            let known = self.others.map_or(per_byte, |(_, known)| known);
+            self.others = Some((processors.count, known + WEIGHT * (per_byte - known)));
+            self.busy = processors.idle.as_secs_f64() < IDLE * self.elapsed;
+            if self.busy {
+                if self.held_up >= SATURATED * self.elapsed {
+                    return;
+                }
+                fastest = f64::INFINITY;
+            }
+        }
         if self.held_up >= SATURATED * self.elapsed {
             // The buffers are full.
             self.unsaturated = Unsaturated::default();
@@ -157,6 +216,8 @@ mod tests {
     struct Writer {
         sent: Sent,
         buffered: f64,
+        /// The part of the time in which a processor is idle, where that is known.
+        idle: Option<f64>,
     }
 
     impl Writer {
@@ -174,7 +235,12 @@ mod tests {
                 };
                 self.sent.bytes += taken as u64;
                 self.sent.held_up += Duration::from_secs_f64(held_up);
-                link.note(self.sent, Duration::from_secs_f64(step));
+                let processors = self.idle.map(|idle| Processors {
+                    count: 1,
+                    idle: Duration::from_secs_f64(step * idle),
+                    others: Duration::from_secs_f64(taken * 20e-9),
+                });
+                link.note(self.sent, Duration::from_secs_f64(step), processors);
             }
         }
     }
@@ -185,6 +251,7 @@ mod tests {
         let writer = Writer {
             sent: Sent::default(),
             buffered: 0.0,
+            idle: None,
         };
         (link, writer)
     }
@@ -202,6 +269,24 @@ mod tests {
             writer.run(&mut link, rate, rate * 4.0, 20.0);
             assert!(near(&link, rate), "{rate} {link:?}");
         }
+    }
+
+    #[test]
+    fn without_an_idle_processor_the_link_is_not_to_blame() {
+        let (mut link, mut writer) = start();
+        writer.idle = Some(0.05);
+        writer.run(&mut link, 1e6, 8e6, 5.0);
+        assert_eq!(link.bytes_per_second(), None);
+        let (count, others) = link.others().unwrap();
+        assert_eq!(count, 1);
+        assert!((15e-9..25e-9).contains(&others), "{others}");
+        writer.idle = Some(0.5);
+        writer.run(&mut link, 1e6, 8e6, 5.0);
+        assert!(near(&link, 1e6), "{link:?}");
+        // What is known stays.
+        writer.idle = Some(0.0);
+        writer.run(&mut link, 0.5e6, 8e6, 5.0);
+        assert!(near(&link, 1e6), "{link:?}");
     }
 
     #[test]

@@ -138,6 +138,7 @@ impl World {
             raw: BATCH,
             reading: Duration::from_secs_f64(reading),
             elapsed: Duration::from_secs_f64(reading + took + self.waited + probing),
+            processors: None,
         };
         self.choice.produced(produced, sent);
         self.choice.encoded(Encoded {
@@ -364,6 +365,7 @@ fn batches_without_raw_pages_change_nothing() {
             raw: 0,
             reading: Duration::ZERO,
             elapsed: Duration::ZERO,
+            processors: None,
         };
         world.choice.produced(produced, sent);
         world.choice.encoded(Encoded {
@@ -415,6 +417,7 @@ fn more_workers_afford_a_stronger_technique() {
                 raw: BATCH,
                 reading: Duration::from_secs_f64(raw * 0.3e-9),
                 elapsed: Duration::from_secs_f64(took),
+                processors: None,
             };
             choice.produced(produced, sent);
             let cpu = Duration::from_secs_f64(raw * TYPICAL[technique as usize].0);
@@ -430,4 +433,54 @@ fn more_workers_afford_a_stronger_technique() {
     };
     assert!(chosen(0) < chosen(4), "{:?} {:?}", chosen(0), chosen(4));
     assert!(chosen(4) <= chosen(16));
+}
+
+/// One processor does all, and is never idle: whoever is held up waits for it, not for the link.
+#[test]
+fn a_small_host_does_not_take_itself_for_a_slow_link() {
+    // As a fast processor does, and as an emulated one: there ssh is dear, and zstd dearer.
+    for (costs, others) in [
+        (TYPICAL.map(|(cost, _)| cost), 2.5e-9),
+        ([1e-9, 60e-9, 90e-9, 200e-9, 700e-9], 200e-9),
+        ([1e-9, 60e-9, 90e-9, 200e-9, 700e-9], 20e-9),
+    ] {
+        let reading = 0.6e-9;
+        let needs = |at: usize| reading + costs[at] + IDLE[at] * others;
+        let best = (0..TECHNIQUES).map(needs).fold(f64::INFINITY, f64::min);
+        let mut choice = Choice::new(0);
+        choice.resume(Sent::default());
+        let mut sent = Sent::default();
+        let mut used = Vec::new();
+        for _ in 0..400 {
+            let raw = BATCH as f64;
+            let technique = choice.next(0).technique;
+            let at = technique as usize;
+            used.push(needs(at));
+            let (cpu, block) = (raw * costs[at], raw * IDLE[at]);
+            let elapsed = raw * needs(at);
+            sent.bytes += block as u64;
+            // Writing waits for the processor whenever another one has it.
+            sent.held_up += Duration::from_secs_f64(elapsed * 0.9);
+            let produced = Produced {
+                raw: BATCH,
+                reading: Duration::from_secs_f64(raw * reading),
+                elapsed: Duration::from_secs_f64(elapsed),
+                processors: Some(Processors {
+                    count: 1,
+                    idle: Duration::ZERO,
+                    others: Duration::from_secs_f64(block * others),
+                }),
+            };
+            choice.produced(produced, sent);
+            choice.encoded(Encoded {
+                technique,
+                raw: BATCH,
+                block: block as usize,
+                cpu: Duration::from_secs_f64(cpu),
+                took: Duration::from_secs_f64(elapsed),
+            });
+        }
+        let mean = used.iter().sum::<f64>() / used.len() as f64;
+        assert!(mean < 1.35 * best, "{mean:.2e}, {best:.2e}");
+    }
 }
