@@ -5,7 +5,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, text};
 use prometheus_client::metrics::counter::Counter;
@@ -225,11 +225,18 @@ impl Drop for MetricsServer {
 
 fn answer(mut stream: TcpStream, render: &impl Fn() -> String) -> std::io::Result<()> {
     const LIMIT: Duration = Duration::from_secs(1);
-    stream.set_read_timeout(Some(LIMIT))?;
     stream.set_write_timeout(Some(LIMIT))?;
+    // For the whole request: the next one waits for this.
+    let deadline = Instant::now() + LIMIT;
     let mut request = Vec::new();
     let mut chunk = [0_u8; 1024];
     while !request.windows(4).any(|end| end == b"\r\n\r\n") {
+        let left = deadline.saturating_duration_since(Instant::now());
+        // None at all would be no limit.
+        stream.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
+        if left.is_zero() {
+            return Err(std::io::ErrorKind::TimedOut.into());
+        }
         let read = stream.read(&mut chunk)?;
         if read == 0 || request.len() > 8192 {
             return Err(std::io::ErrorKind::InvalidData.into());

@@ -481,6 +481,11 @@ impl Connection {
         }
     }
 
+    /// Whether a move has hold of it: what is only prepared touches no connection.
+    pub(crate) fn is_held(&self) -> bool {
+        !matches!(self.stage, Stage::Normal | Stage::Proving(_))
+    }
+
     /// The move is off: the connection goes on at the old site.
     pub(crate) fn cancel(&mut self, ctx: &mut Context<'_>) -> std::result::Result<Step, String> {
         match std::mem::replace(&mut self.stage, Stage::Normal) {

@@ -65,6 +65,7 @@ enum Work {
 
 impl Work {
     fn one(&self, connection: &mut Connection, ctx: &mut Context<'_>, tally: &mut Tally) -> Next {
+        let held = connection.is_held();
         let outcome = match self {
             Self::Freeze => Ok(connection.freeze()),
             Self::Retarget { site, mark } => Ok(connection.retarget(site, *mark, ctx)),
@@ -83,7 +84,9 @@ impl Work {
                 tally.connections += 1;
                 match self {
                     Self::Release => drop(metrics.moved.get_or_create(guest).inc()),
-                    Self::Cancel => drop(metrics.move_cancelled.get_or_create(guest).inc()),
+                    Self::Cancel if held => {
+                        metrics.move_cancelled.get_or_create(guest).inc();
+                    }
                     _ => {}
                 }
             }

@@ -115,6 +115,36 @@ fn a_hold_whose_time_is_over_is_given_up() {
     assert_eq!(edge.metric("netproxy_leases_ended_total"), 2);
 }
 
+/// Where the guest did not come to, and nothing translates any more, the site's host answers for
+/// itself, with resets: they are not the guest's.
+#[test]
+fn a_site_that_refuses_sends_the_guest_back() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let mut streams: Vec<_> = (0..3).map(|_| echoing(&world)).collect();
+    for stream in &mut streams {
+        exchange(stream, b"before");
+    }
+    let (_, address) = SITES[1];
+    world.in_namespace("b", move || world::translation(address).remove().unwrap());
+    let mut control = edge.client();
+    control.prepare("desktop", "b").unwrap();
+    control.hold("desktop", LEASE).unwrap();
+    assert_eq!(control.retarget("desktop").unwrap().connections, 3);
+    control
+        .renew("desktop", Duration::from_millis(200))
+        .unwrap();
+    wait_until(|| {
+        let guest = edge.client().list().unwrap().guests.remove(0);
+        guest.phase.destination().is_none()
+    });
+    for stream in &mut streams {
+        exchange(stream, b"as ever");
+    }
+    assert_eq!(edge.client().list().unwrap().guests[0].site, "a");
+}
+
 /// The caller dies after the guest has started at the new site: it is there that it answers.
 #[test]
 fn a_guest_that_answers_at_the_new_site_is_not_sent_back() {
