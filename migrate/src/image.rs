@@ -26,7 +26,7 @@ use crate::arrival::HeldPage;
 use crate::digest::Digester;
 use crate::error::{Error, IoContext, Result};
 use crate::guest::{PageState, PageTable};
-use crate::pages::{PAGE_SIZE, Page, PageSet};
+use crate::pages::{PAGE_SIZE, Page, PageSet, PageType};
 
 /// Pages written by one call: the kernel's limit is 1,024 pieces.
 const RUN: usize = 256;
@@ -334,6 +334,17 @@ impl Image {
         state.page_type.has_data().then_some(held)
     }
 
+    /// The pages whose type is wanted.
+    pub fn pages_of(&self, wanted: impl Fn(PageType) -> bool) -> PageSet {
+        let mut pages = PageSet::new(self.table.pages());
+        for pfn in 0..self.table.pages() {
+            if self.table.get(pfn).is_some_and(|it| wanted(it.page_type)) {
+                pages.insert(pfn);
+            }
+        }
+        pages
+    }
+
     /// Removes the file.
     ///
     /// # Errors
@@ -416,7 +427,6 @@ fn map(file: &File) -> std::io::Result<MmapMut> {
 mod tests {
     use super::*;
     use crate::digest::PageDigest;
-    use crate::pages::PageType;
 
     #[test]
     fn what_is_stored_is_found() {

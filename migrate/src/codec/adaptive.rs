@@ -20,8 +20,8 @@ use super::link_rate::{Processors, Sent};
 use super::technique::{PagesByTechnique, Technique};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use nix::time::ClockId;
+use nix::unistd::{SysconfVar, sysconf};
 use std::fs;
-use std::num::NonZeroUsize;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -117,8 +117,9 @@ impl Clocks {
 }
 
 /// Sees what this host's processors do.
-#[derive(Default)]
 struct ProcessorClock {
+    /// All of the host's, as its idle time is.
+    count: usize,
     last: Option<ProcessorTimes>,
 }
 
@@ -131,12 +132,20 @@ struct ProcessorTimes {
 }
 
 impl ProcessorClock {
+    fn new() -> Self {
+        let online = sysconf(SysconfVar::_NPROCESSORS_ONLN).ok().flatten();
+        ProcessorClock {
+            count: online.map_or(1, |count| usize::try_from(count).unwrap_or(1)),
+            last: None,
+        }
+    }
+
     /// What they did since it was asked last.
     fn look(&mut self) -> Option<Processors> {
         let now = ProcessorTimes::now();
         let last = std::mem::replace(&mut self.last, now)?;
         let now = now?;
-        let count = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let count = self.count;
         let idle = now.idle.saturating_sub(last.idle);
         let own = now.own.saturating_sub(last.own);
         let all = (now.wall - last.wall) * count as u32;
@@ -269,7 +278,7 @@ impl AdaptiveEncoder {
             workers: (workers > 0).then(|| Workers::start(workers)),
             compressed: PagesByTechnique::default(),
             last: Instant::now(),
-            processors: ProcessorClock::default(),
+            processors: ProcessorClock::new(),
             waiting: Duration::ZERO,
         }
     }
@@ -441,6 +450,9 @@ impl std::fmt::Debug for AdaptiveEncoder {
 mod tests {
     use super::*;
 
+    use crate::codec::{BatchDecoder, Content};
+    use crate::pages::{PAGE_SIZE, Page, PageType};
+
     #[test]
     fn idle_time_is_read() {
         assert_eq!(
@@ -450,12 +462,10 @@ mod tests {
         for bad in ["", "12.50", "12.50 x", "1 -1"] {
             assert_eq!(idle_time(bad), None);
         }
-        let mut clock = ProcessorClock::default();
+        let mut clock = ProcessorClock::new();
         assert_eq!(clock.look(), None);
         assert!(clock.look().is_some_and(|it| it.count > 0));
     }
-    use crate::codec::{BatchDecoder, Content};
-    use crate::pages::{PAGE_SIZE, Page, PageType};
 
     /// Content that shrinks, or doesn't.
     fn page(seed: u64, shrinks: bool) -> Page {

@@ -148,6 +148,13 @@ fn welcome(
     connection.send(&ToSource::Joined(index))
 }
 
+/// A connection that has joined.
+struct Joined {
+    connection: Conversation,
+    /// A batch came by it.
+    used: bool,
+}
+
 /// What a wait came to.
 enum Event {
     Closed,
@@ -171,12 +178,8 @@ fn merge(
 ) -> std::result::Result<(), String> {
     let mut order = Order::<Received>::new();
     // None where one has ended.
-    let mut connections: Vec<Option<Conversation>> = Vec::new();
-    // By which of them a batch came.
-    let mut used: Vec<bool> = Vec::new();
+    let mut connections: Vec<Option<Joined>> = Vec::new();
     let mut may_join = true;
-    // Of the messages that wait.
-    let mut waiting_bytes = 0;
     // All pages have come: connections for them may end.
     let mut complete = false;
     let mut lost: Option<(Instant, String)> = None;
@@ -185,7 +188,6 @@ fn merge(
             let received = match turn {
                 Turn::Message(received) => {
                     complete |= matches!(received.tag, Tag::Final | Tag::Keep);
-                    waiting_bytes -= received.payload.len();
                     received
                 }
                 Turn::Batch(payload) => Received {
@@ -197,10 +199,7 @@ fn merge(
                 return Ok(());
             }
         }
-        let may_wait = order.waiting() < MOST_WAITING && waiting_bytes <= MOST_WAITING_BYTES;
-        let messages_now = may_wait.then_some(messages);
-        let joining_now = may_join.then_some(joining);
-        let event = wait(&order, messages_now, joining_now, closed, &connections);
+        let event = wait(&order, messages, joining, closed, &connections, may_join);
         match event {
             Event::Closed => return Ok(()),
             Event::Message(Heard::Frame(received)) if received.tag == Tag::After => {
@@ -221,33 +220,28 @@ fn merge(
                 let _ = to.send(heard);
                 return Ok(());
             }
-            Event::Message(Heard::Frame(received)) => {
-                waiting_bytes += received.payload.len();
-                order.message(received);
-            }
+            Event::Message(Heard::Frame(received)) => order.message(received),
             Event::Message(Heard::End(reason)) => return Err(reason),
             Event::Message(Heard::Hello(_)) => return Err("it greeted twice".into()),
             Event::Joined(connection) => {
                 order.join();
-                connections.push(Some(*connection));
-                used.push(false);
+                connections.push(Some(Joined {
+                    connection: *connection,
+                    used: false,
+                }));
             }
             Event::AllJoined => may_join = false,
             Event::Batch(number, Some(Heard::Frame(received))) => {
-                let Some(Some(connection)) = connections.get(number) else {
+                let Some(Some(joined)) = connections.get_mut(number) else {
                     continue;
                 };
+                joined.used = true;
                 // While nothing was taken nothing was read.
-                connection.last_heard.note(Instant::now());
+                joined.connection.last_heard.note(Instant::now());
                 match ToDestination::decode(received.frame()).map_err(|error| chain(&error))? {
-                    ToDestination::Batch { place, batch } => {
-                        if let Some(used) = used.get_mut(number) {
-                            *used = true;
-                        }
-                        order
-                            .batch(number, place, batch.to_vec())
-                            .map_err(|error| chain(&error))?;
-                    }
+                    ToDestination::Batch { place, batch } => order
+                        .batch(number, place, batch.to_vec())
+                        .map_err(|error| chain(&error))?,
                     other => {
                         return Err(format!(
                             "{:?} on a connection for pages",
@@ -257,15 +251,13 @@ fn merge(
                 }
             }
             Event::Batch(number, ended) => {
-                if let Some(connection) = connections.get_mut(number) {
-                    *connection = None;
-                }
+                let joined = connections.get_mut(number).and_then(Option::take);
                 let reason = match ended {
                     Some(Heard::End(reason)) => reason,
                     _ => "the connection was closed".into(),
                 };
                 // One that was too late for the source, which goes on without, takes nothing along.
-                if !complete && used.get(number).is_some_and(|used| *used) {
+                if !complete && joined.is_some_and(|joined| joined.used) {
                     lost.get_or_insert((Instant::now() + GRACE, reason));
                 }
             }
@@ -281,6 +273,7 @@ fn merge(
         for (number, connection) in connections.iter().enumerate() {
             let silent = connection
                 .as_ref()
+                .map(|joined| &joined.connection)
                 .filter(|it| order.wants(number) && it.incoming.is_empty())
                 .and_then(|it| it.last_heard.silent_for(Instant::now()));
             if let Some(silent) = silent.filter(|silent| *silent > SILENCE) {
@@ -290,24 +283,29 @@ fn merge(
     }
 }
 
-/// Waits until something comes that can be taken; from where nothing is, nothing.
+/// Waits until something comes that can be taken.
 fn wait(
     order: &Order<Received>,
-    messages: Option<&Receiver<Heard>>,
-    joining: Option<&Receiver<Conversation>>,
+    messages: &Receiver<Heard>,
+    joining: &Receiver<Conversation>,
     closed: &Receiver<()>,
-    connections: &[Option<Conversation>],
+    connections: &[Option<Joined>],
+    may_join: bool,
 ) -> Event {
     let mut select = Select::new();
     let closing = select.recv(closed);
-    let message = messages.map(|messages| (select.recv(messages), messages));
-    let join = joining.map(|joining| (select.recv(joining), joining));
+    let (waiting, bytes) = order.waiting().fold((0, 0), |(count, bytes), received| {
+        (count + 1, bytes + received.payload.len())
+    });
+    let message =
+        (waiting < MOST_WAITING && bytes <= MOST_WAITING_BYTES).then(|| select.recv(messages));
+    let join = may_join.then(|| select.recv(joining));
     let batches: Vec<(usize, usize, &Receiver<Heard>)> = connections
         .iter()
         .enumerate()
         .filter(|(number, _)| order.wants(*number))
         .filter_map(|(number, connection)| {
-            let incoming = &connection.as_ref()?.incoming;
+            let incoming = &connection.as_ref()?.connection.incoming;
             Some((select.recv(incoming), number, incoming))
         })
         .collect();
@@ -320,13 +318,13 @@ fn wait(
         let _: std::result::Result<(), _> = ready.recv(closed);
         return Event::Closed;
     }
-    if let Some((_, messages)) = message.filter(|(index, _)| *index == at) {
+    if Some(at) == message {
         return match ready.recv(messages) {
             Ok(heard) => Event::Message(heard),
             Err(_) => Event::Message(Heard::End("the connection was closed".into())),
         };
     }
-    if let Some((_, joining)) = join.filter(|(index, _)| *index == at) {
+    if Some(at) == join {
         return ready
             .recv(joining)
             .map_or(Event::AllJoined, |it| Event::Joined(Box::new(it)));
@@ -491,17 +489,59 @@ mod tests {
     #[test]
     fn a_connection_that_ends_ends_the_conversation_unless_the_source_says_why() {
         let mut world = World::new(2);
-        drop(world.joined(0));
+        let mut a = world.joined(0);
+        batch(&mut a, 0, 0, 1);
+        assert_eq!(world.next().tag, Tag::Pages);
+        drop(a);
+        let began = Instant::now();
         let error = world.destination.receive(later()).err().unwrap();
         assert!(matches!(error, Error::LinkLost { .. }), "{error}");
+        assert!(began.elapsed() < SILENCE, "It was the silence: {error}");
 
         let mut world = World::new(2);
-        let a = world.joined(0);
+        let mut a = world.joined(0);
+        batch(&mut a, 0, 0, 1);
+        assert_eq!(world.next().tag, Tag::Pages);
         // It waits for a batch that never comes, and the end of the move does not.
-        say(&mut world.first, &ToDestination::After(1));
+        say(&mut world.first, &ToDestination::After(2));
         say(&mut world.first, &ToDestination::Keep);
         drop(a);
         say(&mut world.first, &ToDestination::Abort(Text::new("enough")));
         assert_eq!(world.next().tag, Tag::Abort);
+    }
+
+    /// It came too late for the source, which went on without it.
+    #[test]
+    fn a_connection_that_ends_unused_ends_nothing() {
+        let mut world = World::new(2);
+        drop(world.joined(1));
+        // Longer than the first connection has for saying why.
+        thread::sleep(GRACE * 2);
+        let mut a = world.joined(0);
+        batch(&mut a, 0, 0, 1);
+        assert_eq!(world.next().tag, Tag::Pages);
+    }
+
+    #[test]
+    fn messages_that_wait_have_no_more_bytes_than_they_may() {
+        let mut order = Order::<Received>::new();
+        order.after(1).unwrap();
+        let (send, messages) = bounded(1);
+        let (_joins, joining) = bounded(1);
+        let (_open, closed) = bounded(0);
+        let mut taken = 0;
+        for _ in 0..MOST_WAITING {
+            let payload = vec![0; MOST_WAITING_BYTES / 4];
+            let tag = Tag::State;
+            send.send(Heard::Frame(Received { tag, payload })).unwrap();
+            match wait(&order, &messages, &joining, &closed, &[], false) {
+                Event::Message(Heard::Frame(received)) => order.message(received),
+                Event::Tick => break,
+                _ => panic!("Nothing else was sent"),
+            }
+            taken += 1;
+        }
+        // As many as they may have, and the one that went beyond.
+        assert_eq!(taken, 5);
     }
 }

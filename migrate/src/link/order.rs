@@ -74,9 +74,9 @@ impl<T> Order<T> {
         self.heads.get(connection).is_some_and(Option::is_none)
     }
 
-    /// How many messages wait.
-    pub fn waiting(&self) -> usize {
-        self.messages.len()
+    /// The messages that wait.
+    pub fn waiting(&self) -> impl Iterator<Item = &T> {
+        self.messages.iter().map(|(_, message)| message)
     }
 
     /// The next message comes after so many batches.

@@ -32,6 +32,9 @@ const WINDOW: f64 = 2_097_152.0;
 /// What a link is taken for whose rate nobody limits, in bytes a second: 1 Gbit/s.
 const FAST: f64 = 125e6;
 
+/// How long at least each connection that joins is listened to.
+const HEARD: Duration = Duration::from_secs(1);
+
 /// How many connections fill a link with that round trip, where no more than `limit` bytes a second
 /// are sent: its bandwidth times its delay over what one of them has on its way. More than there
 /// are cores to encrypt are of no use.
@@ -78,11 +81,22 @@ impl Joining {
         Ok(Joining { connection, index })
     }
 
-    /// Waits until the other side says that it does.
+    /// Waits until the other side says of each that it does, for so long all together. One that
+    /// takes all that time leaves the others a moment: they may have been answered long ago.
     ///
     /// # Errors
-    /// What it says else; [`Error::LinkLost`], [`Error::Cancelled`].
-    pub fn finish(mut self, deadline: Instant) -> Result<Conversation> {
+    /// Of each: what the other side says else; [`Error::LinkLost`], [`Error::Cancelled`].
+    pub fn finish_all(
+        joining: Vec<Joining>,
+        within: Duration,
+    ) -> impl Iterator<Item = Result<Conversation>> {
+        let deadline = Instant::now() + within;
+        joining
+            .into_iter()
+            .map(move |it| it.finish(deadline.max(Instant::now() + HEARD)))
+    }
+
+    fn finish(mut self, deadline: Instant) -> Result<Conversation> {
         self.connection.greet(deadline)?;
         let received = self.connection.receive(deadline)?;
         let peer = self.connection.peer().to_owned();
@@ -206,6 +220,8 @@ impl Conversation {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::{FrameWriter, Hello};
+    use std::os::unix::net::UnixStream;
 
     #[test]
     fn a_longer_and_faster_link_needs_more_connections() {
@@ -217,5 +233,61 @@ mod tests {
         // 50 Mbit/s are filled by one.
         assert_eq!(connections_for(Some(6_250_000), ms(200), 8), 1);
         assert_eq!(connections_for(Some(u64::MAX), Duration::ZERO, 0), 1);
+    }
+
+    /// A source's conversation with one connection for pages, and what is at their other ends.
+    fn spread() -> (Conversation, [UnixStream; 2]) {
+        let start = || {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let link = Link {
+                reader: Box::new(ours.try_clone().unwrap()),
+                writer: Box::new(ours),
+            };
+            let conversation = Conversation::start("b", link, Role::Source, None, Arc::default());
+            (conversation, theirs)
+        };
+        let ((mut first, far), (data, data_far)) = (start(), start());
+        first.spread_over(vec![data], 1).unwrap();
+        (first, [far, data_far])
+    }
+
+    #[test]
+    fn a_connection_for_pages_is_needed_until_all_are_sent() {
+        let soon = || Instant::now() + Duration::from_secs(3);
+        let (mut first, [_far, data]) = spread();
+        first.send(&ToDestination::Recall { known: true }).unwrap();
+        drop(data);
+        let error = first.receive(soon()).err().unwrap().to_string();
+        assert!(!error.contains("in time"), "{error}");
+
+        let (mut first, [_far, data]) = spread();
+        first.send(&ToDestination::Keep).unwrap();
+        drop(data);
+        let error = first.receive(soon()).err().unwrap().to_string();
+        assert!(error.contains("in time"), "{error}");
+    }
+
+    #[test]
+    fn one_that_is_not_answered_keeps_no_other_from_joining() {
+        let (first, _ends) = spread();
+        let mut answered = Vec::new();
+        let joining = (0..2).map(|index| {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            let link = Link {
+                reader: Box::new(ours.try_clone().unwrap()),
+                writer: Box::new(ours),
+            };
+            if index == 1 {
+                Hello::new(Role::Destination).write(&mut theirs).unwrap();
+                FrameWriter::new(&mut theirs)
+                    .send(&ToSource::Joined(index))
+                    .unwrap();
+            }
+            answered.push(theirs);
+            Joining::start(&first, link, JoinToken::new([1; 16]), index).unwrap()
+        });
+        let joining = joining.collect();
+        let joined = Joining::finish_all(joining, Duration::ZERO).map(|it| it.is_ok());
+        assert_eq!(joined.collect::<Vec<_>>(), [false, true]);
     }
 }

@@ -21,9 +21,6 @@ const ACCEPTING: Duration = Duration::from_secs(240);
 /// How long connections for pages may take to join: as the first one, and they start at once.
 const JOINING: Duration = Duration::from_secs(60);
 
-/// How long at least each of them is listened to.
-const HEARD: Duration = Duration::from_secs(1);
-
 impl Session<'_> {
     pub(super) fn greet(&mut self) -> Result<Greeted> {
         self.phase("connecting");
@@ -119,11 +116,9 @@ impl Session<'_> {
     /// From here on pages go by those that have joined; without any, by the first one.
     fn spread(&mut self, joining: Vec<Joining>) -> Result<()> {
         hold("joining");
-        let deadline = Instant::now() + JOINING;
         let mut joined = Vec::new();
-        for connection in joining {
-            // One that takes all the time leaves the others a moment to be heard.
-            match connection.finish(deadline.max(Instant::now() + HEARD)) {
+        for connection in Joining::finish_all(joining, JOINING) {
+            match connection {
                 Ok(connection) => joined.push(connection),
                 Err(Error::Cancelled) => return Err(Error::Cancelled),
                 Err(error) => self.warn_of_connection(&error),

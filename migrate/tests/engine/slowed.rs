@@ -1,7 +1,7 @@
 //! Guests that are slowed down: they get their processor time back, whatever becomes of the move.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use migrate::Error;
@@ -116,4 +116,30 @@ fn whatever_fails_it_has_its_time_back() {
             scene.moves(slowing());
         }
     }
+}
+
+/// A suspend that is late because the guest has hardly any time is waited for once it has it.
+#[test]
+fn it_has_its_time_back_before_its_suspend_is_waited_for() {
+    let scene = Scene::with(restless(33));
+    let calls = Arc::new(Mutex::new(Vec::new()));
+    let noted = Arc::clone(&calls);
+    let failing: Arc<Watch> = Arc::new(move |this| {
+        noted.lock().unwrap().push(this);
+        match this {
+            Call::Suspend => Err(Error::Refused("It does not suspend".into())),
+            _ => Ok(()),
+        }
+    });
+    let crossing = Crossing {
+        at_source: failing,
+        ..slowing()
+    };
+    let crossed = scene.cross(crossing);
+    assert_eq!(scene.settled(&crossed), Place::Source);
+    let calls = calls.lock().unwrap();
+    let last = |wanted: Call| calls.iter().rposition(|call| *call == wanted);
+    let first = calls.iter().position(|call| *call == Call::EndSuspend);
+    assert!(first.is_some(), "{calls:?}");
+    assert!(last(Call::SetCpuCap) < first, "{calls:?}");
 }

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::guest::Destination;
 use crate::guest::xen::stream::state::{GuestState, StaticData};
 use crate::image::Image;
-use crate::pages::{PageSet, is_zero};
+use crate::pages::{PageSet, PageType, is_zero};
 
 /// Pages that are fed each time that some have arrived: fewer than arrive, as libxl takes them.
 const FEED: usize = 200;
@@ -79,12 +79,7 @@ impl ReplayDestination {
 
     /// The pages in the image.
     fn pages_here(&self) -> Result<PageSet> {
-        let image = self.image()?;
-        let mut here = PageSet::new(self.pages);
-        for pfn in (0..self.pages).filter(|pfn| image.held(*pfn).is_some()) {
-            here.insert(pfn);
-        }
-        Ok(here)
+        Ok(self.image()?.pages_of(PageType::has_data))
     }
 
     /// Begins with nothing but the image.

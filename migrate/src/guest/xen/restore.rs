@@ -333,10 +333,10 @@ impl XenDestination {
         }
         let shared = Arc::new(Shared::default());
         let given = match self.confirmed {
-            true => known_pages(&*locked(&image)?, PageType::has_data),
+            true => locked(&image)?.pages_of(PageType::has_data),
             false => {
                 let normal = |page_type| page_type == PageType::Normal;
-                let known = known_pages(&*locked(&image)?, normal);
+                let known = locked(&image)?.pages_of(normal);
                 // A shadow of a time when the guest had more: which of them it still has is known
                 // after a round.
                 match known.len() <= limit {
@@ -449,7 +449,7 @@ impl XenDestination {
         let Some(image) = &self.image else {
             return Ok(());
         };
-        let mut held = known_pages(&*locked(image)?, PageType::has_data);
+        let mut held = locked(image)?.pages_of(PageType::has_data);
         held.difference_with(&self.restore()?.given);
         self.changed(&held.iter().collect::<Vec<_>>())
     }
@@ -457,7 +457,7 @@ impl XenDestination {
     /// How many pages of the guest are in the image.
     fn pages_here(&self) -> Result<u64> {
         let image = self.image.as_ref().ok_or_else(no_restore)?;
-        Ok(known_pages(&*locked(image)?, PageType::has_data).len())
+        Ok(locked(image)?.pages_of(PageType::has_data).len())
     }
 
     fn restore(&self) -> Result<&Restore> {
@@ -574,17 +574,6 @@ fn with_end(text: &str) -> Vec<u8> {
     let mut bytes = text.as_bytes().to_vec();
     bytes.push(0);
     bytes
-}
-
-fn known_pages(image: &Image, wanted: impl Fn(PageType) -> bool) -> PageSet {
-    let table = image.table();
-    let mut pages = PageSet::new(table.pages());
-    for pfn in 0..table.pages() {
-        if table.get(pfn).is_some_and(|state| wanted(state.page_type)) {
-            pages.insert(pfn);
-        }
-    }
-    pages
 }
 
 impl Destination for XenDestination {
