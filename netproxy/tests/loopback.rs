@@ -493,3 +493,29 @@ fn a_second_proxy_does_not_take_the_control_socket() {
     ));
     assert!(Client::connect(&setup.control()).unwrap().list().is_ok());
 }
+
+/// A request that trickles in holds up the next one for no longer than it may take itself.
+#[test]
+fn a_slow_request_for_metrics_does_not_keep_others_waiting() {
+    let setup = Setup::new("", "");
+    let address = setup.proxy.metrics_address().unwrap();
+    let mut slow = TcpStream::connect(address).unwrap();
+    slow.write_all(b"G").unwrap();
+    std::thread::spawn(move || {
+        // For longer than the other one waits, but not for ever: the proxy's end waits too.
+        for _ in 0..100 {
+            if slow.write_all(b"x").is_err() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    });
+    let mut other = TcpStream::connect(address).unwrap();
+    other
+        .set_read_timeout(Some(Duration::from_secs(10)))
+        .unwrap();
+    other.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    other.read_to_string(&mut answer).unwrap();
+    assert!(answer.contains("200 OK"), "{answer}");
+}

@@ -114,10 +114,11 @@ impl Departure {
 
     fn accept(&mut self, site: Option<&str>) -> anyhow::Result<()> {
         let mut client = self.edge.connect()?;
-        let Some(now) = self.edge.whereabouts(&mut client, &self.guest)? else {
+        let Some(known) = self.edge.look_up(&mut client, &self.guest)? else {
             log::info!("The edge does not know {}", self.guest);
             return Ok(());
         };
+        let now = known.site;
         if now != self.edge.site {
             return Err(anyhow!(
                 "The edge has {} at the site {now}, and this is {}; run: vmshadow proxy arrived {}",

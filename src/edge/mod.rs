@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use migrate::directories::Directories;
 use migrate::handover::recovery::Settled;
+use netproxy::GuestInfo;
 use netproxy::control::Client;
 use netproxy::retarget::phase::Phase;
 use serde::Deserialize;
@@ -102,17 +103,13 @@ impl Edge {
         )
     }
 
-    /// Where the edge has the guest; none where it does not know it.
+    /// What the edge knows of the guest; none where it does not know it.
     ///
     /// # Errors
     /// Where the edge can't be reached.
-    pub fn whereabouts(&self, client: &mut Client, guest: &str) -> anyhow::Result<Option<String>> {
+    pub fn look_up(&self, client: &mut Client, guest: &str) -> anyhow::Result<Option<GuestInfo>> {
         let overview = client.list().with_context(|| self.unreachable())?;
-        Ok(overview
-            .guests
-            .into_iter()
-            .find(|known| known.name == guest)
-            .map(|known| known.site))
+        Ok(overview.guests.into_iter().find(|it| it.name == guest))
     }
 
     /// Tells the edge that the guest is here, whatever was before. Nothing is said of a guest that
@@ -122,14 +119,12 @@ impl Edge {
     /// Where the edge can't be reached.
     pub fn claim(&self, guest: &str) -> anyhow::Result<()> {
         let mut client = self.connect()?;
-        if self.whereabouts(&mut client, guest)?.is_some() {
+        if self.look_up(&mut client, guest)?.is_some() {
             client.arrived(guest, &self.site)?;
         }
         Ok(())
     }
-}
 
-impl Edge {
     /// After the guest has arrived here: waits until the edge has it here, which the source's
     /// worker sees to. Tells the edge itself where that is dead, or knows of no edge.
     ///
@@ -138,20 +133,16 @@ impl Edge {
     pub fn see_to_arrival(&self, guest: &str) -> anyhow::Result<()> {
         let mut client = self.connect()?;
         let start = Instant::now();
-        loop {
-            let overview = client.list().with_context(|| self.unreachable())?;
-            let Some(known) = overview.guests.into_iter().find(|it| it.name == guest) else {
-                return Ok(());
-            };
-            if known.site == self.site {
-                return Ok(());
-            }
+        while let Some(known) = self.look_up(&mut client, guest)?
+            && known.site != self.site
+        {
             if known.phase == Phase::Settled || start.elapsed() > RELEASING {
                 client.arrived(guest, &self.site)?;
                 return Ok(());
             }
             thread::sleep(Duration::from_millis(500));
         }
+        Ok(())
     }
 }
 

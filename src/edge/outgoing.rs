@@ -93,9 +93,10 @@ impl Edge {
             return Ok(None);
         };
         let mut client = self.connect()?;
-        let Some(from) = self.whereabouts(&mut client, guest)? else {
+        let Some(known) = self.look_up(&mut client, guest)? else {
             return Ok(None);
         };
+        let from = known.site;
         if !settings.leads_to(&from) {
             return Ok(None);
         }

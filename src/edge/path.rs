@@ -98,7 +98,7 @@ impl Paths {
         by_move: bool,
     ) -> anyhow::Result<bool> {
         let mut client = edge.connect()?;
-        if edge.whereabouts(&mut client, guest)?.is_none() {
+        if edge.look_up(&mut client, guest)?.is_none() {
             return Ok(false);
         }
         let Reach {

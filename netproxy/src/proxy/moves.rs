@@ -60,18 +60,13 @@ impl Proxy {
                 "Site {site} has no probe_port: the round trip time is not known ahead"
             )),
         }
-        let remote = settings
-            .services
-            .iter()
-            .find_map(|s| settings.upstream(site, s));
-        if let Some(remote) = remote {
-            match self.paths.open(guest, remote.ip(), settings.source) {
-                Ok(()) => {
-                    warmth.window = true;
-                    self.shared.mark.store(true, Ordering::Release);
-                }
-                Err(error) => warmth.warnings.push(error.chain()),
+        match self.open_path(guest, &settings, site) {
+            Ok(false) => {}
+            Ok(true) => {
+                warmth.window = true;
+                self.shared.mark.store(true, Ordering::Release);
             }
+            Err(error) => warmth.warnings.push(error.chain()),
         }
         for warning in &warmth.warnings {
             log::warn!("Preparing {guest} for {site}: {warning}");
@@ -176,7 +171,18 @@ impl Proxy {
         let site = phase.destination().unwrap_or_default().to_owned();
         lock(&self.left).insert((guest.to_owned(), known.site()), Instant::now());
         known.set_site(&site);
-        self.follow_route(guest, &known.settings(), &site);
+        let settings = known.settings();
+        let routed = settings
+            .sites
+            .get(&site)
+            .is_some_and(|it| it.get_ref().routed);
+        // Of a routed guest the way has changed since the move was prepared.
+        if routed && let Err(error) = self.open_path(guest, &settings, &site) {
+            log::warn!(
+                "The way to {guest}, which will answer late: {}",
+                error.chain()
+            );
+        }
         let tally = self.tally(|reply| Command::Release {
             guest: guest.to_owned(),
             wait,
@@ -195,18 +201,15 @@ impl Proxy {
         Ok(tally)
     }
 
-    /// Leads the re-targeted sockets of a routed guest by the way that its address has now: it was
-    /// changed since the move was prepared. What fails is logged; the first packets are late then.
-    fn follow_route(&self, guest: &str, settings: &GuestConfig, site: &str) {
+    /// Gives the re-targeted sockets of a guest a route of their own, by the way that its address
+    /// at `site` has now. False if it has no service that is reached there.
+    fn open_path(&self, guest: &str, settings: &GuestConfig, site: &str) -> Result<bool> {
         let upstream = |service| settings.upstream(site, service);
         let Some(remote) = settings.services.iter().find_map(upstream) else {
-            return;
+            return Ok(false);
         };
-        if remote.ip() == settings.address
-            && let Err(error) = self.paths.open(guest, remote.ip(), settings.source)
-        {
-            log::warn!("The route to {guest}: {}", error.chain());
-        }
+        self.paths.open(guest, remote.ip(), settings.source)?;
+        Ok(true)
     }
 
     /// Lets all connections go on at the old site.
@@ -354,14 +357,7 @@ impl Proxy {
             guest: name(),
             reply,
         })?;
-        let settings = guest.settings();
-        let remote = settings
-            .services
-            .iter()
-            .find_map(|s| settings.upstream(&site, s));
-        if let Some(remote) = remote {
-            self.paths.open(&guest.name, remote.ip(), settings.source)?;
-        }
+        self.open_path(&guest.name, &guest.settings(), &site)?;
         let _block = self.block(guest, &site)?;
         let mark = self.mark;
         self.tally(|reply| Command::Retarget {

@@ -310,6 +310,31 @@ fn a_guest_that_is_routed_keeps_its_address() {
     assert_eq!(world.rules("edge"), rules);
 }
 
+/// Between preparing and releasing the way to its address changes: nothing goes the old one.
+#[test]
+fn a_guest_that_is_routed_is_followed_to_its_new_way() {
+    let world = World::new(Duration::from_millis(6));
+    serve(&world, 5900);
+    world.remove_translations();
+    world.route_guest("a");
+    let edge = Edge::with(&world, "", true);
+    let mut stream = echoing(&world);
+    exchange(&mut stream, b"before");
+    let mut control = edge.client();
+    control.prepare("desktop", "b").unwrap();
+    world.place(None);
+    control.hold("desktop", LEASE).unwrap();
+    world.route_guest("b");
+    control.retarget("desktop").unwrap();
+    world.place(Some("b"));
+    std::thread::sleep(Duration::from_millis(50));
+    let old_way = || world.wires[0].passed.load(Ordering::Relaxed);
+    let before = old_way();
+    control.release("desktop", Duration::ZERO).unwrap();
+    exchange(&mut stream, b"after");
+    assert_eq!(old_way(), before);
+}
+
 #[test]
 fn a_smaller_path_mtu_at_the_new_site() {
     let world = World::new(Duration::from_millis(4));
