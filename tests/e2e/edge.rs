@@ -97,6 +97,11 @@ fn outlive(moves: &[SiteName]) {
     let (testbed, guest, edge) = behind_an_edge();
     // From the site without the edge: across the WAN, as most clients.
     let watch = testbed.watch(SiteName::B, &guest).unwrap();
+    // A path that is there is replaced under those who use it.
+    testbed
+        .site(SiteName::A)
+        .run("vmshadow proxy open g1")
+        .unwrap();
     for from in moves {
         moves_with_its_connections(&testbed, &guest, *from);
     }
@@ -209,4 +214,14 @@ fn connections_stay_with_the_guest() {
     assert_eq!(refused.status.code(), Some(1), "{}", said(&refused));
     assert!(said(&refused).contains("--no-edge"), "{}", said(&refused));
     assert_eq!(settled(&testbed, &guest, "the refusal"), SiteName::B);
+
+    // Unasked by its source, the edge is told by the destination.
+    there
+        .run("vmshadow migrate g1 10.77.0.11 --no-edge")
+        .unwrap();
+    assert_eq!(settled(&testbed, &guest, "no edge"), SiteName::A);
+    wait_until("the edge has it there", || {
+        let line = "vmshadow proxy list | awk '$1 == \"g1\" { print $2; exit }'";
+        here.run(line).unwrap().trim() == "a"
+    });
 }

@@ -4,6 +4,7 @@
 //! `make test` runs it, with the Debian package in `VMSHADOW_DEB`. A test has its sites for itself;
 //! one that passes leaves them to the next. Every move runs in verify mode: all memory is compared
 //! at both sites.
+#![allow(clippy::unwrap_used)]
 
 mod broken;
 mod changes;
