@@ -40,6 +40,7 @@ use crate::link::door::{self, Door};
 use crate::link::{Conversation, Expecting, Link, Rate};
 use crate::outgoing::random;
 use crate::pages::PAGE_SIZE;
+use crate::pipe;
 use crate::shadow::{ShadowPolicy, Shadows};
 use crate::wire::{
     Acceptance, JoinToken, MoveId, Offer, Purpose, Role as WireRole, Text, XenVersion,
@@ -77,6 +78,7 @@ pub fn receive(
         .ok()
         .and_then(|text| text.split_whitespace().next().map(str::to_owned))
         .unwrap_or_else(|| "the source".into());
+    pipe::widen(io::stdin());
     let link = Link {
         reader: Box::new(io::stdin()),
         writer: Box::new(io::stdout()),
@@ -135,6 +137,7 @@ pub fn join(directories: &Directories, move_id: &str) -> Result<()> {
             .map(File::from)
             .context(|| "Can't take over a standard stream")
     };
+    pipe::widen(io::stdin());
     // Without buffers of ours between them and the worker.
     let (input, output) = (own(io::stdin().as_fd())?, own(io::stdout().as_fd())?);
     door::join(directories, move_id, input, output)

@@ -38,6 +38,7 @@ pub mod keeper;
 pub mod link;
 pub mod outgoing;
 pub mod pages;
+mod pipe;
 pub mod report;
 pub mod retry;
 pub mod rounds;

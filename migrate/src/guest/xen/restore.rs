@@ -25,7 +25,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError, bounded};
-use nix::fcntl::{FcntlArg, fcntl};
 use xen_sys::DomId;
 use xen_sys::ctl::{MIGRATED_HVM_PARAMS, RING_HVM_PARAMS, VcpuContext};
 use xen_sys::toolstack::{Aborter, DomainConfig, Toolstack};
@@ -43,6 +42,7 @@ use crate::handover::lock::XlLock;
 use crate::handover::recovery::incoming_name;
 use crate::image::Image;
 use crate::pages::{PAGE_SIZE, Page, PageSet, PageType};
+use crate::pipe;
 use crate::report::rounded;
 
 /// Devices that are attached while memory still arrives: by the names under which
@@ -54,9 +54,6 @@ const FEED_BATCH: usize = 1024;
 
 /// Where libxl keeps a domain's configuration, among the data beside it.
 const LIBXL_CONFIGURATION: &str = "libxl-json";
-
-/// Bytes that may wait for libxl: the kernel's usual limit.
-const PIPE: i32 = 1 << 20;
 
 /// How long libxl may take until the new domain is there.
 const MAKING: Duration = Duration::from_secs(60);
@@ -327,10 +324,7 @@ impl XenDestination {
         limit: u64,
     ) -> Result<Restore> {
         let (reader, writer) = std::io::pipe().context(|| "Can't make a pipe")?;
-        // Fewer changes between the two processes; a kernel that allows less costs time only.
-        if let Err(error) = fcntl(&writer, FcntlArg::F_SETPIPE_SZ(PIPE)) {
-            log::debug!("Can't enlarge a pipe: {error}");
-        }
+        pipe::widen(&writer);
         let shared = Arc::new(Shared::default());
         let given = match self.confirmed {
             true => locked(&image)?.pages_of(PageType::has_data),
