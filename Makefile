@@ -21,8 +21,8 @@ WORKSPACE := --workspace --exclude testbed-guest
 CLIPPY := $(CARGO) clippy --workspace --locked
 
 # What the end-to-end tests run with.
-E2E := VMSHADOW_DEB='$(DEB)' VMSHADOW_ORACLE='$(abspath $(TARGET))/release/examples/oracle' \
-	$(CARGO) test --release --locked --test e2e -- --test-threads=1
+E2E := VMSHADOW_DEB='$(DEB)' VMSHADOW_ORACLE='$(abspath $(TARGET))/debug/examples/oracle' \
+	$(CARGO) test $(WORKSPACE) --locked --test e2e -- --test-threads=1
 # Some of them only: make test ONLY='refused oracle'
 ONLY ?=
 
@@ -36,7 +36,7 @@ SCRIPTS := .ci/run packaging/build-deb packaging/deb/postinst packaging/deb/prer
 	packaging/deb/postrm packaging/netproxy/postinst packaging/netproxy/prerm \
 	packaging/netproxy/postrm $(wildcard tests/testbed/install-packages)
 
-.PHONY: help demo test test-full oracle unit bench record bench-xl deb lint clean packages root toolchain
+.PHONY: help demo test test-full unit bench record bench-xl deb lint clean packages root toolchain
 .DEFAULT_GOAL := help
 
 help:
@@ -60,18 +60,15 @@ demo: deb
 	$(CARGO) build --release --locked -p testbed
 	VMSHADOW_DEB='$(DEB)' $(TESTBED) demo
 
-test: unit deb oracle
+test: unit deb
 	$(E2E) $(ONLY)
 
-test-full: unit deb oracle
+test-full: unit deb
 	$(CARGO) test --release --locked -p netproxy --test namespaces -- --include-ignored --skip be_a_caller
 	$(E2E) --include-ignored
 
-# What compares our image of a guest with the stock saver's.
-oracle: packages
-	$(CARGO) build --release --locked -p migrate --example oracle
-
-# Unit, property and documentation tests.
+# Unit, property and documentation tests. Builds the examples too, and so what compares our image of
+# a guest with the stock saver's.
 unit: packages
 	$(CARGO) fmt --all --check
 	$(CLIPPY) --all-targets -- -D warnings

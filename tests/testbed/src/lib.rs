@@ -43,6 +43,7 @@ mod qemu;
 mod run;
 mod site;
 mod sites;
+mod tools;
 mod watch;
 
 pub use edge::{Edge, SERVER};

@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// Where the programs are.
+#[derive(Clone, Debug)]
 pub struct Programs {
     /// Process 1 of a guest.
     pub guest: PathBuf,

@@ -24,6 +24,7 @@ pub fn command_line(
     port: u16,
 ) -> Vec<String> {
     let file = |name: &str| path(&run.file(&format!("{site}.{name}")));
+    let tools = path(&run.file("tools.tar"));
     let wan = |site: SiteName| path(&run.file(&format!("{site}.wan")));
     let Options {
         memory_mib,
@@ -73,6 +74,8 @@ pub fn command_line(
         &modules,
         "-drive",
         &format!("file={},if=virtio,format=qcow2,cache=unsafe", file("qcow2")),
+        "-drive",
+        &format!("file={tools},if=virtio,format=raw,readonly=on"),
         "-serial",
         &format!("file:{}", file("console")),
         "-qmp",

@@ -7,6 +7,7 @@
 //!       ├─ owner              pid and start time of whoever cleans up
 //!       ├─ options.json       how it was started
 //!       ├─ link.json          the shape of the WAN
+//!       ├─ tools.tar          a disk: what guests and sites need besides the images
 //!       ├─ guests/NAME.json   guests that were started
 //!       ├─ a.command          the command line of site a's QEMU
 //!       ├─ a.qcow2            site a's disk, over the image

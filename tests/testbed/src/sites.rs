@@ -1,14 +1,14 @@
 //! A running testbed: both sites, the link between them, and their guests.
 
-use crate::guest::{DIRECTORY, Guest, Kind};
+use crate::guest::{Guest, Kind};
 use crate::image::{Hypervisor, Images};
-use crate::initramfs::{self, Entry};
 use crate::link::{self, Link};
 use crate::pause::Pause;
+use crate::programs::{self, Programs};
 use crate::run::{self, RunDirectory};
 use crate::site::{Site, SiteName};
 use crate::watch::Watching;
-use crate::{Error, Result, process, programs, qemu};
+use crate::{Error, Result, process, qemu, tools};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use serde::{Deserialize, Serialize};
@@ -21,6 +21,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 use testbed_guest::Status;
@@ -143,8 +144,7 @@ impl Testbed {
 
     fn start(options: &Options, detached: bool) -> Result<Self> {
         run::sweep()?;
-        let programs = programs::build()?;
-        let images = Images::obtain()?;
+        let (images, programs) = needs()?;
         let mut options = options.clone();
         if options.name.is_empty() {
             static TAKEN: AtomicU32 = AtomicU32::new(0);
@@ -152,10 +152,10 @@ impl Testbed {
             options.name = format!("run-{}-{number}", std::process::id());
         }
         for attempt in 1.. {
-            let mut testbed = Self::start_machines(&images, &options, detached)?;
+            let mut testbed = Self::start_machines(&images, &programs, &options, detached)?;
             match testbed.wait_until_ready() {
                 Ok(()) => {
-                    testbed.prepare(&images, &programs)?;
+                    testbed.set_link(&testbed.options.link)?;
                     testbed.owns = !detached;
                     return Ok(testbed);
                 }
@@ -171,7 +171,12 @@ impl Testbed {
     }
 
     /// Starts the machines, and does not wait for them.
-    fn start_machines(images: &Images, options: &Options, detached: bool) -> Result<Self> {
+    fn start_machines(
+        images: &Images,
+        programs: &Programs,
+        options: &Options,
+        detached: bool,
+    ) -> Result<Self> {
         let run = RunDirectory::create(&options.name)?;
         let ports = [free_port()?, free_port()?];
         let [a, b] = ports;
@@ -192,6 +197,7 @@ impl Testbed {
         run.write("images", &images.directory().to_string_lossy())?;
         run.write("options.json", &to_json(options)?)?;
         run.write("link.json", &to_json(&options.link)?)?;
+        tools::write(run, images, programs)?;
         for (site, port) in SiteName::BOTH.into_iter().zip(ports) {
             run.write(&format!("{site}.port"), &port.to_string())?;
             process::run(
@@ -290,25 +296,6 @@ impl Testbed {
         let pid = pids.split_whitespace().nth(usize::from(site.number()) - 1);
         pid.and_then(|pid| pid.parse().ok())
             .is_some_and(|pid| process::start_time(pid).is_none())
-    }
-
-    /// Puts the guests' needs in place, and shapes the link.
-    fn prepare(&self, images: &Images, programs: &programs::Programs) -> Result<()> {
-        let path = images.guest_initrd();
-        let mut initrd = fs::read(&path).map_err(Error::file(path))?;
-        let init = fs::read(&programs.guest).map_err(Error::file(&programs.guest))?;
-        initrd.extend(initramfs::archive(&[
-            ("init", Entry::Program(&init)),
-            ("sbin", Entry::Directory),
-            ("sbin/poweroff", Entry::Link("/init")),
-            ("sbin/reboot", Entry::Link("/init")),
-        ]));
-        for site in &self.sites {
-            site.write(&format!("{DIRECTORY}/guest.initrd"), &initrd)?;
-            site.put(&programs.empty, &format!("{DIRECTORY}/empty-guest"), 0o644)?;
-            site.put(&programs.client, "/usr/local/bin/testbed-client", 0o755)?;
-        }
-        self.set_link(&self.options.link)
     }
 
     /// The testbed's name.
@@ -662,6 +649,18 @@ impl Drop for Testbed {
             eprintln!("Testbed {}: {error}", self.name());
         }
     }
+}
+
+/// The images, and what runs in guests and sites: made once for this process.
+fn needs() -> Result<(Images, Programs)> {
+    static MADE: Mutex<Option<(Images, Programs)>> = Mutex::new(None);
+    let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(made) = &*made {
+        return Ok(made.clone());
+    }
+    let programs = programs::build()?;
+    let images = Images::obtain()?;
+    Ok(made.insert((images, programs)).clone())
 }
 
 /// A port of loopback that is free now.
