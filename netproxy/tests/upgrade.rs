@@ -12,6 +12,8 @@ use std::time::Duration;
 
 use netproxy::control::Client;
 use netproxy::{Error, Overview};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 /// Held while a program is written, and while one is started: a process that is forked while the
 /// file is open for writing keeps it so until it runs its own program, and a file that is being
@@ -89,6 +91,10 @@ impl Program {
         let new = self.directory.join("new");
         std::fs::copy(env!("CARGO_BIN_EXE_netproxy"), &new).unwrap();
         std::fs::rename(new, self.directory.join("netproxy")).unwrap();
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id().try_into().unwrap()), signal).unwrap();
     }
 
     fn connect(&self) -> TcpStream {
@@ -205,8 +211,7 @@ fn connections_go_on_in_the_new_program() {
         if round % 2 == 0 {
             program.upgrade();
         } else {
-            let id = nix::unistd::Pid::from_raw(program.child.id().try_into().unwrap());
-            nix::sys::signal::kill(id, nix::sys::signal::SIGUSR2).unwrap();
+            program.signal(Signal::SIGUSR2);
             program.wait_until_ready();
         }
         exchange(&mut idle, format!("round {round}").as_bytes());
@@ -235,6 +240,23 @@ fn connections_go_on_in_the_new_program() {
         let (was, is) = (find(&before), find(&after));
         assert_eq!(was.0, is.0);
         assert!(is.1 > was.1 && is.2 > was.2);
+    }
+    assert!(program.child.try_wait().unwrap().is_none());
+}
+
+/// Whoever asks for a new configuration again and again does so also between the two programs.
+#[test]
+fn a_signal_that_comes_in_between_ends_nothing() {
+    let mut program = Program::start(echo_server());
+    let mut client = program.connect();
+    for _ in 0..10 {
+        program.signal(Signal::SIGUSR2);
+        for _ in 0..100 {
+            program.signal(Signal::SIGHUP);
+            std::thread::sleep(Duration::from_micros(300));
+        }
+        program.wait_until_ready();
+        exchange(&mut client, b"still there");
     }
     assert!(program.child.try_wait().unwrap().is_none());
 }

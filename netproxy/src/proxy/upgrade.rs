@@ -110,6 +110,9 @@ impl Proxy {
     /// [upgraded](Self::upgrade). None: this program was only asked whether it could take over;
     /// it has answered on its standard output, and should end.
     ///
+    /// Signals that a program takes have to be taken before this: those that came while the
+    /// program before it made way come now.
+    ///
     /// # Errors
     /// As [`Self::start`].
     pub fn start_program(file: &Path) -> Result<Option<Arc<Self>>> {
@@ -124,6 +127,7 @@ impl Proxy {
             Start::TakeOver(state) => {
                 // What was checked, whatever has become of the file since.
                 let config = Config::parse(&state.text, &file.display().to_string())?;
+                upgrade::let_signals_in();
                 (config, Some(*state))
             }
         };

@@ -30,6 +30,7 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::signal::{SigSet, SigmaskHow};
 
 use crate::error::{Error, Result, system};
 use crate::sys;
@@ -143,6 +144,9 @@ impl Program {
             Ok(memory) => memory,
             Err(error) => return error,
         };
+        // A signal that comes before the new program takes any would end it: it waits for so long,
+        // and for `start_program` to let it in.
+        let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK);
         let result = keep_open(state, &memory, true);
         let error = match result {
             Ok(()) => self
@@ -152,6 +156,10 @@ impl Program {
             Err(error) => error,
         };
         let _ = keep_open(state, &memory, false);
+        if let Ok(before) = before {
+            // It was the mask of this thread.
+            let _ = before.thread_set_mask();
+        }
         self.failed(error)
     }
 }
@@ -183,6 +191,13 @@ fn keep_open(state: &State, memory: &File, open: bool) -> io::Result<()> {
         fcntl(descriptor, FcntlArg::F_SETFD(flag))?;
     }
     Ok(())
+}
+
+/// Takes the signals that came since the program before this one made way.
+pub(crate) fn let_signals_in() {
+    if let Err(error) = SigSet::all().thread_unblock() {
+        log::error!("Signals stay blocked: {error}");
+    }
 }
 
 /// Answers who asked whether this program can take over.
