@@ -91,11 +91,23 @@ fn host_findings() -> Vec<Finding> {
     findings.push(Finding {
         what: "configuration",
         ok: policy.is_ok(),
-        found: match policy {
+        found: match &policy {
             Ok(_) => policy::PATH.into(),
             Err(error) => format!("{error:#}"),
         },
     });
+    let groups = policy.iter().flat_map(|policy| &policy.groups);
+    findings.extend(groups.map(|group| {
+        let opened = group.open();
+        Finding {
+            what: "trust group",
+            ok: opened.is_ok(),
+            found: match opened {
+                Ok(_) => format!("{}: {}", group.name, group.guests.join(", ")),
+                Err(error) => migrate::error::chain(&error),
+            },
+        }
+    }));
     let ssh = Command::new("ssh").arg("-V").stdin(Stdio::null()).output();
     findings.push(Finding {
         what: "ssh",

@@ -66,6 +66,7 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
             keep: policy.shadows.keep && !options.no_shadow,
             ..policy.shadows
         },
+        groups: policy.groups,
     };
     let report = options
         .report

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use migrate::configuration::SitePolicy;
+use migrate::group::GroupPolicy;
 use migrate::shadow::ShadowPolicy;
 
 use crate::edge::Edge;
@@ -37,6 +38,9 @@ pub struct Policy {
     /// What is kept of guests that run elsewhere.
     #[serde(default)]
     pub shadows: ShadowPolicy,
+    /// Guests that may be built from what others left at a site.
+    #[serde(default, rename = "group")]
+    pub groups: Vec<GroupPolicy>,
     /// What keeps their connections, if anything does.
     pub edge: Option<Edge>,
 }
@@ -56,6 +60,18 @@ mod tests {
         let message = format!("{:#}", read_from(&path).unwrap_err());
         assert!(message.contains("line 3"), "{message}");
         assert!(read_from(&root.path().join("none")).unwrap().edge.is_none());
+    }
+
+    #[test]
+    fn there_may_be_several_groups_and_each_needs_all_of_it() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("vmshadow.toml");
+        let group = "[[group]]\nname = \"x\"\nkey_file = \"/x\"\nguests = [\"a*\"]\n";
+        std::fs::write(&path, group.repeat(2)).unwrap();
+        assert_eq!(read_from(&path).unwrap().groups.len(), 2);
+        std::fs::write(&path, group.replace("guests = [\"a*\"]\n", "")).unwrap();
+        let message = format!("{:#}", read_from(&path).unwrap_err());
+        assert!(message.contains("guests"), "{message}");
     }
 
     #[test]

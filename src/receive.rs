@@ -40,6 +40,7 @@ pub fn run(options: &cli::Receive, directories: &Directories) -> anyhow::Result<
     let policies = Policies {
         site: policy.site.clone(),
         shadows: policy.shadows.clone(),
+        groups: policy.groups.clone(),
     };
     let received = incoming::receive(directories, &policies, &mut expect, cancel);
     match (&received, name) {

@@ -30,6 +30,7 @@ pub fn run(options: &cli::Shadow, directories: &Directories) -> anyhow::Result<(
         &options.host,
         &options.remote.remote_command,
     )?;
+    let policy = policy::read()?;
     let request = Request {
         domain: options.domain.clone(),
         remote,
@@ -44,7 +45,8 @@ pub fn run(options: &cli::Shadow, directories: &Directories) -> anyhow::Result<(
         rate: options.bandwidth,
         retry: retry::AWAY,
         purpose: Purpose::Shadow,
-        shadows: policy::read()?.shadows,
+        shadows: policy.shadows,
+        groups: policy.groups,
     };
     crate::require_xen()?;
     let cancel = crate::cancelled()?;

@@ -146,11 +146,15 @@ fn measure(rounds: &[Memory], technique: Technique, name: &str) -> anyhow::Resul
             }
             let start = Instant::now();
             let batch = decoder.decode(&bytes, pages as u64)?;
-            let resolved = arrival.resolve(batch, |pfn| {
-                let (state, content) = there.get(pfn as usize)?;
-                let (state, has_data) = (*state, state.page_type.has_data());
-                has_data.then_some(HeldPage { state, content })
-            })?;
+            let resolved = arrival.resolve(
+                batch,
+                |pfn| {
+                    let (state, content) = there.get(pfn as usize)?;
+                    let (state, has_data) = (*state, state.page_type.has_data());
+                    has_data.then_some(HeldPage { state, content })
+                },
+                |_, _| false,
+            )?;
             by_held.decoding += start.elapsed();
             for page in resolved.digest(&digester) {
                 let content = match page.content {

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   batch:  raw         the bytes in the batch
+//!           shared      a copy of what is held of another guest
 //!           same        what is held at the pfn, with another type
 //!           delta       a copy of what is held at the pfn, changed
 //!           reference   a copy of what is held at another pfn -- or of a page of this batch
@@ -33,6 +34,14 @@ pub enum ArrivalError {
         pfn: Pfn,
         /// What it builds upon, itself perhaps.
         original: Pfn,
+    },
+    /// It builds upon what is not held of other guests.
+    #[error("Page {pfn:#x} builds upon place {place} of the library, which has nothing there")]
+    NotShared {
+        /// The page.
+        pfn: Pfn,
+        /// The place.
+        place: u64,
     },
 }
 
@@ -78,7 +87,8 @@ enum Is<'a> {
 
 impl Arrival {
     /// Takes from what is held all that the batch needs of it. `held` says what is held at a pfn;
-    /// none where nothing arrived yet, and where there is no content.
+    /// none where nothing arrived yet, and where there is no content. `shared` copies what is at a
+    /// place of the library; whether it could.
     ///
     /// # Errors
     /// Where the batch builds upon a page that is not held.
@@ -86,6 +96,7 @@ impl Arrival {
         &'a mut self,
         batch: Batch<'a>,
         held: impl Fn(Pfn) -> Option<HeldPage<'h>>,
+        shared: impl Fn(u64, &mut Page) -> bool,
     ) -> Result<Resolved<'a>, ArrivalError> {
         let mut pages: Vec<ResolvedPage<'a>> = Vec::with_capacity(batch.len());
         let mut used = 0;
@@ -102,6 +113,12 @@ impl Arrival {
                     let copy = new_copy(&mut self.copies, &mut used);
                     copy.copy_from_slice(old.content);
                     delta.apply(copy);
+                    Is::Copy(used - 1)
+                }
+                Content::Shared(place) => {
+                    if !shared(place, new_copy(&mut self.copies, &mut used)) {
+                        return Err(ArrivalError::NotShared { pfn, place });
+                    }
                     Is::Copy(used - 1)
                 }
                 Content::Reference(original) => {

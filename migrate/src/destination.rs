@@ -27,18 +27,20 @@ use crate::connections::{Arranged, Lead};
 use crate::control::Shared;
 use crate::digest::{Digester, MemoryDigest};
 use crate::error::{Error, Result, chain};
+use crate::group::{Group, Library, NAME_SIZE, Nonce, Proof};
 use crate::guest::Destination;
 use crate::guest::xen::stream::state::GuestState;
 use crate::handover::journal::{Journal, Outcome, Phase};
 use crate::hold::hold;
 use crate::image::Image;
 use crate::link::{Conversation, Expecting};
+use crate::outgoing::random;
 use crate::report::{Progress, own_memory, rounded};
 use crate::rounds::{Meter, Outlook};
 use crate::shadow::{Named, Shadows, inventory};
 use crate::wire::{
-    Acceptance, Message, Offer, Part, Purpose, Readiness, Refusal, RefusalCode, ShadowHead, Text,
-    ToDestination, ToSource, XenVersion,
+    Acceptance, GroupOffer, MAX_SHARES, Message, Offer, Part, Purpose, Readiness, Refusal,
+    RefusalCode, ShadowHead, Text, ToDestination, ToSource, XenVersion,
 };
 
 /// How long a source may take between two messages. Its heartbeats don't count: they only show
@@ -75,8 +77,34 @@ pub struct Prepared {
     pub ended: Box<dyn FnOnce()>,
     /// Who watches it, and may give it up.
     pub control: Shared,
+    /// Contents of other guests that may be shared, if there are any.
+    pub sharing: Option<Sharing>,
     /// More connections that may come, if any are taken.
     pub expecting: Option<Expecting>,
+}
+
+/// A trust group of which this site has contents.
+#[derive(Debug)]
+pub struct Sharing {
+    /// The group.
+    pub group: Group,
+    /// What the source has to prove its key over: random.
+    pub nonce: Nonce,
+}
+
+impl Sharing {
+    /// What can be shared with the guest of this UUID. None where the site has no other guest of
+    /// the group.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn with(shadows: &Shadows, group: Group, uuid: &str) -> Result<Option<Sharing>> {
+        if !Library::is_there(shadows, &group, uuid)? {
+            return Ok(None);
+        }
+        let nonce = Nonce(random()?);
+        Ok(Some(Sharing { group, nonce }))
+    }
 }
 
 /// Says whether this site takes a guest, and prepares for it: checks, journal, guardian, image.
@@ -152,6 +180,9 @@ struct Receiving {
     acceptance: Acceptance,
     decoder: BatchDecoder,
     arrival: Arrival,
+    sharing: Option<Sharing>,
+    /// Contents of other guests, once the source has proved that it may build upon them.
+    library: Option<Library>,
     control: Shared,
     expecting: Option<Expecting>,
     meter: Meter,
@@ -196,9 +227,15 @@ impl Receiving {
                 edge_site: prepared.arranged.site.as_deref().map(Text::new),
                 shadow: prepared.shadow,
                 join: prepared.expecting.as_ref().map(|expecting| expecting.token),
+                group: prepared.sharing.as_ref().map(|sharing| GroupOffer {
+                    name: Text::new(sharing.group.name()),
+                    nonce: sharing.nonce,
+                }),
             },
             decoder: BatchDecoder::new(),
             arrival: Arrival::default(),
+            sharing: prepared.sharing,
+            library: None,
             control: prepared.control,
             expecting: prepared.expecting,
             meter: Meter::default(),
@@ -286,6 +323,7 @@ impl Receiving {
                 (ToDestination::Pong(_), _) => {}
                 (ToDestination::Recall { known: true }, None) => {}
                 (ToDestination::Recall { known: false }, None) => self.send_inventory()?,
+                (ToDestination::Prove(proof), None) => self.share(&proof)?,
                 (
                     ToDestination::P2mFrames {
                         max_pfn,
@@ -373,6 +411,44 @@ impl Receiving {
         Ok(())
     }
 
+    /// Tells the source what is here of other guests, if it has the key of their group. Asked once.
+    fn share(&mut self, proof: &Proof) -> Result<()> {
+        let Some(Sharing { group, nonce }) = self.sharing.take() else {
+            return Err(self.protocol("a proof that nobody asked for"));
+        };
+        if !group.accepts(proof, &nonce, self.offer.move_id) {
+            log::warn!(
+                "{} has another key of trust group {}: nothing is shared",
+                self.peer.peer(),
+                group.name()
+            );
+            let (total, names) = (0, Vec::new());
+            return self.peer.send(&ToSource::Shares { total, names });
+        }
+        let library = Library::open(&self.shadows, &group, &self.offer.uuid)?;
+        let names: Vec<u8> = library.names().flat_map(|name| name.0).collect();
+        let total = library.len() as u64;
+        log::info!(
+            "{total} contents of trust group {} are shared",
+            group.name()
+        );
+        // One that is empty is told as well.
+        let mut left = names.as_slice();
+        loop {
+            let (next, rest) = left.split_at(left.len().min(MAX_SHARES * NAME_SIZE));
+            self.peer.send(&ToSource::Shares {
+                total,
+                names: next.to_vec(),
+            })?;
+            left = rest;
+            if left.is_empty() {
+                break;
+            }
+        }
+        self.library = Some(library);
+        Ok(())
+    }
+
     /// Puts a batch into the image; how many pages it had.
     fn store(&mut self, batch: &[u8]) -> Result<u64> {
         let broken = |what: String| Error::Protocol {
@@ -387,7 +463,14 @@ impl Receiving {
         let image = lock(&self.image)?;
         let resolved = self
             .arrival
-            .resolve(batch, |pfn| image.held(pfn))
+            .resolve(
+                batch,
+                |pfn| image.held(pfn),
+                |place, page| {
+                    let library = self.library.as_ref();
+                    library.is_some_and(|library| library.read(place, page))
+                },
+            )
             .map_err(|error| broken(error.to_string()))?;
         drop(image);
         let arrived = resolved.digest(&self.digester);

@@ -22,10 +22,11 @@ use xen_sys::ctl::{CpuPolicy, GuestKind as CpuKind};
 use crate::configuration::{Accepted, SitePolicy, accept};
 use crate::connections::{Arranged, Expect, Expected};
 use crate::control::{self, Ended, Server, Shared};
-use crate::destination::{Prepared, run};
+use crate::destination::{Prepared, Sharing, run};
 use crate::digest::Digester;
 use crate::directories::Directories;
 use crate::error::{Error, IoContext, Result, chain};
+use crate::group::{GroupPolicy, group_of};
 use crate::guest::Destination;
 use crate::guest::shelf::Shelf;
 use crate::guest::xen::host::Host;
@@ -56,6 +57,8 @@ pub struct Policies {
     pub site: SitePolicy,
     /// What it keeps of them when they leave again.
     pub shadows: ShadowPolicy,
+    /// Which of them may be built from what others left here.
+    pub groups: Vec<GroupPolicy>,
 }
 
 /// Receives one guest over standard input and output. `expect` is called once it is accepted.
@@ -182,7 +185,7 @@ fn prepare(
     let Judged {
         accepted,
         xen,
-        warnings,
+        mut warnings,
     } = judge(directories, &host, &policies.site, offer, kind)?;
     let memory = directories
         .incoming()
@@ -232,6 +235,16 @@ fn prepare(
     let ranges = kind.memory_ranges(offer.pages, most);
     let shadows = Shadows::new(directories, policies.shadows.clone());
     let (image, shadow) = shadows.image(offer, &ranges, &memory)?;
+    let sharing = match group_of(&policies.groups, &offer.name) {
+        Some(group) => group
+            .open()
+            .and_then(|group| Sharing::with(&shadows, group, &offer.uuid))
+            .unwrap_or_else(|error| {
+                warnings.push(format!("Nothing is shared: {}", chain(&error)));
+                None
+            }),
+        None => None,
+    };
     let (door, expecting) = match offer.connections {
         0 => (None, None),
         _ => match door(directories, offer) {
@@ -262,6 +275,7 @@ fn prepare(
             guardian.finish();
         }),
         control,
+        sharing,
         expecting,
     })
 }
@@ -353,6 +367,7 @@ fn would_take(directories: &Directories, policy: &SitePolicy, offer: &Offer) -> 
         edge_site: None,
         shadow: None,
         join: None,
+        group: None,
     })
 }
 

@@ -27,6 +27,7 @@ pub mod digest;
 pub mod directories;
 pub mod dry_run;
 pub mod error;
+pub mod group;
 pub mod guest;
 pub mod handover;
 pub mod held;

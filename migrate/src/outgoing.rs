@@ -19,6 +19,7 @@ use crate::costs::{Costs, Past};
 use crate::digest::{DigestKey, Digester};
 use crate::directories::Directories;
 use crate::error::{Error, IoContext, Result, chain};
+use crate::group::{GroupPolicy, group_of};
 use crate::guest::xen::checks::{Allowed, Layout, hindrances};
 use crate::guest::xen::host::Host;
 use crate::guest::{self, Source};
@@ -65,6 +66,8 @@ pub struct Request {
     pub purpose: Purpose,
     /// What this site keeps of a guest that leaves.
     pub shadows: ShadowPolicy,
+    /// Which guests may be built from what others left at the destination.
+    pub groups: Vec<GroupPolicy>,
 }
 
 /// The outcome of a move: the report, as far as it came, and how it ended.
@@ -380,6 +383,13 @@ fn prepare_and_move(
         observer,
         shared: control.clone(),
     };
+    let group = group_of(&request.groups, &name).and_then(|group| match group.open() {
+        Ok(group) => Some(group),
+        Err(error) => {
+            observer.notice(Progress::Warning(chain(&error)));
+            None
+        }
+    });
     let mut unchanged = || layout.unchanged(&host, domid);
     let mut keep = || keeper::start(directories, &name, &uuid);
     let run = match request.purpose {
@@ -403,6 +413,7 @@ fn prepare_and_move(
             plan: request.plan.clone(),
             control: control.clone(),
             shadows: &shadows,
+            group,
             earlier: costs.earlier(&uuid, &request.remote.host, guest_bytes),
             open: &mut open,
             unchanged: &mut unchanged,

@@ -44,6 +44,8 @@ pub struct Round {
     pub reference: u64,
     /// Of these, sent as what changed in them.
     pub delta: u64,
+    /// Of these, sent as the place of what the destination has of other guests of the trust group.
+    pub shared: u64,
     /// Of these, sent with their content.
     pub raw: u64,
     /// Of the raw pages and deltas, how many each technique wrote.
@@ -72,6 +74,7 @@ impl Round {
             Class::Same => &mut self.retyped,
             Class::Reference => &mut self.reference,
             Class::Delta => &mut self.delta,
+            Class::Shared => &mut self.shared,
         };
         *count += 1;
     }
@@ -79,14 +82,15 @@ impl Round {
     /// Pages that were sent, in whatever form.
     #[must_use]
     pub const fn sent(&self) -> u64 {
-        self.no_data + self.zero + self.raw + self.retyped + self.reference + self.delta
+        let known = self.reference + self.delta + self.shared;
+        self.no_data + self.zero + self.raw + self.retyped + known
     }
 
     /// Pages that were sent with content, and one in 16 of the others that were looked at: about
     /// what they cost.
     #[must_use]
     pub const fn with_content(&self) -> u64 {
-        let content = self.raw + self.reference + self.delta;
+        let content = self.raw + self.reference + self.delta + self.shared;
         content + self.pages.saturating_sub(content) / 16
     }
 }
@@ -188,6 +192,8 @@ pub struct Report {
     pub link: Link,
     /// Pages of which the destination had something at the start: its shadow's.
     pub recalled: u64,
+    /// Contents that the destination shares, of other guests of the trust group.
+    pub shareable: u64,
     /// What was foretold: of `seconds`, `wire_bytes` and `downtime`.
     pub predicted: Predicted,
     /// Why pre-copy ended.
@@ -205,7 +211,7 @@ pub struct Report {
 }
 
 /// The version of [`Report`]'s format.
-pub const REPORT_VERSION: u32 = 4;
+pub const REPORT_VERSION: u32 = 5;
 
 /// Times phases one after the other.
 #[derive(Debug)]

@@ -127,6 +127,65 @@ fn a_warm_shadow_makes_a_move_short() {
     drop_shadows(&testbed);
 }
 
+/// A guest that was never there is built from what another one of its trust group left there.
+#[test]
+#[ignore = "minutes: make test-full"]
+fn a_guest_is_built_from_what_another_one_left() {
+    let testbed = sites(with(Hypervisor::Release));
+    drop_shadows(&testbed);
+    let (policy, key) = ("/etc/vmshadow/vmshadow.toml", "/etc/vmshadow/acme.key");
+    let group =
+        format!("[[group]]\\nname = \"acme\"\\nkey_file = \"{key}\"\\nguests = [\"g*\"]\\n");
+    for site in testbed.sites() {
+        site.run(&format!(
+            "cp {policy} /tmp/policy; printf '{group}' >> {policy}; umask 077; \
+             printf '%064d' 7 > {key}"
+        ))
+        .unwrap();
+    }
+    let here = testbed.site(SiteName::A);
+    let found = here.run("vmshadow check").unwrap();
+    assert!(found.contains("acme: g*"), "{found}");
+    // Another guest with the same kernel.
+    let other = Guest {
+        memory_mib: 96,
+        run: vec!["random 4".into()],
+        ..Guest::new("g2", 102)
+    };
+    testbed.start_guest(SiteName::A, &other).unwrap();
+    let left = here
+        .run(&format!(
+            "vmshadow shadow g2 {} --json",
+            SiteName::B.address()
+        ))
+        .unwrap();
+    let left: Value = serde_json::from_str(&left).unwrap();
+    testbed.stop_guest("g2").unwrap();
+
+    let guest = small_guest();
+    testbed.start_guest(SiteName::A, &guest).unwrap();
+    let report = report_of(&testbed, SiteName::A, "");
+    let shared = number(&report["rounds"][0], "shared");
+    assert!(number(&report, "shareable") > 5_000, "{report}");
+    assert!(shared > 3_000, "{report}");
+    let (first, second) = (number(&left, "wire_bytes"), number(&report, "wire_bytes"));
+    eprintln!("{shared} pages shared: {second} bytes after {first}");
+    assert!(second < first, "{second} after {first}");
+    assert_eq!(settled(&testbed, &guest, "the move"), SiteName::B);
+
+    // A key that others may read is none, and the move goes on without.
+    drop_shadows(&testbed);
+    here.run(&format!("chmod 644 {key}")).unwrap();
+    let found = said(&here.output("vmshadow check").unwrap());
+    assert!(found.contains("may read the key"), "{found}");
+    assert_eq!(report_of(&testbed, SiteName::B, "")["outcome"], "moved");
+    for site in testbed.sites() {
+        site.run(&format!("mv /tmp/policy {policy}; rm {key}"))
+            .unwrap();
+    }
+    drop_shadows(&testbed);
+}
+
 /// A link that is lost while the guest is copied comes back, and the same command goes on from
 /// what has arrived.
 #[test]

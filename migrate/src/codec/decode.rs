@@ -3,7 +3,7 @@
 use super::delta::{Delta, MAX_DELTA_BYTES};
 use super::{Class, CodecError, LZ4, MAX_BATCH_PAGES, MAX_REFERENCE_SIZE, STORED, ZSTD};
 use crate::bytes::{Bytes, Malformed};
-use crate::pages::{PAGE_SIZE, Page, PageType, Pfn};
+use crate::pages::{MAX_PAGES, PAGE_SIZE, Page, PageType, Pfn};
 use std::fmt;
 use std::ops::Range;
 use zstd_safe::{DCtx, find_frame_compressed_size};
@@ -18,6 +18,8 @@ pub struct BatchDecoder {
     raw: Vec<u8>,
     /// The pfns of references, in the order of their pages.
     references: Vec<Pfn>,
+    /// The places of shared pages, in the order of their pages.
+    places: Vec<u64>,
     /// Where deltas are behind the raw pages, in the order of their pages.
     deltas: Vec<Range<usize>>,
     zstd: Option<DCtx<'static>>,
@@ -45,6 +47,8 @@ pub enum Content<'a> {
     Reference(Pfn),
     /// What it has at this pfn, with these changes.
     Delta(Delta<'a>),
+    /// What it has at this place of its library. Whether there is one is not known here.
+    Shared(u64),
 }
 
 /// Does not show the bytes: they are a guest's memory.
@@ -57,6 +61,7 @@ impl fmt::Debug for Content<'_> {
             Self::Same => "Same",
             Self::Reference(original) => return write!(f, "Reference({original:#x})"),
             Self::Delta(_) => "Delta(..)",
+            Self::Shared(place) => return write!(f, "Shared({place})"),
         })
     }
 }
@@ -79,6 +84,7 @@ pub struct Batch<'a> {
     raw: &'a [Page],
     rest: &'a [u8],
     references: &'a [Pfn],
+    places: &'a [u64],
     deltas: &'a [Range<usize>],
     pages: usize,
 }
@@ -127,7 +133,8 @@ impl BatchDecoder {
         if total == 0 {
             return Err(CodecError::PageCount);
         }
-        let most = counts[Class::Reference as usize] * MAX_REFERENCE_SIZE
+        let most = (counts[Class::Reference as usize] + counts[Class::Shared as usize])
+            * MAX_REFERENCE_SIZE
             + counts[Class::Delta as usize] * MAX_DELTA_BYTES;
         let rest = usize::try_from(rest)
             .ok()
@@ -143,6 +150,7 @@ impl BatchDecoder {
             raw: raw.as_chunks().0,
             rest,
             references: &self.references,
+            places: &self.places,
             deltas: &self.deltas,
             pages: total as usize,
         })
@@ -151,10 +159,12 @@ impl BatchDecoder {
     /// Finds and checks the references and deltas in a part of the block.
     fn read_rest(&mut self, part: Range<usize>, pages: u64) -> Result<(), CodecError> {
         self.references.clear();
+        self.places.clear();
         self.deltas.clear();
         let rest = &self.raw[part];
         let mut from = Bytes::new(rest);
         let mut expected: Pfn = 0;
+        let mut expected_place: u64 = 0;
         for run in &self.runs {
             match run.class {
                 Class::Reference => {
@@ -173,6 +183,17 @@ impl BatchDecoder {
                         let start = rest.len() - from.rest().len();
                         Delta::read(&mut from).map_err(|_| CodecError::Rest)?;
                         self.deltas.push(start..rest.len() - from.rest().len());
+                    }
+                }
+                Class::Shared => {
+                    for pfn in run.pfns() {
+                        let step = from.signed().map_err(|_| CodecError::Rest)?;
+                        let place = expected_place
+                            .checked_add_signed(step)
+                            .filter(|place| *place < MAX_PAGES)
+                            .ok_or(CodecError::Place(pfn))?;
+                        self.places.push(place);
+                        expected_place = place + 1;
                     }
                 }
                 Class::None | Class::Zero | Class::Raw | Class::Same => {}
@@ -287,6 +308,7 @@ impl<'a> Batch<'a> {
     pub fn iter(&self) -> impl Iterator<Item = BatchPage<'a>> + use<'a> {
         let mut raw = self.raw.iter();
         let mut references = self.references.iter();
+        let mut places = self.places.iter();
         let mut deltas = self.deltas.iter();
         let rest = self.rest;
         self.runs
@@ -300,6 +322,7 @@ impl<'a> Batch<'a> {
                     Class::Raw => Content::Raw(raw.next()?),
                     Class::Same => Content::Same,
                     Class::Reference => Content::Reference(*references.next()?),
+                    Class::Shared => Content::Shared(*places.next()?),
                     Class::Delta => {
                         let mut from = Bytes::new(rest.get(deltas.next()?.clone())?);
                         Content::Delta(Delta::read(&mut from).ok()?)

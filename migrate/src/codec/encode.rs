@@ -47,6 +47,8 @@ pub struct BatchEncoder {
     rest: Vec<u8>,
     /// The page that the next reference is expected to be to.
     expected: Pfn,
+    /// The place at which the next shared page is expected.
+    expected_place: u64,
     /// Pages of each class.
     counts: [usize; Class::COUNT],
     technique: Technique,
@@ -81,6 +83,8 @@ pub struct BatchStatistics {
     pub reference: usize,
     /// Pages of which the changes are in the block.
     pub delta: usize,
+    /// Pages that the destination has of other guests.
+    pub shared: usize,
     /// Pages whose content is in the block.
     pub raw: usize,
     /// Bytes of the whole batch.
@@ -103,6 +107,9 @@ pub enum EncodeError {
     /// No guest has this page.
     #[error("Page {0:#x} is beyond any guest's memory")]
     OutsideMemory(Pfn),
+    /// No library has this place.
+    #[error("Page {0:#x} cannot be at place {1} of a library")]
+    BadPlace(Pfn, u64),
     /// The page cannot be as that one is: it is the same one, or no guest has it.
     #[error("Page {0:#x} cannot refer to page {1:#x}")]
     BadReference(Pfn, Pfn),
@@ -128,6 +135,7 @@ impl BatchEncoder {
             raw: Vec::new(),
             rest: Vec::new(),
             expected: 0,
+            expected_place: 0,
             counts: [0; Class::COUNT],
             technique: Technique::Lz4,
             compressor: Compressor::default(),
@@ -263,6 +271,26 @@ impl BatchEncoder {
         Ok(())
     }
 
+    /// Adds a page whose content the destination has at `place` of what it shares.
+    ///
+    /// # Errors
+    /// As [`keep`](Self::keep); and where no library has that place.
+    pub fn push_shared(
+        &mut self,
+        pfn: Pfn,
+        page_type: PageType,
+        place: u64,
+    ) -> Result<(), EncodeError> {
+        if place >= MAX_PAGES {
+            return Err(EncodeError::BadPlace(pfn, place));
+        }
+        self.add(pfn, page_type, Class::Shared)?;
+        // Both are below 2^30.
+        push_signed(&mut self.rest, place as i64 - self.expected_place as i64);
+        self.expected_place = place + 1;
+        Ok(())
+    }
+
     /// Adds a page that was `old`, which the destination has there, and is `new`: its changes
     /// where they are clearly shorter, else as [`push`](Self::push) does.
     ///
@@ -333,6 +361,7 @@ impl BatchEncoder {
             same: self.count(Class::Same),
             reference: self.count(Class::Reference),
             delta: self.count(Class::Delta),
+            shared: self.count(Class::Shared),
             raw: self.count(Class::Raw),
             bytes: to.len() - start,
             block,
@@ -349,6 +378,7 @@ impl BatchEncoder {
         self.next_pfn = 0;
         self.rest.clear();
         self.expected = 0;
+        self.expected_place = 0;
         self.counts = [0; Class::COUNT];
     }
 

@@ -6,8 +6,8 @@
 //!   run    u8 class << 4 | type          class: what stands for the pages' content
 //!          varint gap                    pfns between the end of the last run and this one
 //!          varint length - 1             pages in the run
-//!   block  the content of all raw pages, one after the other, and then references and deltas,
-//!          `rest` bytes, in the order of their pages: all compressed as one
+//!   block  the content of all raw pages, one after the other, and then references, places and
+//!          deltas, `rest` bytes, in the order of their pages: all compressed as one
 //! ```
 //!
 //! Numbers are little-endian; a varint is made of groups of seven bits, the lowest first, in its
@@ -22,10 +22,12 @@
 //! | 3 | same: what the destination has at this pfn. Only the type is new |
 //! | 4 | reference: what the destination has at another pfn, when it has come to this page |
 //! | 5 | delta: in the block, what changed in what the destination has at this pfn (`delta`) |
+//! | 6 | shared: what the destination has of other guests of the trust group, at a place of its [`Library`](crate::group::Library) |
 //!
 //! A reference is a signed varint (zigzag): the pfn less the one after the pfn of the reference
 //! before it in the batch, at first less 0. So a run of pages that is elsewhere as well costs a
-//! byte a page. References and deltas are resolved in the order of the stream, by
+//! byte a page. A place of the library is written likewise, less the one after the place before it.
+//! References and deltas are resolved in the order of the stream, by
 //! [`Arrival`](crate::arrival::Arrival): pages of the same batch that come before count, later
 //! ones don't. A page that is as the destination has it is not in a batch at all.
 //!
@@ -89,10 +91,12 @@ pub enum Class {
     Reference = 4,
     /// What changed in what the destination has at this pfn.
     Delta = 5,
+    /// The place of the content among what the destination shares.
+    Shared = 6,
 }
 
 impl Class {
-    const COUNT: usize = 6;
+    const COUNT: usize = 7;
 
     const fn from_bits(bits: u8) -> Option<Self> {
         Some(match bits {
@@ -102,6 +106,7 @@ impl Class {
             3 => Self::Same,
             4 => Self::Reference,
             5 => Self::Delta,
+            6 => Self::Shared,
             _ => return None,
         })
     }
@@ -138,6 +143,9 @@ pub enum CodecError {
     /// A page refers to itself, or to what the guest has not.
     #[error("Page {0:#x} refers to itself, or to a page outside the guest's memory")]
     Reference(Pfn),
+    /// A place is beyond any library.
+    #[error("Page {0:#x} is said to be at a place that no library has")]
+    Place(Pfn),
     /// What follows the raw pages is not the references and deltas that the runs announce.
     #[error("References and deltas of a batch are malformed")]
     Rest,

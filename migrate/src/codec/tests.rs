@@ -341,7 +341,7 @@ fn each_lie_has_its_error() {
         &[0, 0, 1, 0, 0, normal_zero, 0x80, 0x00, 0],
         CodecError::Malformed,
     );
-    refuse(&[0, 0, 1, 0, 0, 0x60, 0, 0], CodecError::UnknownClass(6));
+    refuse(&[0, 0, 1, 0, 0, 0x70, 0, 0], CodecError::UnknownClass(7));
     refuse(
         &[0, 0, 1, 0, 0, 0x15, 0, 0],
         CodecError::UnknownType(UnknownPageType(5)),
@@ -463,7 +463,14 @@ fn what_stands_for_content_is_checked() {
         decode(&with_rest(Class::Reference, 1, 1, &[14, 0])),
         Err(CodecError::BlockLength { .. })
     ));
-    for class in [Class::Same, Class::Reference, Class::Delta] {
+    // Places are of a library, not of the guest: beyond its end, but not beyond any.
+    let places = with_rest(Class::Shared, 2, 2, &[0x7e, 0]);
+    assert_eq!(decode(&places), good(&["Shared(63)", "Shared(64)"]));
+    for rest in [&[1][..], &[0x80, 0x80, 0x80, 0x80, 0x08]] {
+        let places = with_rest(Class::Shared, 1, rest.len() as u8, rest);
+        assert_eq!(decode(&places), Err(CodecError::Place(5)), "{rest:x?}");
+    }
+    for class in [Class::Same, Class::Reference, Class::Delta, Class::Shared] {
         let mut hole = with_rest(class, 1, 0, &[]);
         hole[5] |= PageType::Invalid.bits();
         assert_eq!(decode(&hole), Err(CodecError::ClassAndType(5)));
@@ -503,9 +510,15 @@ fn what_stands_for_content_is_compressed_behind_it() {
         let class = encoder.push_changed(5, PageType::Normal, &old, &noise(6));
         assert_eq!(class, Ok(Class::Raw));
         encoder.push_reference(6, PageType::L2, 78).unwrap();
+        encoder.push_shared(7, PageType::Normal, 40).unwrap();
+        encoder.push_shared(8, PageType::L1, 41).unwrap();
         assert_eq!(
-            encoder.push_reference(7, PageType::L2, 7),
-            Err(EncodeError::BadReference(7, 7))
+            encoder.push_shared(9, PageType::L1, MAX_PAGES),
+            Err(EncodeError::BadPlace(9, MAX_PAGES))
+        );
+        assert_eq!(
+            encoder.push_reference(9, PageType::L2, 9),
+            Err(EncodeError::BadReference(9, 9))
         );
         assert_eq!(
             encoder.push_changed(6, PageType::L2, &old, &new),
@@ -518,6 +531,7 @@ fn what_stands_for_content_is_compressed_behind_it() {
             (1, 2, 1)
         );
         assert_eq!((statistics.zero, statistics.raw), (1, 2));
+        assert_eq!(statistics.shared, 2);
         let mut decoder = BatchDecoder::new();
         let batch = decoder.decode(&bytes, 79).unwrap();
         let is: Vec<_> = batch.iter().map(|page| page.content).collect();
@@ -535,7 +549,9 @@ fn what_stands_for_content_is_compressed_behind_it() {
             [
                 Content::Zero,
                 Content::Raw(&noise(6)),
-                Content::Reference(78)
+                Content::Reference(78),
+                Content::Shared(40),
+                Content::Shared(41)
             ]
         );
         // The next batch knows nothing of this one's references.

@@ -10,6 +10,7 @@
 //!      +-- zeros -------------------------------> zero
 //!      +-- the content that is there already ---> same         its type alone is new
 //!      +-- content that it has elsewhere -------> reference    to that pfn
+//!      +-- content that it has of others -------> shared       at a place of its library
 //!      +-- a hot page that changed a little ----> delta        against what is there
 //!      +-- else --------------------------------> raw
 //! ```
@@ -24,6 +25,7 @@ mod index;
 
 use crate::codec::{BatchEncoder, Class, EncodeError};
 use crate::digest::{ContentDigest, Digester, MemoryDigest};
+use crate::group::Known;
 use crate::guest::{PageState, PageTable};
 use crate::pages::{Page, Pfn};
 use hot::HotPages;
@@ -40,6 +42,8 @@ pub struct Held {
     digester: Digester,
     index: ContentIndex,
     hot: HotPages,
+    /// Of other guests of the trust group.
+    shared: Option<Known>,
 }
 
 impl Held {
@@ -52,6 +56,7 @@ impl Held {
             digester,
             index: ContentIndex::new(pages),
             hot: HotPages::new(hot_bytes),
+            shared: None,
         }
     }
 
@@ -74,6 +79,11 @@ impl Held {
         }
         held.table = table;
         held
+    }
+
+    /// It holds this of other guests, too.
+    pub fn share(&mut self, shared: Known) {
+        self.shared = Some(shared);
     }
 
     /// The type and digest of each page that it holds.
@@ -120,7 +130,7 @@ impl Held {
             Some(content) => self.send_content(batch, pfn, state, content)?,
         };
         match (class, content) {
-            (Class::Raw | Class::Reference | Class::Delta, Some(content)) => {
+            (Class::Raw | Class::Reference | Class::Delta | Class::Shared, Some(content)) => {
                 let again = self.content_at(pfn).is_some();
                 self.hot.keep(pfn, content, again);
             }
@@ -128,7 +138,7 @@ impl Held {
             _ => self.hot.forget(pfn),
         }
         self.table.set(pfn, state);
-        if matches!(class, Class::Raw | Class::Delta) {
+        if matches!(class, Class::Raw | Class::Delta | Class::Shared) {
             let digest = self.digester.content(page_type, state.digest);
             self.index.insert(digest, pfn, |pfn| {
                 content_at(&self.table, &self.digester, pfn)
@@ -153,6 +163,13 @@ impl Held {
         if let Some(original) = self.index.find(digest, |pfn| self.content_at(pfn)) {
             batch.push_reference(pfn, page_type, original)?;
             return Ok(Class::Reference);
+        }
+        // What others have is what nobody has written since it was loaded: mostly in the first round.
+        if self.content_at(pfn).is_none()
+            && let Some(place) = self.shared.as_ref().and_then(|known| known.place(content))
+        {
+            batch.push_shared(pfn, page_type, place)?;
+            return Ok(Class::Shared);
         }
         match self.hot.get(pfn) {
             Some(old) => batch.push_changed(pfn, page_type, old, content),

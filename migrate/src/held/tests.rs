@@ -155,7 +155,9 @@ impl Crossing {
     fn take(&mut self, bytes: &[u8]) -> Result<(), ArrivalError> {
         let batch = self.decoder.decode(bytes, PAGES).unwrap();
         let image = &self.image;
-        let resolved = self.arrival.resolve(batch, |pfn| image.held(pfn))?;
+        let resolved = self
+            .arrival
+            .resolve(batch, |pfn| image.held(pfn), |_, _| false)?;
         let arrived = resolved.digest(&self.digester);
         self.image.store(&arrived).unwrap();
         Ok(())

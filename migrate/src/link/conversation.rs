@@ -98,6 +98,17 @@ pub(super) enum Heard {
     End(String),
 }
 
+/// How a conversation's end listens.
+#[derive(Default)]
+pub(super) struct Reading {
+    /// Frames that may wait to be received.
+    pub(super) queue: usize,
+    /// What is read is counted into this.
+    pub(super) read: Arc<AtomicU64>,
+    /// What the first frame after the hello has to be, if it may not be any.
+    pub(super) first: Option<Tag>,
+}
+
 /// One end of a link on which messages are exchanged.
 pub struct Conversation {
     pub(super) peer: String,
@@ -160,25 +171,28 @@ impl Conversation {
             role,
             rate.into(),
             cancel,
-            (queue, QUEUE),
-            Arc::default(),
+            queue,
+            Reading {
+                queue: QUEUE,
+                ..Reading::default()
+            },
         )
     }
 
-    /// With room for so many frames that wait for the link, and so many that wait to be received.
-    /// What is read is counted into `read`.
+    /// With room for `queue` frames that wait for the link.
     pub(super) fn begin(
         peer: &str,
         link: Link,
         role: Role,
         rate: Rate,
         cancel: Arc<AtomicBool>,
-        queues: (usize, usize),
-        read: Arc<AtomicU64>,
+        queue: usize,
+        reading: Reading,
     ) -> Self {
         let kept_rate = rate.clone();
-        let (outgoing, frames) = bounded::<Outgoing>(queues.0);
-        let (heard, incoming) = bounded(queues.1);
+        let (outgoing, frames) = bounded::<Outgoing>(queue);
+        let (heard, incoming) = bounded(reading.queue);
+        let Reading { read, first, .. } = reading;
         let last_heard = LastHeard::default();
         let written = Arc::<AtomicU64>::default();
         let broken = Arc::<Mutex<Option<String>>>::default();
@@ -220,7 +234,7 @@ impl Conversation {
                 Role::Source => Direction::ToSource,
                 Role::Destination => Direction::ToDestination,
             };
-            let mut frames = FrameReader::new(reader, direction);
+            let mut frames = FrameReader::new(reader, direction).beginning_with(first);
             loop {
                 match frames.read() {
                     Ok(Some(frame)) => {

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Select, Sender, bounded};
 
-use super::conversation::{Heard, QUEUE, Received, SILENCE};
+use super::conversation::{Heard, QUEUE, Reading, Received, SILENCE};
 use super::order::{Order, Turn};
 use super::{Conversation, Link, MAX_CONNECTIONS, Rate};
 use crate::error::{Error, Result, chain};
@@ -93,9 +93,14 @@ fn admit(
         thread::spawn(move || {
             let cancel = Arc::default();
             let rate = Rate::default();
-            let queues = (QUEUE, 1);
+            let reading = Reading {
+                queue: 1,
+                read,
+                // Whoever it is gets no memory before it has shown that it belongs here.
+                first: Some(Tag::Join),
+            };
             let mut connection =
-                Conversation::begin(&peer, link, Role::Destination, rate, cancel, queues, read);
+                Conversation::begin(&peer, link, Role::Destination, rate, cancel, QUEUE, reading);
             match welcome(&mut connection, token, &taken) {
                 Ok(()) => {
                     // A move that has ended needs it no more.

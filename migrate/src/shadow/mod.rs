@@ -16,15 +16,20 @@
 //! damaged shadow costs bytes and never the guest, and the digest of the whole memory proves the
 //! move as it proves any other.
 //!
+//! Where the operator has made a trust group, other guests of it are built from them as well
+//! ([`group`](crate::group)).
+//!
 //! Digests are made by the guest's own secret, which is kept with the table and goes along with
 //! the guest: they stay valid from move to move.
 
 pub mod inventory;
 mod leaving;
+mod lending;
 mod policy;
 mod table_file;
 
 pub use leaving::Leaving;
+pub use lending::Lent;
 pub use policy::ShadowPolicy;
 pub use table_file::{Head, TABLE_VERSION};
 
@@ -34,6 +39,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use nix::fcntl::FlockArg;
 use serde::Serialize;
 
 use crate::digest::{DigestKey, Digester, MemoryDigest};
@@ -170,6 +176,12 @@ impl Shadows {
             return Ok(None);
         }
         let Some((head, table)) = self.known(uuid).filter(|(head, _)| head.pages == pages) else {
+            self.drop_quietly(uuid);
+            return Ok(None);
+        };
+        // Where it is read for another guest that arrives, it is not written into.
+        let Some(_alone) = lending::lock(&memory, FlockArg::LockExclusiveNonblock)? else {
+            log::info!("The shadow of {uuid} is in use: this move goes without");
             self.drop_quietly(uuid);
             return Ok(None);
         };

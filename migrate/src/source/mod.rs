@@ -34,6 +34,7 @@ use crate::control::Shared;
 use crate::costs::Earlier;
 use crate::digest::{DigestKey, Digester, MemoryDigest};
 use crate::error::{Error, Result, chain};
+use crate::group::Group;
 use crate::guest::Source;
 use crate::handover::journal::{Entry, Journal, Outcome, Phase};
 use crate::handover::recovery::Owner;
@@ -118,6 +119,8 @@ pub struct Move<'a> {
     pub control: Shared,
     /// What this site holds of guests that run elsewhere.
     pub shadows: &'a Shadows,
+    /// The trust group of the guest, if it is in one.
+    pub group: Option<Group>,
     /// What earlier moves tell of this one.
     pub earlier: Earlier,
     /// Opens one more connection to the destination's worker, for pages.
@@ -214,6 +217,7 @@ impl<'a> Session<'a> {
             downtime: Downtime::default(),
             link: LinkReport::default(),
             recalled: 0,
+            shareable: 0,
             interruptions: Vec::new(),
             predicted: Predicted {
                 at_start: go.earlier.prediction,

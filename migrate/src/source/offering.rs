@@ -4,13 +4,16 @@ use std::time::{Duration, Instant};
 
 use super::{Greeted, HANDLING, Offered, Session};
 use crate::error::{Error, Result, chain};
+use crate::group::Known;
 use crate::guest::PageTable;
 use crate::held::{HOT_BYTES, Held};
 use crate::hold::hold;
 use crate::link::{Conversation, Joining, MAX_CONNECTIONS, connections_for};
 use crate::report::{Progress, rounded};
 use crate::shadow::inventory;
-use crate::wire::{JoinToken, Offer, RefusalCode, ShadowHead, Text, ToDestination, ToSource};
+use crate::wire::{
+    GroupOffer, JoinToken, MoveId, Offer, RefusalCode, ShadowHead, Text, ToDestination, ToSource,
+};
 
 /// How long the other site may take to greet: ssh and the start of a program, emulated.
 const GREETING: Duration = Duration::from_secs(60);
@@ -45,7 +48,7 @@ impl Session<'_> {
             1 => 0,
             more => more as u32,
         };
-        let wanted = offer.connections;
+        let (wanted, move_id) = (offer.connections, offer.move_id);
         self.go.peer.send(&ToDestination::Offer(Box::new(offer)))?;
         let refused = |peer: &Conversation, code, reason: Text| Error::RefusedByPeer {
             peer: peer.peer().to_owned(),
@@ -67,6 +70,13 @@ impl Session<'_> {
                 };
                 if let Some(head) = &accept.shadow {
                     self.recall(head)?;
+                }
+                // What the guest itself has left there tells more than names of others' pages,
+                // where it is more than what arrived of a copy that broke.
+                if let Some(group) = &accept.group
+                    && self.report.recalled < self.go.guest.populated() / 2
+                {
+                    self.learn_shared(group, move_id)?;
                 }
                 self.spread(joining)?;
             }
@@ -157,6 +167,49 @@ impl Session<'_> {
         Ok(())
     }
 
+    /// The destination shares contents of a trust group: learns their names, where this side has
+    /// the group's key.
+    fn learn_shared(&mut self, offer: &GroupOffer, move_id: MoveId) -> Result<()> {
+        let Some(group) = self.go.group.take() else {
+            return Ok(());
+        };
+        if group.name() != offer.name.as_str() {
+            return Ok(());
+        }
+        let proof = group.prove(&offer.nonce, move_id);
+        self.go.peer.send(&ToDestination::Prove(proof))?;
+        let mut known = Known::nothing(&group);
+        loop {
+            let (total, names) = match self.receive(HANDLING)? {
+                ToSource::Shares { total, names } => (total, names),
+                other => return Err(self.unexpected(&other)),
+            };
+            let all = known
+                .take(total, &names)
+                .map_err(|error| self.broken(error.to_string()))?;
+            if all {
+                break;
+            }
+        }
+        if known.is_empty() {
+            self.go.observer.notice(Progress::Warning(format!(
+                "{} shares nothing of trust group {}: is the key the same there?",
+                self.go.peer.peer(),
+                group.name()
+            )));
+        }
+        self.report.shareable = known.len() as u64;
+        self.held.share(known);
+        Ok(())
+    }
+
+    fn broken(&self, what: String) -> Error {
+        Error::Protocol {
+            peer: self.go.peer.peer().to_owned(),
+            what,
+        }
+    }
+
     fn receive_inventory(&mut self, pages: u64) -> Result<PageTable> {
         let mut table = PageTable::new(pages);
         let mut next = 0;
@@ -165,17 +218,13 @@ impl Session<'_> {
                 ToSource::Inventory { first, runs } => (first, runs),
                 other => return Err(self.unexpected(&other)),
             };
-            let broken = |what: String| Error::Protocol {
-                peer: self.go.peer.peer().to_owned(),
-                what,
-            };
             if first != next {
-                return Err(broken("an inventory with a gap".into()));
+                return Err(self.broken("an inventory with a gap".into()));
             }
             next = inventory::decode(&runs, &self.go.digester, first, &mut table)
-                .map_err(|error| broken(error.to_string()))?;
+                .map_err(|error| self.broken(error.to_string()))?;
             if next == first {
-                return Err(broken("an inventory of nothing".into()));
+                return Err(self.broken("an inventory of nothing".into()));
             }
         }
         Ok(table)

@@ -2,6 +2,7 @@
 
 use super::Text;
 use crate::digest::{DigestKey, MemoryDigest};
+use crate::group::Nonce;
 use crate::guest::xen::stream::record::{CPUID_LEAF_SIZE, MSR_ENTRY_SIZE};
 use crate::guest::xen::stream::state::{DomainKind, StateError, StaticData};
 use crate::hexadecimal::{self, NotHexadecimal};
@@ -361,6 +362,18 @@ pub struct Acceptance {
     /// wants none, or none are taken.
     #[serde(default)]
     pub join: Option<JoinToken>,
+    /// The trust group of which the destination shares contents, if the source proves its key.
+    #[serde(default)]
+    pub group: Option<GroupOffer>,
+}
+
+/// That contents of a trust group can be shared.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupOffer {
+    /// The group's name.
+    pub name: Text,
+    /// What the key is to be proved over.
+    pub nonce: Nonce,
 }
 
 /// What a destination has of a guest's memory already, in few words.

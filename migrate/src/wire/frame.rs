@@ -1,8 +1,9 @@
 //! Frames: the header, the limits, and how they are read and written.
 
-use super::message::PLACE_SIZE;
+use super::message::{MAX_SHARES, PLACE_SIZE};
 use super::{Direction, Message, WireError};
 use crate::codec::MAX_BATCH_BYTES;
+use crate::group::NAME_SIZE;
 use crate::pages::MAX_PAGES;
 use crate::shadow::inventory::MAX_CHUNK_BYTES;
 use std::fmt;
@@ -56,6 +57,8 @@ pub enum Tag {
     Batch = 0x10,
     /// [`ToDestination::After`](super::ToDestination::After).
     After = 0x11,
+    /// [`ToDestination::Prove`](super::ToDestination::Prove).
+    Prove = 0x12,
     /// [`ToSource::Accept`](super::ToSource::Accept).
     Accept = 0x81,
     /// [`ToSource::Refuse`](super::ToSource::Refuse).
@@ -80,10 +83,12 @@ pub enum Tag {
     Kept = 0x8c,
     /// [`ToSource::Joined`](super::ToSource::Joined).
     Joined = 0x8d,
+    /// [`ToSource::Shares`](super::ToSource::Shares).
+    Shares = 0x8e,
 }
 
 impl Tag {
-    const ALL: [Self; 29] = [
+    const ALL: [Self; 31] = [
         Self::Offer,
         Self::P2mFrames,
         Self::Pages,
@@ -113,6 +118,8 @@ impl Tag {
         Self::Batch,
         Self::After,
         Self::Joined,
+        Self::Prove,
+        Self::Shares,
     ];
 
     fn from_byte(byte: u8) -> Option<Self> {
@@ -157,11 +164,17 @@ impl Tag {
             Self::Pages => MAX_BATCH_BYTES,
             Self::Batch => PLACE_SIZE + MAX_BATCH_BYTES,
             Self::Inventory => 8 + MAX_CHUNK_BYTES,
+            Self::Shares => 8 + MAX_SHARES * NAME_SIZE,
             Self::State => 16 * MIB,
             Self::Outgoing => 2 * MIB,
             Self::Accept | Self::Ready | Self::Probe => 64 * KIB,
             Self::Refuse | Self::Abort | Self::Failed => 8 * KIB,
-            Self::RoundEnd | Self::RoundAck | Self::Progress | Self::Final | Self::Join => 64,
+            Self::RoundEnd
+            | Self::RoundAck
+            | Self::Progress
+            | Self::Final
+            | Self::Join
+            | Self::Prove => 64,
             Self::Commit
             | Self::Recall
             | Self::Keep
@@ -200,6 +213,8 @@ impl fmt::Debug for Frame<'_> {
 pub struct FrameReader<R> {
     from: R,
     direction: Direction,
+    /// What the next frame has to be, if it may not be any.
+    only: Option<Tag>,
     header: [u8; FRAME_HEADER_SIZE],
     payload: Vec<u8>,
     /// Bytes of the frame that have arrived, its header counted.
@@ -213,11 +228,19 @@ impl<R: Read> FrameReader<R> {
         Self {
             from,
             direction,
+            only: None,
             header: [0; FRAME_HEADER_SIZE],
             payload: Vec::new(),
             filled: 0,
             received: 0,
         }
+    }
+
+    /// The first frame has to be of this kind: of any other nothing but the header is read.
+    #[must_use]
+    pub const fn beginning_with(mut self, tag: Option<Tag>) -> Self {
+        self.only = tag;
+        self
     }
 
     /// Bytes that have arrived so far.
@@ -263,6 +286,7 @@ impl<R: Read> FrameReader<R> {
             self.received += count as u64;
         }
         self.filled = 0;
+        self.only = None;
         Ok(Some(Frame {
             tag,
             payload: &self.payload[..length],
@@ -274,6 +298,9 @@ impl<R: Read> FrameReader<R> {
         let tag = Tag::from_byte(tag).ok_or(WireError::UnknownTag(tag))?;
         if tag.direction() != self.direction {
             return Err(WireError::WrongDirection(tag));
+        }
+        if self.only.is_some_and(|only| only != tag) {
+            return Err(WireError::NotYet(tag));
         }
         let length = u32::from_le_bytes([a, b, c, d]);
         if flags != 0 || reserved != [0; 2] {

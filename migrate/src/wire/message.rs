@@ -4,6 +4,7 @@ use super::document::{Acceptance, JoinToken, Offer, Readiness, Refusal};
 use super::{Frame, Tag, Text, WireError};
 use crate::bytes::{Bytes, Malformed};
 use crate::digest::MemoryDigest;
+use crate::group::Proof;
 use crate::guest::xen::stream::record::RecordType;
 use crate::guest::xen::stream::state::{DomainKind, GuestState, GuestStateBuilder, StateError};
 use crate::pages::{MAX_PAGES, Pfn};
@@ -39,6 +40,9 @@ pub trait Message {
 
 /// The most bytes in a [`ToDestination::Probe`].
 pub const MAX_PROBE: usize = 64 << 10;
+
+/// Names in one [`ToSource::Shares`] at most.
+pub const MAX_SHARES: usize = 1 << 15;
 
 /// Bytes of a [`Place`].
 pub(crate) const PLACE_SIZE: usize = 16;
@@ -103,6 +107,9 @@ pub enum ToDestination<'a> {
         /// Whether it does.
         known: bool,
     },
+    /// Answers an [`ToSource::Accept`] that names a trust group: the source has its key. It asks for
+    /// [`ToSource::Shares`].
+    Prove(Proof),
     /// The pages that crossed are to be kept as a shadow; the guest stays where it is.
     Keep,
     /// The move is over; the guest stays where it is.
@@ -154,6 +161,14 @@ pub enum ToSource {
         /// Runs, for [`inventory::decode`](crate::shadow::inventory::decode).
         runs: Vec<u8>,
     },
+    /// The next names of contents that are here of other guests of the trust group, for
+    /// [`Known::take`](crate::group::Known::take).
+    Shares {
+        /// How many there are in all; 0 where nothing is shared.
+        total: u64,
+        /// Names, each of [`NAME_SIZE`](crate::group::NAME_SIZE) bytes.
+        names: Vec<u8>,
+    },
     /// The shadow is kept.
     Kept,
     /// The connection is one of the move's.
@@ -187,6 +202,7 @@ impl Message for ToDestination<'_> {
             Self::Final(_) => Tag::Final,
             Self::Commit => Tag::Commit,
             Self::Recall { .. } => Tag::Recall,
+            Self::Prove(_) => Tag::Prove,
             Self::Keep => Tag::Keep,
             Self::Abort(_) => Tag::Abort,
             Self::Ping(_) => Tag::SourcePing,
@@ -216,6 +232,7 @@ impl Message for ToDestination<'_> {
             }
             Self::Pages(_) | Self::Probe(_) | Self::Commit | Self::Keep => {}
             Self::Recall { known } => to.push(u8::from(*known)),
+            Self::Prove(proof) => to.extend(proof.0),
             Self::RoundEnd { round, pages, last } => {
                 to.extend(round.to_le_bytes());
                 to.extend(pages.to_le_bytes());
@@ -269,6 +286,7 @@ impl<'a> ToDestination<'a> {
                 pages: from.u64().map_err(&malformed)?,
                 last: decode_bool(&mut from, tag)?,
             },
+            Tag::Prove => Self::Prove(Proof(from.array().map_err(&malformed)?)),
             Tag::Recall => Self::Recall {
                 known: decode_bool(&mut from, tag)?,
             },
@@ -329,6 +347,7 @@ impl fmt::Debug for ToDestination<'_> {
             Self::State(state) => f.debug_tuple("State").field(state).finish(),
             Self::Final(digest) => f.debug_tuple("Final").field(digest).finish(),
             Self::Commit => f.write_str("Commit"),
+            Self::Prove(_) => f.write_str("Prove(..)"),
             Self::Recall { known } => f.debug_struct("Recall").field("known", known).finish(),
             Self::Keep => f.write_str("Keep"),
             Self::Abort(reason) => f.debug_tuple("Abort").field(reason).finish(),
@@ -349,6 +368,7 @@ impl Message for ToSource {
             Self::RoundAck { .. } => Tag::RoundAck,
             Self::Ready(_) => Tag::Ready,
             Self::Inventory { .. } => Tag::Inventory,
+            Self::Shares { .. } => Tag::Shares,
             Self::Kept => Tag::Kept,
             Self::Running => Tag::Running,
             Self::Joined(_) => Tag::Joined,
@@ -373,6 +393,10 @@ impl Message for ToSource {
             Self::Inventory { first, runs } => {
                 to.extend(first.to_le_bytes());
                 to.extend(runs);
+            }
+            Self::Shares { total, names } => {
+                to.extend(total.to_le_bytes());
+                to.extend(names);
             }
             Self::Failed(reason) => to.extend(reason.as_str().as_bytes()),
             Self::Progress { received, restored } => {
@@ -407,6 +431,10 @@ impl ToSource {
             Tag::Inventory => Self::Inventory {
                 first: from.u64().map_err(&malformed)?,
                 runs: decode_rest(&mut from).to_vec(),
+            },
+            Tag::Shares => Self::Shares {
+                total: from.u64().map_err(&malformed)?,
+                names: decode_rest(&mut from).to_vec(),
             },
             Tag::Kept => Self::Kept,
             Tag::Failed => Self::Failed(Text::from_bytes(decode_rest(&mut from))),

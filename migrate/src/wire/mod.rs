@@ -8,6 +8,8 @@
 //!     | <-------------------------------- Accept/Refuse |
 //!     | Recall ---------------------------------------> |      where it has a shadow of the guest
 //!     | <------------------------------------ Inventory |      unless the source knows what that is
+//!     | Prove ----------------------------------------> |      where it shares a trust group's contents
+//!     | <-------------------------------------- Shares |      their names, unless the proof is wrong
 //!     | P2mFrames ------------------------------------> |      the p2m, and how large the guest is
 //!     | Pages, Pages, ..., RoundEnd ------------------> |      a round, the guest running
 //!     | <-------------------------- Progress, RoundAck  |
@@ -59,12 +61,12 @@ mod message;
 mod text;
 
 pub use document::{
-    Acceptance, CpuPolicy, GuestKind, JoinToken, MoveId, NotAMoveId, Offer, OfferError, Part,
-    Purpose, Readiness, Refusal, RefusalCode, ShadowHead, TscOffer, XenVersion,
+    Acceptance, CpuPolicy, GroupOffer, GuestKind, JoinToken, MoveId, NotAMoveId, Offer, OfferError,
+    Part, Purpose, Readiness, Refusal, RefusalCode, ShadowHead, TscOffer, XenVersion,
 };
 pub use frame::{FRAME_HEADER_SIZE, Frame, FrameReader, FrameWriter, Tag};
 pub use hello::{Agreement, Hello, MAX_PROTOCOL, MIN_PROTOCOL, Role};
-pub use message::{Direction, MAX_PROBE, Message, Place, ToDestination, ToSource};
+pub use message::{Direction, MAX_PROBE, MAX_SHARES, Message, Place, ToDestination, ToSource};
 pub use text::Text;
 
 use crate::bytes::Malformed;
@@ -108,6 +110,9 @@ pub enum WireError {
     /// The tag is no message's.
     #[error("Peer sent an unknown message {0:#04x}")]
     UnknownTag(u8),
+    /// Another frame has to come first.
+    #[error("{0:?} before its time")]
+    NotYet(Tag),
     /// The message belongs to the other direction.
     #[error("Peer sent {0:?}, which is not its to send")]
     WrongDirection(Tag),

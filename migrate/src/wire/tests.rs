@@ -1,5 +1,7 @@
 use super::*;
+use crate::codec::MAX_BATCH_BYTES;
 use crate::digest::{DigestKey, MemoryDigest};
+use crate::group::{Nonce, Proof};
 use crate::guest::xen::stream::samples;
 use crate::pages::MAX_PAGES;
 use proptest::prelude::*;
@@ -134,6 +136,7 @@ fn to_destination() -> impl Strategy<Value = ToDestination<'static>> {
         any::<[u8; 16]>().prop_map(|digest| ToDestination::Final(MemoryDigest(digest))),
         Just(ToDestination::Commit),
         any::<bool>().prop_map(|known| ToDestination::Recall { known }),
+        any::<[u8; 32]>().prop_map(|proof| ToDestination::Prove(Proof(proof))),
         Just(ToDestination::Keep),
         proptest::collection::vec(any::<u8>(), 0..100).prop_map(ToDestination::Outgoing),
         texts().prop_map(ToDestination::Abort),
@@ -186,6 +189,10 @@ fn to_source() -> impl Strategy<Value = ToSource> {
                         basis: (khz % 2 == 0).then_some(MemoryDigest([7; 16])),
                         lacking: vec![(khz.into(), 3)],
                     }),
+                    group: tsc_khz.map(|khz| GroupOffer {
+                        name: Text::new("acme"),
+                        nonce: Nonce([khz as u8; 16]),
+                    }),
                     xen,
                     tsc_khz,
                     warnings,
@@ -204,6 +211,8 @@ fn to_source() -> impl Strategy<Value = ToSource> {
         any::<u32>().prop_map(ToSource::Joined),
         (any::<u64>(), proptest::collection::vec(any::<u8>(), 0..100))
             .prop_map(|(first, runs)| ToSource::Inventory { first, runs }),
+        (any::<u64>(), proptest::collection::vec(any::<u8>(), 0..100))
+            .prop_map(|(total, names)| ToSource::Shares { total, names }),
         Just(ToSource::Kept),
         texts().prop_map(ToSource::Failed),
         any::<(u64, u64)>()
@@ -515,4 +524,30 @@ proptest! {
             prop_assert!(ToDestination::decode(shorter).is_err());
         }
     }
+}
+
+#[test]
+fn who_has_to_say_something_first_gets_no_memory_before() {
+    let join = ToDestination::Join {
+        token: JoinToken::new([1; 16]),
+        index: 0,
+    };
+    let batch = ToDestination::Batch {
+        place: Place::default(),
+        batch: &[1, 2, 3],
+    };
+    let mut bytes = Vec::new();
+    FrameWriter::new(&mut bytes).send(&join).unwrap();
+    FrameWriter::new(&mut bytes).send(&batch).unwrap();
+    let reader =
+        |bytes| FrameReader::new(bytes, Direction::ToDestination).beginning_with(Some(Tag::Join));
+    let mut right = reader(&bytes[..]);
+    assert_eq!(right.read().unwrap().unwrap().tag, Tag::Join);
+    assert_eq!(right.read().unwrap().unwrap().tag, Tag::Batch);
+    // The header alone is refused: nothing that it announces is waited for.
+    let header = Tag::Batch.header(MAX_BATCH_BYTES).unwrap();
+    assert!(matches!(
+        reader(&header[..]).read(),
+        Err(WireError::NotYet(Tag::Batch))
+    ));
 }

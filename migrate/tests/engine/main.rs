@@ -7,5 +7,6 @@ mod broken;
 mod lying;
 mod random;
 mod scene;
+mod shared;
 mod slowed;
 mod whole;

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use migrate::Error;
+use migrate::group::Group;
 use migrate::guest::Moment;
 use migrate::guest::replay::{
     Call, Change, Clock, Content, Crossing, Cut, Guest, History, Memory, Shape, Step, Watch, Write,
@@ -18,7 +19,7 @@ use migrate::rounds::Limits;
 use migrate::source::Plan;
 use proptest::prelude::*;
 
-use crate::scene::{Place, Scene, connections, pool};
+use crate::scene::{Place, Scene, connections, leave_shadow, pool};
 
 /// The most pages of a guest here.
 const MOST: u64 = 300;
@@ -241,10 +242,18 @@ proptest! {
         attempts in prop::collection::vec(prop::collection::vec(trouble(), 1..4), 0..3),
         options in options(),
         later in history(),
+        shared in prop::option::of(memory()),
     ) {
         let mut guest = Guest::idle("g1", memory);
         guest.live(history, Clock::Calls);
         let scene = Scene::with(guest);
+        // Another guest of a trust group has been there.
+        if let Some(memory) = &shared {
+            let group = Group::new("acme", &["g*".into()], &[1; 32]);
+            scene.near.join(group.clone());
+            scene.far.join(group);
+            leave_shadow(&scene.far, "g2", "5eed5eed-0000-4000-8000-000000000002", memory);
+        }
         let moved = attempts
             .iter()
             .any(|troubles| attempt(&scene, troubles, options) == Place::Destination);

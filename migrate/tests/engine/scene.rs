@@ -5,15 +5,18 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use migrate::digest::{DigestKey, Digester};
 use migrate::error::chain;
 use migrate::guest::replay::generated::{Kind, Made, Random};
 use migrate::guest::replay::{
     Call, Change, Clock, Content, Crossed, Crossing, Cut, Guest, History, Memory, Shape, Site,
     Step, Watch, Write, cross, pair,
 };
+use migrate::guest::{PageState, PageTable};
 use migrate::handover::journal::Outcome;
 use migrate::link::Link;
 use migrate::pages::PageType;
+use migrate::shadow::{Named, ShadowPolicy, Shadows};
 
 /// Where a guest is when all is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -202,6 +205,38 @@ fn write(random: &mut Random) -> Write {
         _ => [Change::Unsettled, Change::Settled][random.below(2)].clone(),
     };
     Write { pfn, change }
+}
+
+/// The shadows of a site.
+pub fn shadows(site: &Site) -> Shadows {
+    Shadows::new(&site.directories, ShadowPolicy::default())
+}
+
+/// Leaves the shadow of another guest at a site.
+pub fn leave_shadow(site: &Site, name: &str, uuid: &str, memory: &Memory) {
+    let key = DigestKey::new([9; 32]);
+    let digester = Digester::new(&key);
+    let mut table = PageTable::new(memory.pages());
+    let pages = || {
+        let page = |pfn| Some((pfn, memory.page(pfn)?));
+        (0..memory.pages()).filter_map(page)
+    };
+    for (pfn, (page_type, content)) in pages() {
+        let digest = match page_type.has_data() {
+            true => content.look(|page| digester.page(page_type, page)),
+            false => digester.hole(page_type),
+        };
+        table.set(pfn, PageState { page_type, digest });
+    }
+    let peer = "elsewhere";
+    let named = Named { uuid, name, peer };
+    let leaving = shadows(site).leave(named, &key, &table).unwrap().unwrap();
+    for (pfn, (page_type, content)) in pages() {
+        if page_type.has_data() {
+            content.look(|page| leaving.write(pfn, page)).unwrap();
+        }
+    }
+    leaving.finish(&table).unwrap();
 }
 
 /// Does something at the nth time that a call is made.

@@ -10,15 +10,16 @@ mod targets;
 
 use migrate::codec::{BatchEncoder, MAX_BATCH_BYTES, Technique};
 use migrate::digest::{DigestKey, Digester, MemoryDigest};
+use migrate::group::{Nonce, Proof};
 use migrate::guest::xen::stream::state::{GuestState, PvState, PvVcpu, TscInfo};
 use migrate::guest::xen::stream::{Framing, record};
 use migrate::guest::{PageState, PageTable};
 use migrate::held::Held;
 use migrate::pages::{PAGE_SIZE, Page, PageType};
 use migrate::wire::{
-    Acceptance, CpuPolicy, FrameWriter, GuestKind, Hello, JoinToken, MoveId, Offer, Part, Place,
-    Purpose, Readiness, Refusal, RefusalCode, Role, ShadowHead, Tag, Text, ToDestination, ToSource,
-    TscOffer, XenVersion,
+    Acceptance, CpuPolicy, FrameWriter, GroupOffer, GuestKind, Hello, JoinToken, MoveId, Offer,
+    Part, Place, Purpose, Readiness, Refusal, RefusalCode, Role, ShadowHead, Tag, Text,
+    ToDestination, ToSource, TscOffer, XenVersion,
 };
 
 const MIB: u64 = 1 << 20;
@@ -178,12 +179,13 @@ fn batch(technique: Technique) -> Vec<u8> {
             let content: [u8; PAGE_SIZE] = std::array::from_fn(|at| word[at % 7] & 3);
             let mut changed = content;
             changed[random.below(PAGE_SIZE)] = 9;
-            match random.below(4) {
+            match random.below(5) {
                 0 => encoder.push_same(pfn, page_type),
                 1 => encoder.push_reference(pfn, page_type, pfn + 1),
                 2 => encoder
                     .push_changed(pfn, page_type, &changed, &content)
                     .map(drop),
+                3 => encoder.push_shared(pfn, page_type, random.below(6) as u64),
                 _ => encoder.push(pfn, page_type, &content).map(drop),
             }
             .expect("It fits");
@@ -296,6 +298,7 @@ fn to_destination() -> Vec<Vec<u8>> {
             batch: &batch,
         },
         ToDestination::After(8),
+        ToDestination::Prove(Proof([8; 32])),
         ToDestination::Abort(Text::new("Enough")),
         ToDestination::Ping(7),
     ];
@@ -346,6 +349,10 @@ fn to_source() -> Vec<Vec<u8>> {
             tsc_khz: Some(1),
             warnings,
             edge_site: None,
+            group: Some(GroupOffer {
+                name: Text::new("acme"),
+                nonce: Nonce([4; 16]),
+            }),
             join: Some(JoinToken::new([5; 16])),
             shadow: Some(ShadowHead {
                 basis: Some(MemoryDigest([3; 16])),
@@ -355,6 +362,10 @@ fn to_source() -> Vec<Vec<u8>> {
         ToSource::Inventory {
             first: 0,
             runs: inventory(),
+        },
+        ToSource::Shares {
+            total: 2,
+            names: vec![6; 32],
         },
         ToSource::Kept,
         ToSource::Joined(3),

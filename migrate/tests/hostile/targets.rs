@@ -115,6 +115,7 @@ pub fn batch(payload: &[u8]) {
                 assert!(original < PAGES && original != page.pfn);
                 encoder.push_reference(page.pfn, page.page_type, original)
             }
+            Content::Shared(place) => encoder.push_shared(page.pfn, page.page_type, place),
             Content::Delta(delta) => {
                 let mut new = CHANGED;
                 delta.apply(&mut new);
@@ -151,7 +152,9 @@ fn seen(content: Content<'_>) -> Result<Page, String> {
             delta.apply(&mut page);
             Ok(page)
         }
-        Content::None | Content::Same | Content::Reference(_) => Err(format!("{content:?}")),
+        Content::None | Content::Same | Content::Reference(_) | Content::Shared(_) => {
+            Err(format!("{content:?}"))
+        }
     }
 }
 
@@ -170,14 +173,22 @@ pub fn arrival(bytes: &[u8]) {
         let Ok(batch) = decoder.decode(batch, ARRIVING_PAGES) else {
             return;
         };
-        let resolved = arrival.resolve(batch, |pfn| {
-            let (state, content) = held.get(pfn as usize)?.as_ref()?;
-            let content = state.page_type.has_data().then_some(content)?;
-            Some(HeldPage {
-                state: *state,
-                content,
-            })
-        });
+        let resolved = arrival.resolve(
+            batch,
+            |pfn| {
+                let (state, content) = held.get(pfn as usize)?.as_ref()?;
+                let content = state.page_type.has_data().then_some(content)?;
+                Some(HeldPage {
+                    state: *state,
+                    content,
+                })
+            },
+            |place, page| {
+                // As a library of four contents.
+                page.fill(place as u8);
+                place < 4
+            },
+        );
         let Ok(resolved) = resolved else {
             return;
         };

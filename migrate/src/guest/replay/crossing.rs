@@ -27,7 +27,7 @@ use super::source::ReplaySource;
 use crate::connections::{Arranged, Untouched};
 use crate::control::{Facts, Shared};
 use crate::costs::Earlier;
-use crate::destination::{self, Prepared};
+use crate::destination::{self, Prepared, Sharing};
 use crate::digest::{DigestKey, Digester};
 use crate::error::{Error, Result};
 use crate::guest::Source;
@@ -235,6 +235,7 @@ pub fn leave(
                 connections: &mut Untouched,
                 plan,
                 shadows: &shadows,
+                group: from.group(),
                 control,
                 earlier: Earlier::default(),
                 open: &mut || {
@@ -354,6 +355,10 @@ fn prepare(
     let (site, watch) = (Arc::clone(to), Arc::clone(watch));
     let shadows = Shadows::new(&to.directories, ShadowPolicy::default());
     let (image, shadow) = shadows.image(offer, slice::from_ref(&(0..offer.pages)), &memory)?;
+    let sharing = match to.group() {
+        Some(group) => Sharing::with(&shadows, group, uuid)?,
+        None => None,
+    };
     Ok(Prepared {
         guest: Box::new(guest),
         journal,
@@ -376,6 +381,7 @@ fn prepare(
             Rate::default(),
             &Crossing::default(),
         ),
+        sharing,
         expecting: match offer.connections {
             0 => None,
             _ => {

@@ -18,6 +18,7 @@ use super::guest::Guest;
 use super::memory::Memory;
 use crate::directories::Directories;
 use crate::error::{Error, IoContext, Result};
+use crate::group::Group;
 use crate::guest::Moment;
 use crate::guest::xen::stream::state::GuestState;
 use crate::handover::journal::{self, Entry, Journal, Outcome, Phase, Role};
@@ -76,6 +77,7 @@ pub struct Site {
     /// Journals, locks, and memory on its way.
     pub directories: Directories,
     domains: Mutex<Domains>,
+    group: Mutex<Option<Group>>,
 }
 
 #[derive(Debug, Default)]
@@ -98,12 +100,23 @@ impl Site {
         Ok(Arc::new(Site {
             directories,
             domains: Mutex::default(),
+            group: Mutex::default(),
         }))
     }
 
     /// A thread that was ended with the lock in hand leaves nothing half done here.
     fn domains(&self) -> MutexGuard<'_, Domains> {
         self.domains.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on the site's guests are in this trust group.
+    pub fn join(&self, group: Group) {
+        *self.group.lock().unwrap_or_else(PoisonError::into_inner) = Some(group);
+    }
+
+    pub(super) fn group(&self) -> Option<Group> {
+        let group = self.group.lock().unwrap_or_else(PoisonError::into_inner);
+        group.clone()
     }
 
     /// From now on `guest` is here.
