@@ -87,9 +87,11 @@ record: packages
 	$(CARGO) build --release --locked -p migrate --example record
 	VMSHADOW_RECORDER='$(abspath $(TARGET))/release/examples/record' $(TESTBED) record
 
+# Some of it only: make bench-xl ROWS='--memory 128 --load group'
+ROWS ?=
 bench-xl: deb
 	$(CARGO) build --release --locked -p testbed
-	VMSHADOW_DEB='$(DEB)' $(TESTBED) bench-xl
+	VMSHADOW_DEB='$(DEB)' $(TESTBED) bench-xl $(ROWS)
 
 # In network namespaces that it makes. Give the machine nothing else to do.
 bench-proxy: root toolchain

@@ -1,5 +1,6 @@
 //! `testbed`: two real Xen sites in QEMU, from the command line.
 
+mod bench;
 mod record;
 mod show;
 
@@ -33,7 +34,7 @@ enum Command {
     /// Show a move between two sites; VMSHADOW_DEB names the package
     Demo,
     /// Measure moves beside `xl migrate`; VMSHADOW_DEB names the package
-    BenchXl,
+    BenchXl(bench::Rows),
     /// Record guests' memory for benchmarks; VMSHADOW_RECORDER names the program
     Record {
         /// For this long each
@@ -335,7 +336,7 @@ fn carry_out(arguments: Arguments) -> Result<ExitCode> {
         }
         Command::Logs { directory } => attach()?.collect_logs(&directory)?,
         Command::Demo => show::demo()?,
-        Command::BenchXl => show::bench_xl()?,
+        Command::BenchXl(rows) => bench::bench_xl(&rows)?,
         Command::Record { seconds, states } => record::record(seconds, &states)?,
         Command::Build => {
             let images = image::Images::obtain()?;
