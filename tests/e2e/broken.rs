@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use testbed::{Guest, Hypervisor, Kind, SiteName, Testbed};
 
 use crate::scene::{
-    go_on, hold_at, move_guest, said, settled, sites, small_guest, wait_until, with,
+    go_on, hold_at, move_guest, said, settled, sites, sites_with_small_guest, small_guest,
+    wait_until, with,
 };
 
 /// Where the source can be stopped, in the order of a move.
@@ -60,17 +61,13 @@ fn kill_everywhere(testbed: &Testbed, guest: &Guest, destination: bool, points: 
 
 /// The source is killed at these points, and the same command then succeeds.
 fn source_killed_at(points: &[&str]) {
-    let testbed = sites(with(Hypervisor::Release));
-    let guest = small_guest();
-    testbed.start_guest(SiteName::A, &guest).unwrap();
+    let (testbed, guest) = sites_with_small_guest();
     kill_everywhere(&testbed, &guest, false, points);
 }
 
 /// The same with the destination.
 fn destination_killed_at(points: &[&str]) {
-    let testbed = sites(with(Hypervisor::Release));
-    let guest = small_guest();
-    testbed.start_guest(SiteName::A, &guest).unwrap();
+    let (testbed, guest) = sites_with_small_guest();
     kill_everywhere(&testbed, &guest, true, points);
 }
 
@@ -130,9 +127,7 @@ fn without_shadow_paging_killed_after_the_suspend() {
 /// The link is cut at each point, and mended once the workers are gone: either side sees by itself
 /// that nothing comes any more. After the commit the source goes on asking, and is answered then.
 fn cut_at(points: &[&str]) {
-    let testbed = sites(with(Hypervisor::Release));
-    let guest = small_guest();
-    testbed.start_guest(SiteName::A, &guest).unwrap();
+    let (testbed, guest) = sites_with_small_guest();
     let mut at = SiteName::A;
     for point in points {
         hold_at(&testbed, at, at, point, |_| {
@@ -165,9 +160,7 @@ fn the_link_cut_at_every_point() {
 
 /// The link is away for 5 seconds at each point: what waits for it goes on, and the guest moves.
 fn cut_for_a_moment_at(points: &[&str]) {
-    let testbed = sites(with(Hypervisor::Release));
-    let guest = small_guest();
-    testbed.start_guest(SiteName::A, &guest).unwrap();
+    let (testbed, guest) = sites_with_small_guest();
     let mut at = SiteName::A;
     for point in points {
         let (moved, told) = hold_at(&testbed, at, at, point, |_| {
@@ -199,9 +192,7 @@ fn works(testbed: &Testbed) -> bool {
 
 #[test]
 fn worker_and_guardian_killed_together() {
-    let testbed = sites(with(Hypervisor::Release));
-    let guest = small_guest();
-    testbed.start_guest(SiteName::A, &guest).unwrap();
+    let (testbed, guest) = sites_with_small_guest();
     for point in ["suspended", "committed"] {
         hold_at(&testbed, SiteName::A, SiteName::A, point, |worker| {
             let script = format!(
@@ -225,9 +216,7 @@ fn worker_and_guardian_killed_together() {
 /// After the commit with a lost link neither side guesses: no guest runs, and the command and
 /// `resolve` say so. Once the link is back `resolve` settles it.
 fn lost_link_after_the_commit(side: SiteName, point: &str) {
-    let testbed = sites(with(Hypervisor::Release));
-    let guest = small_guest();
-    testbed.start_guest(SiteName::A, &guest).unwrap();
+    let (testbed, guest) = sites_with_small_guest();
     let here = testbed.site(SiteName::A);
     let resolve = || here.output("vmshadow resolve g1").unwrap();
     let (moved, told) = hold_at(&testbed, SiteName::A, side, point, |_| {

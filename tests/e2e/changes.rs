@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use testbed::{Guest, Hypervisor, Kind, Options, SiteName, Testbed};
 
-use crate::scene::{hold_at, move_guest, settled, sites, with};
+use crate::scene::{hold_at, move_guest, nothing_left, settled, sites, with};
 
 fn growing_guest() -> Guest {
     Guest {
@@ -133,21 +133,30 @@ fn a_device_or_a_vcpu_that_comes_or_goes_on_the_way() {
 }
 
 /// The guest ends, or its operator ends it, in the middle: no move, and nothing is left.
-#[test]
-fn a_guest_that_ends_on_the_way() {
+fn ends_on_the_way(ends: &[(&str, &str)]) {
     let testbed = sites(with(Hypervisor::Release));
     let guest = growing_guest();
-    for (point, end) in [
-        ("copying", "xl destroy g1"),
-        ("recopying", "xl shutdown -w g1"),
-        ("suspending", "xl destroy g1"),
-    ] {
+    for (point, end) in ends {
         testbed.start_guest(SiteName::A, &guest).unwrap();
         let (moved, said) = hold_at(&testbed, SiteName::A, SiteName::A, point, |_| {
             testbed.site(SiteName::A).run(end).unwrap();
         });
         assert!(!moved, "{end} at {point}: {said}");
         testbed.stop_guest("g1").unwrap();
-        crate::scene::nothing_left(&testbed, &format!("{end} at {point}"));
+        nothing_left(&testbed, &format!("{end} at {point}"));
     }
+}
+
+#[test]
+fn a_guest_that_ends_on_the_way() {
+    ends_on_the_way(&[
+        ("recopying", "xl shutdown -w g1"),
+        ("suspending", "xl destroy g1"),
+    ]);
+}
+
+#[test]
+#[ignore = "minutes: make test-full"]
+fn a_guest_that_ends_while_it_is_read() {
+    ends_on_the_way(&[("copying", "xl destroy g1")]);
 }

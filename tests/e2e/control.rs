@@ -3,7 +3,9 @@
 use serde_json::Value;
 use testbed::{Guest, Hypervisor, SiteName, Testbed};
 
-use crate::scene::{hold_at, migrate, said, settled, sites, small_guest, wait_until, with};
+use crate::scene::{
+    hold_at, migrate, said, settled, sites, sites_with_small_guest, small_guest, wait_until, with,
+};
 
 /// Where the source can be stopped while its move can still be given up, in the order of a move.
 const SOURCE: [&str; 9] = [
@@ -164,9 +166,7 @@ fn foretold(testbed: &Testbed, guest: &Guest, from: SiteName) {
 
 #[test]
 fn a_move_is_steered_and_given_up() {
-    let testbed = sites(with(Hypervisor::Release));
-    let guest = small_guest();
-    testbed.start_guest(SiteName::A, &guest).unwrap();
+    let (testbed, guest) = sites_with_small_guest();
     cancelled_at(&testbed, &guest, SiteName::A, &["suspended"]);
     cancelled_at(&testbed, &guest, SiteName::B, &["receiving"]);
     foretold(&testbed, &guest, SiteName::A);
@@ -177,9 +177,7 @@ fn a_move_is_steered_and_given_up() {
 #[test]
 #[ignore = "minutes: make test-full"]
 fn a_move_is_given_up_at_every_point() {
-    let testbed = sites(with(Hypervisor::Release));
-    let guest = small_guest();
-    testbed.start_guest(SiteName::A, &guest).unwrap();
+    let (testbed, guest) = sites_with_small_guest();
     cancelled_at(&testbed, &guest, SiteName::A, &SOURCE);
     cancelled_at(&testbed, &guest, SiteName::B, &DESTINATION);
     refused_once_committed(&testbed, &guest);

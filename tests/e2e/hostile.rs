@@ -3,9 +3,9 @@
 
 use std::ops::Range;
 
-use testbed::{Hypervisor, SiteName};
+use testbed::SiteName;
 
-use crate::scene::{migrate, move_guest, said, settled, sites, small_guest, with};
+use crate::scene::{migrate, move_guest, said, settled, sites_with_small_guest};
 
 /// Changes some bytes of a file, or cuts it: the same way for the same number.
 const SPOIL: &str = r#"
@@ -46,9 +46,7 @@ fn more_lying_peers() {
 
 /// A conversation is spoiled each way with each of `seeds`.
 fn lie(seeds: Range<u32>) {
-    let testbed = sites(with(Hypervisor::Release));
-    let guest = small_guest();
-    testbed.start_guest(SiteName::A, &guest).unwrap();
+    let (testbed, guest) = sites_with_small_guest();
     let (here, there) = (testbed.site(SiteName::A), testbed.site(SiteName::B));
     for site in [here, there] {
         site.write("/tmp/spoil.py", SPOIL.as_bytes()).unwrap();
@@ -69,7 +67,8 @@ fn lie(seeds: Range<u32>) {
 
     // A lying source.
     let rubbish = "head -c 3000000 /dev/urandom | vmshadow receive 2> /dev/null";
-    let half = "head -c 5000000 /tmp/question | vmshadow receive 2> /dev/null";
+    let half = "head -c $(($(stat -c %s /tmp/question) / 2)) /tmp/question | \
+                vmshadow receive 2> /dev/null";
     let mut commands = vec![rubbish.to_owned(), half.to_owned()];
     for seed in seeds.clone() {
         commands.push(format!(

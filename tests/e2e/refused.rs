@@ -2,7 +2,9 @@
 
 use testbed::{Guest, Hypervisor, Options, SiteName, Testbed};
 
-use crate::scene::{hold_at, move_guest, said, settled, sites, small_guest, with};
+use crate::scene::{
+    hold_at, move_guest, said, settled, sites, sites_with_small_guest, small_guest, with,
+};
 
 /// Runs a command that must fail with status 1 and say `word`.
 fn refuses(testbed: &Testbed, command: &str, word: &str) {
@@ -15,9 +17,7 @@ fn refuses(testbed: &Testbed, command: &str, word: &str) {
 
 #[test]
 fn clear_errors_before_anything_is_suspended() {
-    let testbed = sites(with(Hypervisor::Release));
-    let guest = small_guest();
-    testbed.start_guest(SiteName::A, &guest).unwrap();
+    let (testbed, guest) = sites_with_small_guest();
     refuses(&testbed, "vmshadow migrate nobody 10.77.0.12", "no domain");
     refuses(&testbed, "vmshadow migrate Domain-0 10.77.0.12", "Domain-0");
     refuses(&testbed, "vmshadow migrate g1 10.77.0.99", "10.77.0.99");
@@ -133,9 +133,7 @@ fn what_the_hosts_cannot_do() {
 /// Two at once at one guest: the first goes on, the second says who is at work.
 #[test]
 fn another_tool_at_work() {
-    let testbed = sites(with(Hypervisor::Release));
-    let guest = small_guest();
-    testbed.start_guest(SiteName::A, &guest).unwrap();
+    let (testbed, guest) = sites_with_small_guest();
     let here = testbed.site(SiteName::A);
 
     let (moved, first) = hold_at(&testbed, SiteName::A, SiteName::A, "copying", |_| {

@@ -16,71 +16,139 @@ const POLICY: &str = "[site]\nkernel_directories = [\"/\"]\ndisk_directories = [
 /// How long what a broken move left behind may take to be cleared away.
 const CLEARED: Duration = Duration::from_secs(300);
 
-/// How many testbeds stay up for the tests to come: one for each hypervisor.
+/// How many testbeds stay up for the tests to come: a machine of 24 GiB has memory for one more.
 const WAITING: usize = 2;
 
-/// Testbeds that a test has finished with, the longest there first. They end with this process.
-static READY: Mutex<Vec<Testbed>> = Mutex::new(Vec::new());
+/// How many tests one small guest serves: Linux loses a megabyte with every resume.
+const SERVES: u32 = 4;
+
+/// A testbed that a test has finished with.
+struct Waiting {
+    testbed: Testbed,
+    /// How many tests its small guest, which is still there, has served.
+    served: Option<u32>,
+}
+
+impl Waiting {
+    /// Whether few tests have such sites.
+    fn is_other(&self) -> bool {
+        !alike(&self.testbed, &with(Hypervisor::Release))
+    }
+}
+
+/// Whether a testbed has these options.
+fn alike(testbed: &Testbed, options: &Options) -> bool {
+    let unnamed = Options {
+        name: String::new(),
+        ..testbed.options().clone()
+    };
+    unnamed == *options
+}
+
+/// Testbeds that wait for a test, the longest there first. They end with this process.
+static READY: Mutex<Vec<Waiting>> = Mutex::new(Vec::new());
 
 /// Two sites that are a test's alone. The next test with the same options has them after it, if it
 /// passed and left nothing there: what one move leaves behind shows in the next.
-pub struct Sites(Option<Testbed>);
+pub struct Sites {
+    testbed: Option<Testbed>,
+    /// How many tests the small guest has served, which is left to the next test: this one
+    /// counted.
+    served: Option<u32>,
+}
 
 impl Deref for Sites {
     type Target = Testbed;
 
     fn deref(&self) -> &Testbed {
-        self.0.as_ref().expect("only dropping takes it")
+        self.testbed.as_ref().expect("only dropping takes it")
     }
 }
 
 impl Drop for Sites {
     fn drop(&mut self) {
         // Dropped while it panics, a testbed keeps its logs.
-        let Some(testbed) = self.0.take().filter(|_| !thread::panicking()) else {
+        let Some(testbed) = self.testbed.take().filter(|_| !thread::panicking()) else {
             return;
         };
-        match tidy(&testbed) {
-            Ok(left) if left.is_empty() => {
+        let served = self.served.filter(|served| *served < SERVES);
+        match tidy(&testbed, served.is_some()) {
+            Ok((left, guest)) if left.is_empty() => {
+                let served = served.filter(|_| guest);
                 let mut ready = READY.lock().unwrap_or_else(PoisonError::into_inner);
                 if ready.len() == WAITING {
-                    ready.remove(0);
+                    // Most tests use those of the release's hypervisor: they stay.
+                    let other = ready.iter().position(Waiting::is_other);
+                    ready.remove(other.unwrap_or(0));
                 }
-                ready.push(testbed);
+                ready.push(Waiting { testbed, served });
             }
-            Ok(left) => eprintln!("These sites are not used again: {left:?}"),
+            Ok((left, _)) => eprintln!("These sites are not used again: {left:?}"),
             Err(error) => eprintln!("These sites are not used again: {error}"),
         }
     }
 }
 
-/// Ends the guests of a test and mends the link. What is left even so.
-fn tidy(testbed: &Testbed) -> testbed::Result<Vec<String>> {
+/// Ends the guests of a test, but for g1 where that is to stay, and mends the link. What is left
+/// even so, and whether g1 is there.
+fn tidy(testbed: &Testbed, keep: bool) -> testbed::Result<(Vec<String>, bool)> {
     testbed.set_link(&Link::default())?;
     for guest in testbed.guests()? {
-        testbed.stop_guest(&guest.name)?;
+        if !keep || guest.name != "g1" {
+            testbed.stop_guest(&guest.name)?;
+        }
     }
     for site in testbed.sites() {
         site.run("rm -rf /tmp/*")?;
     }
     let seen = look(testbed)?;
-    Ok(seen.into_iter().flat_map(|seen| seen.lines).collect())
+    let guests = seen.iter().filter(|seen| seen.guest).count();
+    let left = seen.into_iter().flat_map(|seen| seen.lines).collect();
+    Ok((left, guests == 1))
 }
 
-/// Two sites with the package installed: new ones, or those of a test before.
+/// Two sites with the package installed: new ones, or those of a test before. No guest is there.
 pub fn sites(options: Options) -> Sites {
-    let alike = |testbed: &Testbed| {
-        Options {
-            name: String::new(),
-            ..testbed.options().clone()
-        } == options
+    let (testbed, served) = taken(options);
+    if served.is_some() {
+        testbed.stop_guest("g1").unwrap();
+    }
+    Sites {
+        testbed: Some(testbed),
+        served: None,
+    }
+}
+
+/// Two sites of the release's hypervisor with the small guest at a: that of a test before, which
+/// may have shadows at both, or a new one.
+pub fn sites_with_small_guest() -> (Sites, Guest) {
+    let guest = small_guest();
+    let (testbed, served) = taken(with(Hypervisor::Release));
+    let sites = Sites {
+        testbed: Some(testbed),
+        served: Some(served.unwrap_or(0) + 1),
     };
+    match served.map(|_| sites.where_is("g1").unwrap()) {
+        None => sites.start_guest(SiteName::A, &guest).unwrap(),
+        Some(places) if places == [SiteName::A] => {}
+        Some(_) => {
+            move_guest(&sites, SiteName::B, "");
+            assert_eq!(settled(&sites, &guest, "back for a test"), SiteName::A);
+        }
+    }
+    (sites, guest)
+}
+
+/// A testbed with these options, and how many tests its small guest has served, if that is there.
+fn taken(options: Options) -> (Testbed, Option<u32>) {
     let mut ready = READY.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(place) = ready.iter().position(alike) {
-        return Sites(Some(ready.remove(place)));
+    let place = ready.iter().position(|it| alike(&it.testbed, &options));
+    if let Some(place) = place {
+        let Waiting { testbed, served } = ready.remove(place);
+        return (testbed, served);
     }
     drop(ready);
-    Sites(Some(new_sites(options)))
+    (new_sites(options), None)
 }
 
 /// Brings two sites up with the package installed, which no other test has.

@@ -36,7 +36,7 @@ pub fn command_line(
     } = options;
     let xen = format!(
         "console=com1 com1=115200,8n1 guest_loglvl=all dom0_mem={dom0_memory_mib}M,\
-         max:{dom0_memory_mib}M dom0_max_vcpus={dom0_vcpus} noreboot spec-ctrl=no {}",
+         max:{dom0_memory_mib}M dom0_max_vcpus={dom0_vcpus} noreboot spec-ctrl=no bootscrub=0 {}",
         options.xen_arguments
     );
     let modules = format!(
