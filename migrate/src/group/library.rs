@@ -46,11 +46,15 @@ struct Place {
 }
 
 impl Library {
-    /// Whether there is anything to share with a guest of this UUID: shadows of other guests.
+    /// Whether there is anything to share with a guest of this UUID: shadows of other guests. A site
+    /// that keeps none uses none that it has kept before.
     ///
     /// # Errors
     /// [`crate::Error::Io`].
     pub fn is_there(shadows: &Shadows, group: &Group, uuid: &str) -> Result<bool> {
+        if !shadows.keep() {
+            return Ok(false);
+        }
         let listed = shadows.list()?;
         let mut others = listed.iter().filter(|one| one.memory && one.uuid != uuid);
         Ok(others.any(|one| group.takes(&one.name)))

@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use migrate::Error;
-use migrate::group::Group;
+use migrate::group::{Group, Library};
 use migrate::guest::replay::{Call, Clock, Crossing, Guest, Memory, Shape, Site, cross, pair};
 use migrate::pages::{PAGE_SIZE, PageType};
 use migrate::report::Report;
+use migrate::shadow::{ShadowPolicy, Shadows};
 
 use crate::scene::{Place, Scene, at_call, busy, history, leave_shadow, pool};
 
@@ -74,6 +75,16 @@ fn without_the_same_key_nothing_is_shared() {
         .far
         .join(Group::new("acme", &["web-*".into()], &[1; 32]));
     assert_eq!(moves(&scene).shareable, 0);
+    // Nor where the operator wants no shadows used.
+    let directories = &scene.far.directories;
+    let there = |keep| {
+        let policy = ShadowPolicy {
+            keep,
+            ..ShadowPolicy::default()
+        };
+        Library::is_there(&Shadows::new(directories, policy), &group(1), "another").unwrap()
+    };
+    assert!(there(true) && !there(false));
 }
 
 /// Names are told, and then a content is no longer what its name says: the move ends, and the guest
