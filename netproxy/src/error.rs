@@ -85,6 +85,9 @@ pub enum Error {
         /// The step asked for.
         asked: &'static str,
     },
+    /// A step of a move that is tied to another caller was asked for.
+    #[error("Guest {0} is being moved by another caller")]
+    Another(String),
     /// A move is not lent to anybody any more.
     #[error("No lease of guest {0} can be renewed: its move has ended, or its lease has")]
     LeaseOver(String),

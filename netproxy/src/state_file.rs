@@ -43,8 +43,17 @@ pub(crate) fn load(path: &Path) -> Result<BTreeMap<String, String>> {
     Ok(state.sites)
 }
 
+/// Writes down where these guests are. Of others, which the configuration may leave out for a
+/// while, it stays as it was.
+pub(crate) fn note(path: &Path, sites: BTreeMap<String, String>) -> Result<()> {
+    // One that can't be read is of no use to anybody.
+    let mut all = load(path).unwrap_or_default();
+    all.extend(sites);
+    store(path, all)
+}
+
 /// Replaces the file as a whole, and on the disk.
-pub(crate) fn store(path: &Path, sites: BTreeMap<String, String>) -> Result<()> {
+fn store(path: &Path, sites: BTreeMap<String, String>) -> Result<()> {
     let write = || -> io::Result<()> {
         let temporary = path.with_extension("new");
         let mut file = File::create(&temporary)?;
@@ -79,8 +88,11 @@ mod tests {
         let _ = std::fs::remove_file(&path);
         assert!(load(&path).unwrap().is_empty());
         let sites: BTreeMap<_, _> = [("desktop".to_owned(), "b".to_owned())].into();
-        store(&path, sites.clone()).unwrap();
+        note(&path, sites.clone()).unwrap();
         assert_eq!(load(&path).unwrap(), sites);
+        note(&path, [("server".to_owned(), "a".to_owned())].into()).unwrap();
+        let all = load(&path).unwrap();
+        assert_eq!((all.len(), all["desktop"].as_str()), (2, "b"));
         std::fs::write(&path, r#"{"version":9,"sites":{}}"#).unwrap();
         assert!(matches!(load(&path), Err(Error::Config(_))));
         std::fs::write(&path, "nonsense").unwrap();

@@ -45,6 +45,8 @@ pub(super) struct Proving {
     rtt: Duration,
     covered: bool,
     answered: bool,
+    /// It goes on where it was: how long that took is no stall of a move.
+    went_back: bool,
     next_probe: Instant,
     probe_wait: Duration,
     /// When it is left to ordinary retransmission what is not sent again by then.
@@ -72,6 +74,7 @@ impl Proving {
             rtt: Micros::of(self.rtt),
             covered: self.covered,
             answered: self.answered,
+            went_back: self.went_back,
             next_probe: Micros::until(self.next_probe, now),
             probe_wait: Micros::of(self.probe_wait),
             next_mark: Micros::until(self.next_mark, now),
@@ -86,6 +89,7 @@ impl Proving {
             rtt: state.rtt.time(),
             covered: state.covered,
             answered: state.answered,
+            went_back: state.went_back,
             next_probe: state.next_probe.ahead(now),
             probe_wait: state.probe_wait.time(),
             next_mark: state.next_mark.ahead(now),
@@ -104,6 +108,8 @@ pub(crate) enum Step {
     Taken,
     /// It could not, and is closed at the release.
     Failed,
+    /// Its client has gone meanwhile, and the guest is told: it ends as it would without a move.
+    Gone,
 }
 
 impl Connection {
@@ -305,9 +311,10 @@ impl Connection {
     pub(crate) fn release(&mut self, ctx: &mut Context<'_>) -> std::result::Result<Step, String> {
         match std::mem::replace(&mut self.stage, Stage::Normal) {
             Stage::Moved(moved) => {
-                self.proceed(*moved, ctx);
+                self.proceed(*moved, false, ctx);
                 Ok(Step::Taken)
             }
+            Stage::Unmovable(_) if self.client_lost => Ok(Step::Gone),
             Stage::Unmovable(why) => Err(why),
             // Not re-targeted: it goes on where it was.
             Stage::Held { frozen, before } => self.go_back(frozen, before, ctx),
@@ -318,7 +325,8 @@ impl Connection {
         }
     }
 
-    fn proceed(&mut self, moved: Moved, ctx: &mut Context<'_>) {
+    /// Goes on with the new socket: at the new site, or where it was if it `went_back`.
+    fn proceed(&mut self, moved: Moved, went_back: bool, ctx: &mut Context<'_>) {
         let Moved {
             old,
             snapshot,
@@ -375,6 +383,7 @@ impl Connection {
             rtt,
             covered: in_flight == 0,
             answered: false,
+            went_back,
             next_probe: ctx.now + rtt + FIRST_PROBE,
             probe_wait: FIRST_PROBE,
             next_mark: ctx.now + rtt * 2 + MARK,
@@ -492,6 +501,7 @@ impl Connection {
             Stage::Held { frozen, before } => self.go_back(frozen, before, ctx),
             Stage::Unmovable(why) => match self.upstream {
                 Upstream::Open(_) => self.go_back(true, None, ctx),
+                _ if self.client_lost => Ok(Step::Gone),
                 _ => Err(why),
             },
             Stage::Moved(moved) if moved.old.is_some() => {
@@ -500,7 +510,7 @@ impl Connection {
                 self.cancel(ctx)
             }
             Stage::Moved(moved) => {
-                self.proceed(*moved, ctx);
+                self.proceed(*moved, true, ctx);
                 Ok(Step::Taken)
             }
             stage @ (Stage::Normal | Stage::Proving(_)) => {
@@ -523,7 +533,7 @@ impl Connection {
                     let _ = tune(SockRef::from(&endpoint.stream), ctx.limits);
                 }
                 if self.client_lost {
-                    return Err("the client has gone".into());
+                    return Ok(Step::Gone);
                 }
                 if let Some(proving) = before {
                     self.stage = Stage::Proving(proving);
@@ -533,7 +543,7 @@ impl Connection {
             Upstream::Connecting(..) => Ok(Step::Waits),
             Upstream::Waiting => {
                 if self.client_lost {
-                    return Err("the client has gone".into());
+                    return Ok(Step::Gone);
                 }
                 self.connect(ctx).map_err(|error| error.chain())?;
                 Ok(Step::Waits)
@@ -560,10 +570,12 @@ impl Connection {
             };
             if info.segments_in > 0 {
                 proving.answered = true;
-                metrics
-                    .stall
-                    .get_or_create(&self.guest.label)
-                    .observe(age.as_secs_f64());
+                if !proving.went_back {
+                    metrics
+                        .stall
+                        .get_or_create(&self.guest.label)
+                        .observe(age.as_secs_f64());
+                }
             }
         }
         if !proving.covered {
@@ -604,7 +616,7 @@ impl Connection {
         let proved = proving.covered && proving.answered || age > PROVING;
         let done = proved && proving.rest.is_none();
         if done {
-            if !proving.answered {
+            if !proving.answered && !proving.went_back {
                 metrics
                     .stall
                     .get_or_create(&self.guest.label)

@@ -92,6 +92,7 @@ impl Work {
             }
             Ok(Step::Waits) => tally.waiting += 1,
             Ok(Step::Failed) => tally.failed += 1,
+            Ok(Step::Gone) => {}
             Err(_) => {
                 tally.failed += 1;
                 metrics.move_failures.get_or_create(guest).inc();
@@ -99,6 +100,7 @@ impl Work {
         }
         match (outcome, self) {
             (Err(why), _) => Next::Failed(why),
+            (Ok(Step::Gone), _) => Next::Failed("the client has gone".into()),
             (Ok(_), Self::Cancel) => {
                 connection.finish(ctx);
                 connection.advance(ctx)

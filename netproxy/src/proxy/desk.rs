@@ -65,15 +65,16 @@ impl Proxy {
                 let limit = Duration::from_millis(lease_ms);
                 let term = Term::within(limit, Instant::now());
                 let term = if tied { term.tied_to(caller) } else { term };
-                value(self.hold_for(&guest, term)?)
+                value(self.hold_for(&guest, term, Some(caller))?)
             }
             Request::Renew { guest, lease_ms } => {
                 self.renew(&guest, Duration::from_millis(lease_ms))?;
                 nothing()
             }
-            Request::Retarget { guest } => value(self.retarget(&guest)?),
+            Request::Retarget { guest } => value(self.retarget_by(&guest, Some(caller))?),
             Request::Release { guest, wait_ms } => {
-                value(self.release(&guest, Duration::from_millis(wait_ms))?)
+                let wait = Duration::from_millis(wait_ms);
+                value(self.release_by(&guest, wait, Some(caller))?)
             }
             Request::Cancel { guest } => value(self.cancel(&guest)?),
             Request::Arrived { guest, site } => value(self.arrived(&guest, &site)?),

@@ -342,7 +342,7 @@ impl Proxy {
             .map(|(name, guest)| (name.clone(), guest.site()))
             .collect();
         drop(guests);
-        state_file::store(path, sites)
+        state_file::note(path, sites)
     }
 
     /// Refuses new connections, of one guest or of all, or takes them again. Open ones go on.

@@ -84,15 +84,16 @@ impl Proxy {
     /// [renewed](Self::renew).
     ///
     /// # Errors
-    /// When the guest is unknown, or was not prepared.
+    /// When the guest is unknown, or was not prepared, or by another caller.
     pub fn hold(&self, guest: &str, lease: Duration) -> Result<Tally> {
-        self.hold_for(guest, Term::within(lease, Instant::now()))
+        self.hold_for(guest, Term::within(lease, Instant::now()), None)
     }
 
-    pub(super) fn hold_for(&self, guest: &str, term: Term) -> Result<Tally> {
+    pub(super) fn hold_for(&self, guest: &str, term: Term, by: Option<u64>) -> Result<Tally> {
         self.guest(guest)?;
         let phase = self.phase(guest);
         let mut phase = lock(&phase);
+        self.refuse_stranger(guest, by)?;
         let next = phase.after(guest, &Asked::Hold)?;
         *phase = next;
         self.lend(guest, term);
@@ -106,11 +107,16 @@ impl Proxy {
     /// Makes all connections of a held guest anew, towards the site it was prepared for.
     ///
     /// # Errors
-    /// When the guest is unknown or not held.
+    /// When the guest is unknown or not held, or by another caller.
     pub fn retarget(&self, guest: &str) -> Result<Tally> {
+        self.retarget_by(guest, None)
+    }
+
+    pub(super) fn retarget_by(&self, guest: &str, by: Option<u64>) -> Result<Tally> {
         let known = self.guest(guest)?;
         let phase = self.phase(guest);
         let mut phase = lock(&phase);
+        self.refuse_stranger(guest, by)?;
         let next = phase.after(guest, &Asked::Retarget)?;
         let site = phase.destination().unwrap_or_default().to_owned();
         let block = self.block(&known, &site)?;
@@ -157,11 +163,16 @@ impl Proxy {
     /// asks the guest until it answers, at most so long, before anything pending is sent.
     ///
     /// # Errors
-    /// When the guest is unknown or not re-targeted.
+    /// When the guest is unknown or not re-targeted, or by another caller.
     pub fn release(&self, guest: &str, wait: Duration) -> Result<Tally> {
+        self.release_by(guest, wait, None)
+    }
+
+    pub(super) fn release_by(&self, guest: &str, wait: Duration, by: Option<u64>) -> Result<Tally> {
         let known = self.guest(guest)?;
         let phase = self.phase(guest);
         let mut phase = lock(&phase);
+        self.refuse_stranger(guest, by)?;
         self.release_now(&known, &mut phase, wait)
     }
 
@@ -287,6 +298,15 @@ impl Proxy {
         }
         bell.notify_all();
         Ok(())
+    }
+
+    /// A move that is tied to a caller is nobody else's to go on with: whoever prepared it last
+    /// knows where the guest goes.
+    fn refuse_stranger(&self, guest: &str, by: Option<u64>) -> Result<()> {
+        match lock(&self.leases.0).may_step(guest, by) {
+            true => Ok(()),
+            false => Err(Error::Another(guest.to_owned())),
+        }
     }
 
     fn lend(&self, guest: &str, term: Term) {

@@ -9,8 +9,9 @@
 //! ```
 //!
 //! Whoever moves a guest can die in the middle, and its connections would be held for ever. So a
-//! hold is lent for a time, and may be tied to its caller's control connection as well. When
-//! either is over, the connections go back to where they were. The connection alone says too
+//! hold is lent for a time, and may be tied to its caller's control connection as well: then nobody
+//! else takes a step of it, but to end it, or to prepare another move in its place. When either is
+//! over, the connections go back to where they were. The connection alone says too
 //! little: that of a host which has lost its power or its line stays open for hours.
 
 use std::collections::BTreeMap;
@@ -107,6 +108,13 @@ impl Leases {
         chosen.map(|(guest, _)| guest.clone()).collect()
     }
 
+    /// Whether a step of the guest's move is for `caller` to take: nobody else may, while it is
+    /// tied to one.
+    pub(crate) fn may_step(&self, guest: &str, caller: Option<u64>) -> bool {
+        let tied_to = self.terms.get(guest).and_then(|term| term.caller);
+        tied_to.is_none_or(|owner| caller == Some(owner))
+    }
+
     /// When the next one is over.
     pub(crate) fn next(&self) -> Option<Instant> {
         self.terms.values().filter_map(|term| term.until).min()
@@ -158,6 +166,8 @@ mod tests {
         leases.grant("h", Term::within(LONGEST * 2, now).tied_to(8));
         assert_eq!(leases.of(7), ["g"]);
         assert!(leases.of(9).is_empty());
+        assert!(leases.may_step("g", Some(7)) && !leases.may_step("g", Some(8)));
+        assert!(!leases.may_step("g", None) && leases.may_step("i", None));
         assert_eq!(leases.due(now + minute), ["g"]);
         assert_eq!(leases.due(now + LONGEST), ["g", "h"]);
         assert!(leases.renew("g", minute, now + minute / 2));

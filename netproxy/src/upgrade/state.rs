@@ -111,6 +111,8 @@ pub(crate) struct ProvingState {
     pub rtt: Micros,
     pub covered: bool,
     pub answered: bool,
+    #[serde(default)]
+    pub went_back: bool,
     pub next_probe: Micros,
     pub probe_wait: Micros,
     pub next_mark: Micros,

@@ -301,3 +301,36 @@ fn a_guest_that_arrived_is_followed() {
         assert!(matches!(error, netproxy::Error::Refused(_)), "{error}");
     }
 }
+
+/// Whoever prepares a move last goes on with it: another one, who would go on towards another
+/// site, is refused.
+#[test]
+fn a_move_is_its_callers() {
+    let world = World::new(Duration::from_millis(6));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let mut stream = echoing(&world);
+    exchange(&mut stream, b"before");
+    let within = Duration::from_secs(20);
+    let (mut first, _) = Move::prepare(edge.client(), "desktop", "a", within).unwrap();
+    let (mut second, _) = Move::prepare(edge.client(), "desktop", "b", within).unwrap();
+    world.place(None);
+    let refused = first.hold(within).unwrap_err().to_string();
+    assert!(refused.contains("another caller"), "{refused}");
+    second.hold(within).unwrap();
+    let mut stranger = edge.client();
+    for refused in [
+        first.retarget(within).unwrap_err(),
+        stranger.retarget("desktop").unwrap_err(),
+        stranger.release("desktop", Duration::ZERO).unwrap_err(),
+    ] {
+        assert!(refused.to_string().contains("another caller"), "{refused}");
+    }
+    // One who gives up what is no longer its own ends nothing.
+    drop(first);
+    assert_eq!(second.retarget(within).unwrap().connections, 1);
+    world.place(Some("b"));
+    assert_eq!(second.release(Duration::ZERO, within).unwrap().failed, 0);
+    exchange(&mut stream, b"after");
+    assert_eq!(edge.client().list().unwrap().guests[0].site, "b");
+}

@@ -252,6 +252,36 @@ fn one_that_can_not_be_moved_is_closed_alone() {
     assert_eq!(edge.metric("netproxy_retarget_failures_total"), 1);
 }
 
+/// A move that is given up: who has gone by itself has not failed, and nobody stalled.
+#[test]
+fn a_client_that_resets_while_its_guest_is_held() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let mut stays = echoing(&world);
+    let mut resets = echoing(&world);
+    for stream in [&mut stays, &mut resets] {
+        exchange(stream, b"before");
+    }
+    let mut control = edge.client();
+    control.prepare("desktop", "b").unwrap();
+    world.place(None);
+    control.hold("desktop", LEASE).unwrap();
+    socket2::SockRef::from(&resets)
+        .set_linger(Some(Duration::ZERO))
+        .unwrap();
+    drop(resets);
+    // The proxy hears of it.
+    std::thread::sleep(Duration::from_millis(50));
+    world.place(Some("a"));
+    assert_eq!(control.cancel("desktop").unwrap().failed, 0);
+    exchange(&mut stays, b"as ever");
+    wait_until(|| control.list().unwrap().connections.len() == 1);
+    wait_until(|| established(&world) == 1);
+    assert_eq!(edge.metric("netproxy_retarget_failures_total"), 0);
+    assert_eq!(edge.metric("netproxy_stall_seconds_count"), 0);
+}
+
 /// Two guests are under way at once, each at its own step; a third that stays notices nothing.
 #[test]
 fn several_guests_move_at_once() {
