@@ -116,7 +116,7 @@ fn what_the_hosts_cannot_do() {
     there.run("umount /var/lib/vmshadow/incoming").unwrap();
 
     // A vmshadow that speaks another protocol: its hello, and nothing else.
-    let hello = "#!/bin/sh\nprintf 'VMSHADOW\\007\\000\\007\\000\\002\\000\\014\\000\\000\\000\\000\\000\\000\\000\\000\\000\\0039.0'\n\
+    let hello = "#!/bin/sh\nprintf 'VMSHADOW\\143\\000\\143\\000\\002\\000\\014\\000\\000\\000\\000\\000\\000\\000\\000\\000\\0039.0'\n\
                  cat > /dev/null\n";
     there.write("/tmp/stranger", hello.as_bytes()).unwrap();
     there.run("chmod +x /tmp/stranger").unwrap();

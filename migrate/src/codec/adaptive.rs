@@ -14,6 +14,7 @@
 //! are compressed is of no matter, as long as they are sent in the order in which they were
 //! filled. Their memory is bounded: there are two batches more than workers.
 
+use super::PREFIX_LEAST;
 use super::choice::{Choice, Encoded, HARDLY, Order, Probed, Produced};
 use super::encode::{BatchEncoder, BatchStatistics, Compressor};
 use super::link_rate::{Processors, Sent};
@@ -23,6 +24,7 @@ use nix::time::ClockId;
 use nix::unistd::{SysconfVar, sysconf};
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -39,6 +41,8 @@ pub type Encoding = Receiver<Vec<u8>>;
 pub struct AdaptiveEncoder {
     choice: Choice,
     batch: BatchEncoder,
+    /// The last block that the next ones can be compressed with. None where it was not kept.
+    before: Option<Arc<Vec<u8>>>,
     /// Empty ones, for batches to come.
     spare: Vec<BatchEncoder>,
     workers: Option<Workers>,
@@ -274,6 +278,7 @@ impl AdaptiveEncoder {
         AdaptiveEncoder {
             choice: Choice::new(workers),
             batch: BatchEncoder::new(),
+            before: None,
             spare: (0..=workers).map(|_| BatchEncoder::new()).collect(),
             workers: (workers > 0).then(|| Workers::start(workers)),
             compressed: PagesByTechnique::default(),
@@ -321,6 +326,7 @@ impl AdaptiveEncoder {
         self.take_done(false);
         let raw = self.batch.block_bytes();
         let order = self.choice.next(raw);
+        self.look_back(order);
         let next = self.next_batch();
         let batch = std::mem::replace(&mut self.batch, next);
         self.produced(raw, Duration::ZERO, sent);
@@ -343,10 +349,21 @@ impl AdaptiveEncoder {
     /// `sent` is what the link has taken so far.
     pub fn finish(&mut self, to: &mut Vec<u8>, sent: Sent) -> BatchStatistics {
         let order = self.choice.next(self.batch.block_bytes());
+        self.look_back(order);
         let work = work(&mut self.batch, order, to);
         self.produced(work.raw, work.took + work.probing, sent);
         self.learn(&work);
         work.statistics
+    }
+
+    /// Gives the batch the block before, and keeps its own for the next: where they are of use.
+    fn look_back(&mut self, order: Order) {
+        self.batch.set_prefix(self.before.clone());
+        if self.batch.block_bytes() >= PREFIX_LEAST {
+            // The destination has it in any case; here it costs a copy.
+            let keep = order.technique.looks_back();
+            self.before = keep.then(|| Arc::new(self.batch.block().to_vec()));
+        }
     }
 
     /// How many raw pages and deltas each technique wrote since this was asked last, of all batches

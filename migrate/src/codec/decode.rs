@@ -1,7 +1,10 @@
 //! Reading batches.
 
 use super::delta::{Delta, MAX_DELTA_BYTES};
-use super::{Class, CodecError, LZ4, MAX_BATCH_PAGES, MAX_REFERENCE_SIZE, STORED, ZSTD};
+use super::{
+    Class, CodecError, LZ4, MAX_BATCH_PAGES, MAX_REFERENCE_SIZE, PREFIX_LEAST, STORED, ZSTD,
+    ZSTD_AFTER, is_prefix,
+};
 use crate::bytes::{Bytes, Malformed};
 use crate::pages::{MAX_PAGES, PAGE_SIZE, Page, PageType, Pfn};
 use std::fmt;
@@ -16,6 +19,11 @@ pub struct BatchDecoder {
     runs: Vec<Run>,
     /// The block: raw pages, and behind them references and deltas.
     raw: Vec<u8>,
+    /// How much of it is of the last batch that was read.
+    length: usize,
+    /// The block before, and how much of that is one: what the next may be compressed with.
+    before: Vec<u8>,
+    before_length: usize,
     /// The pfns of references, in the order of their pages.
     references: Vec<Pfn>,
     /// The places of shared pages, in the order of their pages.
@@ -142,8 +150,14 @@ impl BatchDecoder {
             .ok_or(CodecError::Rest)?;
 
         let raw = counts[Class::Raw as usize] * PAGE_SIZE;
+        let before = std::mem::take(&mut self.length);
+        if before >= PREFIX_LEAST {
+            std::mem::swap(&mut self.raw, &mut self.before);
+            self.before_length = before;
+        }
         self.read_block(compression, from.rest(), raw + rest)?;
         self.read_rest(raw..raw + rest, pages)?;
+        self.length = raw + rest;
         let (raw, rest) = self.raw[..raw + rest].split_at(raw);
         Ok(Batch {
             runs: &self.runs,
@@ -212,7 +226,7 @@ impl BatchDecoder {
         block: &[u8],
         expected: usize,
     ) -> Result<(), CodecError> {
-        if compression > ZSTD {
+        if compression > ZSTD_AFTER {
             return Err(CodecError::UnknownCompression(compression));
         }
         if (compression == STORED && block.len() != expected)
@@ -235,7 +249,14 @@ impl BatchDecoder {
             LZ4 => {
                 lz4_flex::block::decompress_into(block, raw).map_err(|_| CodecError::Decompress)?
             }
-            _ => decompress_zstd(&mut self.zstd, block, raw)?,
+            ZSTD => decompress_zstd(&mut self.zstd, block, raw, &[])?,
+            _ => {
+                let before = &self.before[..self.before_length];
+                if !is_prefix(before) {
+                    return Err(CodecError::NoPrefix);
+                }
+                decompress_zstd(&mut self.zstd, block, raw, before)?
+            }
         };
         if found != expected {
             return Err(CodecError::BlockLength { expected, found });
@@ -250,13 +271,14 @@ impl BatchDecoder {
     }
 }
 
-/// How long the content of `block` is, which is one frame and nothing else. The content goes
-/// straight to `raw`, which is the window as well: however large a window the frame's header asks
+/// How long the content of `block` is, which is one frame and nothing else, compressed with what
+/// comes `before` it. The content goes straight to `raw`, which is the window as well: however large a window the frame's header asks
 /// for, none is allocated.
 fn decompress_zstd(
     context: &mut Option<DCtx<'static>>,
     block: &[u8],
     raw: &mut [u8],
+    before: &[u8],
 ) -> Result<usize, CodecError> {
     // Several frames, or some that are to be skipped, would decompress as well.
     if find_frame_compressed_size(block) != Ok(block.len()) {
@@ -267,7 +289,7 @@ fn decompress_zstd(
         None => context.insert(DCtx::try_create().ok_or(CodecError::Memory)?),
     };
     context
-        .decompress(raw, block)
+        .decompress_using_dict(raw, block, before)
         .map_err(|_| CodecError::Decompress)
 }
 

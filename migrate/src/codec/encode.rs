@@ -1,11 +1,12 @@
 //! Writing batches.
 
-use super::delta;
-use super::{Class, HEADER_SIZE, LZ4, MAX_BATCH_PAGES, STORED, Technique, ZSTD};
+use super::{Class, HEADER_SIZE, LZ4, MAX_BATCH_PAGES, STORED, Technique, ZSTD, ZSTD_AFTER};
+use super::{delta, is_prefix};
 use crate::bytes::{push_signed, push_varint};
 use crate::pages::{MAX_PAGES, PAGE_SIZE, Page, PageType, Pfn, is_zero};
 use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
 use std::fmt;
+use std::sync::Arc;
 use zstd_safe::{CCtx, CParameter};
 
 /// The pieces of a batch that are looked at to see whether it shrinks at all.
@@ -52,6 +53,8 @@ pub struct BatchEncoder {
     /// Pages of each class.
     counts: [usize; Class::COUNT],
     technique: Technique,
+    /// The block before, where the destination will have had it.
+    prefix: Option<Arc<Vec<u8>>>,
     compressor: Compressor,
 }
 
@@ -138,6 +141,7 @@ impl BatchEncoder {
             expected_place: 0,
             counts: [0; Class::COUNT],
             technique: Technique::Lz4,
+            prefix: None,
             compressor: Compressor::default(),
         }
     }
@@ -145,6 +149,17 @@ impl BatchEncoder {
     /// How this batch and the next ones are compressed.
     pub fn set_technique(&mut self, technique: Technique) {
         self.technique = technique;
+    }
+
+    /// The block before this batch, if it is known: for techniques that make use of it. One that
+    /// can't be used, see [`PREFIX_LEAST`](super::PREFIX_LEAST), is none.
+    pub fn set_prefix(&mut self, prefix: Option<Arc<Vec<u8>>>) {
+        self.prefix = prefix.filter(|block| is_prefix(block));
+    }
+
+    /// What will be compressed of the batch as it is now.
+    pub fn block(&mut self) -> &[u8] {
+        self.content().0
     }
 
     /// Gives the compressor out, or another one in: batches that are compressed one after the
@@ -380,6 +395,7 @@ impl BatchEncoder {
         self.expected = 0;
         self.expected_place = 0;
         self.counts = [0; Class::COUNT];
+        self.prefix = None;
     }
 
     /// Puts references and deltas behind the raw pages, where the slot is: what is in that was
@@ -392,31 +408,33 @@ impl BatchEncoder {
         self.raw[start..end].copy_from_slice(&self.rest);
     }
 
-    /// What the compressor gets, and the compressor.
-    fn content(&mut self) -> (&[u8], &mut Compressor) {
+    /// What the compressor gets, and what comes before it, and the compressor.
+    fn content(&mut self) -> (&[u8], Option<&[u8]>, &mut Compressor) {
         self.lay_out();
-        (&self.raw[..self.block_bytes()], &mut self.compressor)
+        let content = &self.raw[..self.block_bytes()];
+        let prefix = self.prefix.as_deref().map(Vec::as_slice);
+        (content, prefix, &mut self.compressor)
     }
 
     /// How long the block would be if the batch were finished with `technique` now.
     pub fn block_length_with(&mut self, technique: Technique) -> usize {
-        let (content, compressor) = self.content();
-        compressor.compress(technique, content).1.len()
+        let (content, prefix, compressor) = self.content();
+        compressor.compress(technique, content, prefix).1.len()
     }
 
     /// Compresses a small part of the batch by LZ4: the bytes of the part, and the bytes that
     /// became of them.
     pub fn sample(&mut self) -> (usize, usize) {
-        let (content, compressor) = self.content();
+        let (content, _, compressor) = self.content();
         if content.len() <= SAMPLE_PIECES * SAMPLE_PIECE {
-            let (_, block) = compressor.compress(Technique::Lz4, content);
+            let (_, block) = compressor.compress(Technique::Lz4, content, None);
             return (content.len(), block.len());
         }
         let stride = content.len() / SAMPLE_PIECES;
         let pieces = content.chunks(stride).take(SAMPLE_PIECES);
         pieces.fold((0, 0), |(from, to), piece| {
             let piece = &piece[..SAMPLE_PIECE.min(piece.len())];
-            let (_, block) = compressor.compress(Technique::Lz4, piece);
+            let (_, block) = compressor.compress(Technique::Lz4, piece, None);
             (from + piece.len(), to + block.len())
         })
     }
@@ -426,10 +444,12 @@ impl BatchEncoder {
         let wanted = self.technique;
         self.lay_out();
         let content = &self.raw[..self.block_bytes()];
-        let (technique, block) = self.compressor.compress(wanted, content);
+        let prefix = self.prefix.as_deref().map(Vec::as_slice);
+        let (technique, block) = self.compressor.compress(wanted, content, prefix);
         let compression = match technique {
             Technique::Stored => STORED,
             Technique::Lz4 => LZ4,
+            _ if technique.looks_back() && prefix.is_some() => ZSTD_AFTER,
             Technique::Zstd1 | Technique::Zstd3 | Technique::Zstd6 => ZSTD,
         };
         to.reserve(HEADER_SIZE + self.runs.len() * 4 + block.len());
@@ -450,8 +470,14 @@ impl BatchEncoder {
 }
 
 impl Compressor {
-    /// `raw` by `technique`, or as it is where that makes it no shorter.
-    fn compress<'a>(&'a mut self, technique: Technique, raw: &'a [u8]) -> (Technique, &'a [u8]) {
+    /// `raw` by `technique`, or as it is where that makes it no shorter. One that looks back does
+    /// so to `prefix`, if there is one.
+    fn compress<'a>(
+        &'a mut self,
+        technique: Technique,
+        raw: &'a [u8],
+        prefix: Option<&[u8]>,
+    ) -> (Technique, &'a [u8]) {
         let length = match technique {
             _ if raw.is_empty() => None,
             Technique::Stored => None,
@@ -464,7 +490,7 @@ impl Compressor {
             }
             Technique::Zstd1 | Technique::Zstd3 | Technique::Zstd6 => {
                 self.make_room(zstd_safe::compress_bound(raw.len()));
-                self.compress_zstd(technique, raw)
+                self.compress_zstd(technique, raw, prefix.filter(|_| technique.looks_back()))
             }
         };
         match length {
@@ -480,21 +506,31 @@ impl Compressor {
     }
 
     /// The length of what is in the buffer then; none if there is no memory for it.
-    fn compress_zstd(&mut self, technique: Technique, raw: &[u8]) -> Option<usize> {
+    fn compress_zstd(
+        &mut self,
+        technique: Technique,
+        raw: &[u8],
+        prefix: Option<&[u8]>,
+    ) -> Option<usize> {
         let context = match &mut self.zstd {
             Some(context) => context,
             none => none.insert(CCtx::try_create()?),
         };
+        let level = technique.zstd_level()?;
+        let to = self.compressed.as_mut_slice();
+        if let Some(prefix) = prefix {
+            return context.compress_using_dict(to, raw, prefix, level).ok();
+        }
         // The destination knows the length, digests what it gets, and has no dictionaries.
         for parameter in [
-            CParameter::CompressionLevel(technique.zstd_level()?),
+            CParameter::CompressionLevel(level),
             CParameter::ContentSizeFlag(false),
             CParameter::ChecksumFlag(false),
             CParameter::DictIdFlag(false),
         ] {
             context.set_parameter(parameter).ok()?;
         }
-        context.compress2(self.compressed.as_mut_slice(), raw).ok()
+        context.compress2(to, raw).ok()
     }
 }
 

@@ -36,9 +36,14 @@
 //! | 0 | as it is; empty when no page is raw |
 //! | 1 | one LZ4 block |
 //! | 2 | one zstd frame (RFC 8878), without a dictionary |
+//! | 3 | one zstd frame, with the block before as its dictionary: as it is, without a header of its own |
 //!
-//! What the frame's header says of its content is not needed, and not written. Other numbers are
-//! kept for techniques to come; a later version of the protocol may use them, and a decoder refuses
+//! The block before is that of the last batch whose block has [`PREFIX_LEAST`] bytes or more, before
+//! it was compressed. So strong compression sees two batches at once, and what is a little alike in
+//! neighbouring memory is found across their border.
+//!
+//! What the frame's header says of its content is not needed, and mostly not written. Other numbers
+//! are kept for techniques to come; a later version of the protocol may use them, and a decoder refuses
 //! what it does not know.
 
 mod adaptive;
@@ -115,6 +120,19 @@ impl Class {
 const STORED: u8 = 0;
 const LZ4: u8 = 1;
 const ZSTD: u8 = 2;
+const ZSTD_AFTER: u8 = 3;
+
+/// The fewest bytes of a block that the next ones are compressed with.
+pub const PREFIX_LEAST: usize = 64 * 1024;
+
+/// What a dictionary of zstd's own begins with: it would be taken for one, where what is meant is
+/// the bytes as they are.
+const DICTIONARY_MAGIC: [u8; 4] = [0x37, 0xa4, 0x30, 0xec];
+
+/// Whether a block can stand before another one.
+fn is_prefix(block: &[u8]) -> bool {
+    block.len() >= PREFIX_LEAST && !block.starts_with(&DICTIONARY_MAGIC)
+}
 
 /// A batch that is not one.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -157,6 +175,9 @@ pub enum CodecError {
         /// Bytes that the block has.
         found: usize,
     },
+    /// It is compressed with the block before, and there is none.
+    #[error("Batch of pages builds upon one that was not there")]
+    NoPrefix,
     /// The block is not what its compression says, or more than its pages.
     #[error("Block of a batch does not decompress")]
     Decompress,

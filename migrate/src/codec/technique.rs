@@ -39,6 +39,12 @@ impl Technique {
         }
     }
 
+    /// Whether it makes use of the block before: for those that are taken where the link is slow,
+    /// it is worth the time.
+    pub(super) const fn looks_back(self) -> bool {
+        matches!(self, Self::Zstd3 | Self::Zstd6)
+    }
+
     /// The next stronger one.
     pub(super) fn stronger(self) -> Option<Self> {
         Self::ALL.get(self as usize + 1).copied()

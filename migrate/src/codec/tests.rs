@@ -1,6 +1,7 @@
 use super::*;
 use crate::pages::{Page, PageType};
 use proptest::prelude::*;
+use std::sync::Arc;
 
 #[derive(Debug, Clone, PartialEq)]
 struct Owned {
@@ -155,6 +156,82 @@ fn content_of_equal_pages_is_compressed_across_pages() {
         let batch = decoder.decode(&bytes, 16).unwrap();
         assert!(batch.iter().all(|it| it.content == Content::Raw(&page)));
     }
+}
+
+/// A batch of these pages by `technique`, after the block `before`; and its own block.
+fn after(
+    before: Option<&Arc<Vec<u8>>>,
+    technique: Technique,
+    pages: &[Box<Page>],
+) -> (Vec<u8>, Arc<Vec<u8>>) {
+    let mut encoder = BatchEncoder::new();
+    encoder.set_technique(technique);
+    encoder.set_prefix(before.cloned());
+    for (pfn, page) in (0..).zip(pages) {
+        encoder.push(pfn, PageType::Normal, page).unwrap();
+    }
+    let block = Arc::new(encoder.block().to_vec());
+    let expected = encoder.block_length_with(technique);
+    let mut bytes = Vec::new();
+    assert_eq!(encoder.finish(&mut bytes).block, expected);
+    (bytes, block)
+}
+
+#[test]
+fn strong_techniques_find_what_the_batch_before_had() {
+    let pages: Vec<_> = (1..=32).map(noise).collect();
+    for technique in [Technique::Zstd3, Technique::Zstd6] {
+        let (first, block) = after(None, technique, &pages);
+        let (second, _) = after(Some(&block), technique, &pages);
+        assert_eq!((first[0], second[0]), (STORED, ZSTD_AFTER));
+        assert!(second.len() < PAGE_SIZE, "{}", second.len());
+        // What is small is passed over: it stands before nothing.
+        let (small, of_small) = after(Some(&block), technique, &pages[..2]);
+        assert!(small.len() < PAGE_SIZE && of_small.len() < PREFIX_LEAST);
+        let mut decoder = BatchDecoder::new();
+        for bytes in [&first, &second, &small, &second] {
+            let batch = decoder.decode(bytes, 32).unwrap();
+            assert!(
+                batch
+                    .iter()
+                    .zip(&pages)
+                    .all(|(it, page)| it.content == Content::Raw(page))
+            );
+        }
+        let error = BatchDecoder::new().decode(&second, 32).map(|_| ());
+        assert_eq!(error, Err(CodecError::NoPrefix));
+        // Another one before it: what comes out is as long, and wrong, or an error.
+        let mut decoder = BatchDecoder::new();
+        let (other, _) = after(None, Technique::Stored, &vec![noise(99); 32]);
+        decoder.decode(&other, 32).unwrap();
+        if let Ok(batch) = decoder.decode(&second, 32) {
+            assert!(batch.iter().next().unwrap().content != Content::Raw(&pages[0]));
+        }
+    }
+    // The cheap ones take no time for it.
+    let block = Arc::new(pages.iter().flat_map(|page| **page).collect());
+    let (bytes, _) = after(
+        Some(&block),
+        Technique::Zstd1,
+        &[pages[0].clone(), pages[0].clone()],
+    );
+    assert_eq!(bytes[0], ZSTD);
+}
+
+#[test]
+fn a_block_that_looks_like_a_dictionary_stands_before_nothing() {
+    let mut pages: Vec<_> = (1..=32).map(noise).collect();
+    pages[0][..4].copy_from_slice(&DICTIONARY_MAGIC);
+    let (first, block) = after(None, Technique::Stored, &pages);
+    let twice = vec![pages[1].clone(); 32];
+    let (second, _) = after(Some(&block), Technique::Zstd3, &twice);
+    assert_eq!(second[0], ZSTD);
+    let mut decoder = BatchDecoder::new();
+    decoder.decode(&first, 32).unwrap();
+    let mut forged = second.clone();
+    forged[0] = ZSTD_AFTER;
+    let error = decoder.decode(&forged, 32).map(|_| ());
+    assert_eq!(error, Err(CodecError::NoPrefix));
 }
 
 #[test]
@@ -349,8 +426,8 @@ fn each_lie_has_its_error() {
     refuse(&[0, 0, 1, 0, 0, 0x00, 0, 0], CodecError::ClassAndType(0));
     refuse(&[0, 0, 1, 0, 0, 0x1f, 7, 0], CodecError::ClassAndType(7));
     refuse(
-        &[3, 0, 1, 0, 0, normal_zero, 0, 0],
-        CodecError::UnknownCompression(3),
+        &[4, 0, 1, 0, 0, normal_zero, 0, 0],
+        CodecError::UnknownCompression(4),
     );
     refuse(
         &[0, 0, 1, 0, 0, normal_zero, 0, 0, 9],
@@ -382,6 +459,7 @@ fn each_lie_has_its_error() {
     );
     refuse(&[1, 0, 1, 0, 0, 0x20, 0, 0], CodecError::Decompress);
     refuse(&[2, 0, 1, 0, 0, 0x20, 0, 0], CodecError::Decompress);
+    refuse(&[3, 0, 1, 0, 0, 0x20, 0, 0], CodecError::NoPrefix);
     // One literal, and the end: a valid block, but not of a page.
     refuse(
         &[1, 0, 1, 0, 0, 0x20, 0, 0, 0x10, 0x41],
@@ -563,6 +641,25 @@ fn what_stands_for_content_is_compressed_behind_it() {
 }
 
 proptest! {
+    /// Batches of all sizes and techniques in a row, each with the block before it where the
+    /// encoder has kept that.
+    #[test]
+    fn batches_that_build_upon_one_another_come_back(
+        batches in proptest::collection::vec((techniques(), 1usize..40, any::<u8>(), any::<bool>()), 1..8),
+    ) {
+        let mut decoder = BatchDecoder::new();
+        let mut before = None;
+        for (technique, count, seed, keeps) in batches {
+            let pages: Vec<_> = (0..count as u64).map(|at| noise(u64::from(seed & 3) + at % 20)).collect();
+            let (bytes, block) = after(before.as_ref(), technique, &pages);
+            if block.len() >= PREFIX_LEAST {
+                before = keeps.then_some(block);
+            }
+            let batch = decoder.decode(&bytes, 40).unwrap();
+            prop_assert!(batch.iter().zip(&pages).all(|(it, page)| it.content == Content::Raw(page)));
+        }
+    }
+
     #[test]
     fn pages_come_back(pages in batches(), technique in techniques(), next in techniques()) {
         let (bytes, statistics) = encode(&pages, technique);
@@ -599,7 +696,7 @@ proptest! {
     fn any_block_is_refused_or_is_its_pages(
         block in proptest::collection::vec(any::<u8>(), 0..300),
         header in any::<bool>(),
-        compression in 0u8..4,
+        compression in 0u8..5,
         pages in 1u64..5,
     ) {
         let start: &[u8] = if header { &[0x28, 0xb5, 0x2f, 0xfd] } else { &[] };

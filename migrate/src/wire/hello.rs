@@ -14,11 +14,11 @@ use std::io::{self, Read, Write};
 
 /// The lowest version of the protocol that this program speaks. Version 1 had no zstd, and
 /// version 2 neither references nor deltas; version 3 knew nothing of shadows, of dry runs, nor of
-/// connections that a guest has begun itself; version 4 had one connection for everything, and
-/// version 5 no trust groups.
-pub const MIN_PROTOCOL: u16 = 6;
+/// connections that a guest has begun itself; version 4 had one connection for everything,
+/// version 5 no trust groups, and version 6 no batches that build upon the block before.
+pub const MIN_PROTOCOL: u16 = 7;
 /// The highest version of the protocol that this program speaks.
-pub const MAX_PROTOCOL: u16 = 6;
+pub const MAX_PROTOCOL: u16 = 7;
 
 const MAGIC: &[u8; 8] = b"VMSHADOW";
 const HEADER_SIZE: usize = 16;

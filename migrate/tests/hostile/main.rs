@@ -8,7 +8,9 @@
 mod synthesized;
 mod targets;
 
-use migrate::codec::{BatchEncoder, MAX_BATCH_BYTES, Technique};
+use std::sync::Arc;
+
+use migrate::codec::{BatchEncoder, MAX_BATCH_BYTES, PREFIX_LEAST, Technique};
 use migrate::digest::{DigestKey, Digester, MemoryDigest};
 use migrate::group::{Nonce, Proof};
 use migrate::guest::xen::stream::state::{GuestState, PvState, PvVcpu, TscInfo};
@@ -216,6 +218,7 @@ fn crossing(technique: Technique) -> Vec<u8> {
         })
         .collect();
     let (mut all, mut classes) = (Vec::new(), Vec::new());
+    let mut before = None;
     for _ in 0..4 {
         held.begin_round();
         for (pfn, (page_type, content)) in (0..).zip(&memory) {
@@ -232,8 +235,14 @@ fn crossing(technique: Technique) -> Vec<u8> {
                 .expect("It fits");
             classes.push(format!("{class:?}"));
         }
+        let block = Arc::new(encoder.block().to_vec());
         let mut bytes = Vec::new();
         encoder.finish(&mut bytes);
+        // Only the first round has enough to stand before the others.
+        if block.len() >= PREFIX_LEAST {
+            before = Some(block);
+        }
+        encoder.set_prefix(before.clone());
         all.extend((bytes.len() as u32).to_le_bytes());
         all.extend(bytes);
         for _ in 0..40 {
