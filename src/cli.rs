@@ -125,9 +125,9 @@ pub struct Migrate {
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub bandwidth: Option<u64>,
     /// Send the guest's memory by N connections, and all else by another one; 1: everything by one.
-    /// auto: as many as the link needs, which is its bandwidth times its round trip over 2 MiB,
+    /// auto: as many as fill the link, which is its bandwidth times its round trip over 2 MiB,
     /// where a link without --bandwidth counts as 1 Gbit/s; no more than cores
-    #[arg(long, value_name = "N", default_value = "1", value_parser = parse_connections)]
+    #[arg(long, value_name = "N", default_value = "auto", value_parser = parse_connections)]
     pub connections: Connections,
     /// Encode on N cores; by default on all that this host's dom0 has
     #[arg(long, value_name = "N")]
