@@ -21,6 +21,7 @@ use crossbeam_channel::{Receiver, Select, Sender, bounded};
 
 use super::conversation::{Heard, QUEUE, Reading, Received, SILENCE};
 use super::order::{Order, Turn};
+use super::spreading::bit;
 use super::{Conversation, Link, MAX_CONNECTIONS, Rate};
 use crate::error::{Error, Result, chain};
 use crate::wire::{JoinToken, Role, Tag, Text, ToDestination, ToSource};
@@ -77,7 +78,7 @@ fn admit(
     expecting: &Expecting,
     most: usize,
     read: &Arc<AtomicU64>,
-    joined: &Sender<Conversation>,
+    joined: &Sender<(u32, Conversation)>,
     closed: &Receiver<()>,
 ) {
     let taken = Arc::new(Mutex::new(vec![false; most]));
@@ -102,9 +103,9 @@ fn admit(
             let mut connection =
                 Conversation::begin(&peer, link, Role::Destination, rate, cancel, QUEUE, reading);
             match welcome(&mut connection, token, &taken) {
-                Ok(()) => {
+                Ok(index) => {
                     // A move that has ended needs it no more.
-                    let _ = joined.send(connection);
+                    let _ = joined.send((index, connection));
                 }
                 Err(error) => {
                     log::warn!("{}", chain(&error));
@@ -117,12 +118,12 @@ fn admit(
     }
 }
 
-/// Checks what a connection says that it belongs to.
+/// Checks what a connection says that it belongs to; its index.
 fn welcome(
     connection: &mut Conversation,
     token: JoinToken,
     taken: &Mutex<Vec<bool>>,
-) -> Result<()> {
+) -> Result<u32> {
     let deadline = Instant::now() + JOINING;
     connection.greet(deadline)?;
     let received = connection.receive(deadline)?;
@@ -150,21 +151,21 @@ fn welcome(
             "a connection that is there, or was not agreed upon",
         ));
     }
-    connection.send(&ToSource::Joined(index))
+    connection.send(&ToSource::Joined(index))?;
+    Ok(index)
 }
 
 /// A connection that has joined.
 struct Joined {
     connection: Conversation,
-    /// A batch came by it.
-    used: bool,
+    index: u32,
 }
 
 /// What a wait came to.
 enum Event {
     Closed,
     Message(Heard),
-    Joined(Box<Conversation>),
+    Joined(Box<(u32, Conversation)>),
     /// Nobody else will join.
     AllJoined,
     Batch(usize, Option<Heard>),
@@ -177,7 +178,7 @@ enum Event {
 /// Why there is nothing more to come.
 fn merge(
     messages: &Receiver<Heard>,
-    joining: &Receiver<Conversation>,
+    joining: &Receiver<(u32, Conversation)>,
     closed: &Receiver<()>,
     to: &Sender<Heard>,
 ) -> std::result::Result<(), String> {
@@ -185,6 +186,8 @@ fn merge(
     // None where one has ended.
     let mut connections: Vec<Option<Joined>> = Vec::new();
     let mut may_join = true;
+    // Which of them the source uses, once it has said so, and which have ended.
+    let (mut spread, mut ended) = (0, 0);
     // All pages have come: connections for them may end.
     let mut complete = false;
     let mut lost: Option<(Instant, String)> = None;
@@ -216,6 +219,17 @@ fn merge(
                     Err(error) => return Err(chain(&error)),
                 }
             }
+            Event::Message(Heard::Frame(received)) if received.tag == Tag::Spread => {
+                match ToDestination::decode(received.frame()) {
+                    Ok(ToDestination::Spread(which)) => spread = which,
+                    Ok(_) => {}
+                    Err(error) => return Err(chain(&error)),
+                }
+                if spread & ended != 0 {
+                    let reason = "the connection was closed".to_owned();
+                    lost.get_or_insert((Instant::now() + GRACE, reason));
+                }
+            }
             // It waits for nothing.
             Event::Message(
                 heard @ Heard::Frame(Received {
@@ -230,17 +244,14 @@ fn merge(
             Event::Message(Heard::Hello(_)) => return Err("it greeted twice".into()),
             Event::Joined(connection) => {
                 order.join();
-                connections.push(Some(Joined {
-                    connection: *connection,
-                    used: false,
-                }));
+                let (index, connection) = *connection;
+                connections.push(Some(Joined { connection, index }));
             }
             Event::AllJoined => may_join = false,
             Event::Batch(number, Some(Heard::Frame(received))) => {
                 let Some(Some(joined)) = connections.get_mut(number) else {
                     continue;
                 };
-                joined.used = true;
                 // While nothing was taken nothing was read.
                 joined.connection.last_heard.note(Instant::now());
                 match ToDestination::decode(received.frame()).map_err(|error| chain(&error))? {
@@ -255,14 +266,18 @@ fn merge(
                     }
                 }
             }
-            Event::Batch(number, ended) => {
-                let joined = connections.get_mut(number).and_then(Option::take);
-                let reason = match ended {
+            Event::Batch(number, end) => {
+                let Some(joined) = connections.get_mut(number).and_then(Option::take) else {
+                    continue;
+                };
+                ended |= bit(joined.index);
+                let reason = match end {
                     Some(Heard::End(reason)) => reason,
                     _ => "the connection was closed".into(),
                 };
-                // One that was too late for the source, which goes on without, takes nothing along.
-                if !complete && joined.is_some_and(|joined| joined.used) {
+                // What was on its way is lost. One that was answered too late takes nothing along: the
+                // source goes on without it.
+                if !complete && spread & bit(joined.index) != 0 {
                     lost.get_or_insert((Instant::now() + GRACE, reason));
                 }
             }
@@ -292,7 +307,7 @@ fn merge(
 fn wait(
     order: &Order<Received>,
     messages: &Receiver<Heard>,
-    joining: &Receiver<Conversation>,
+    joining: &Receiver<(u32, Conversation)>,
     closed: &Receiver<()>,
     connections: &[Option<Joined>],
     may_join: bool,
@@ -427,6 +442,11 @@ mod tests {
         }
     }
 
+    /// The source says which connections it uses.
+    fn spread(world: &mut World, which: u64) {
+        say(&mut world.first, &ToDestination::Spread(which));
+    }
+
     fn batch(to: &mut UnixStream, batches: u64, messages: u64, content: u8) {
         let place = Place { batches, messages };
         let batch = &[content];
@@ -495,6 +515,7 @@ mod tests {
     fn a_connection_that_ends_ends_the_conversation_unless_the_source_says_why() {
         let mut world = World::new(2);
         let mut a = world.joined(0);
+        spread(&mut world, 1);
         batch(&mut a, 0, 0, 1);
         assert_eq!(world.next().tag, Tag::Pages);
         drop(a);
@@ -505,6 +526,7 @@ mod tests {
 
         let mut world = World::new(2);
         let mut a = world.joined(0);
+        spread(&mut world, 1);
         batch(&mut a, 0, 0, 1);
         assert_eq!(world.next().tag, Tag::Pages);
         // It waits for a batch that never comes, and the end of the move does not.
@@ -515,11 +537,35 @@ mod tests {
         assert_eq!(world.next().tag, Tag::Abort);
     }
 
-    /// It came too late for the source, which went on without it.
+    /// What was on its way when it ended is lost, though nothing has come by it.
     #[test]
-    fn a_connection_that_ends_unused_ends_nothing() {
+    fn a_connection_that_takes_its_first_batch_along_ends_the_conversation() {
+        for told_first in [true, false] {
+            let mut world = World::new(2);
+            let (a, mut b) = (world.joined(0), world.joined(1));
+            if told_first {
+                spread(&mut world, 3);
+            }
+            drop(a);
+            thread::sleep(GRACE / 4);
+            if !told_first {
+                spread(&mut world, 3);
+            }
+            batch(&mut b, 1, 0, 11);
+            say(&mut world.first, &ToDestination::After(2));
+            say(&mut world.first, &ToDestination::Keep);
+            let soon = Instant::now() + GRACE * 10;
+            let error = world.destination.receive(soon).err().unwrap().to_string();
+            assert!(!error.contains("in time"), "{error}");
+        }
+    }
+
+    /// It was answered too late for the source, which went on without it.
+    #[test]
+    fn a_connection_that_is_not_used_ends_nothing() {
         let mut world = World::new(2);
         drop(world.joined(1));
+        spread(&mut world, 1);
         // Longer than the first connection has for saying why.
         thread::sleep(GRACE * 2);
         let mut a = world.joined(0);

@@ -45,6 +45,11 @@ pub fn connections_for(limit: Option<u64>, round_trip: Duration, cores: usize) -
     wanted.clamp(1, cores.clamp(1, MAX_CONNECTIONS))
 }
 
+/// The bit of a connection in [`ToDestination::Spread`].
+pub(super) fn bit(index: u32) -> u64 {
+    1u64.checked_shl(index).unwrap_or(0)
+}
+
 /// The connections that carry pages.
 pub(super) struct Spreading {
     pub(super) queue: Sender<Placed>,
@@ -81,27 +86,27 @@ impl Joining {
         Ok(Joining { connection, index })
     }
 
-    /// Waits until the other side says of each that it does, for so long all together. One that
-    /// takes all that time leaves the others a moment: they may have been answered long ago.
+    /// Waits until the other side says of each that it does, for so long all together; with each its
+    /// index. One that takes all that time leaves the others a moment: they may have been answered long ago.
     ///
     /// # Errors
     /// Of each: what the other side says else; [`Error::LinkLost`], [`Error::Cancelled`].
     pub fn finish_all(
         joining: Vec<Joining>,
         within: Duration,
-    ) -> impl Iterator<Item = Result<Conversation>> {
+    ) -> impl Iterator<Item = Result<(u32, Conversation)>> {
         let deadline = Instant::now() + within;
         joining
             .into_iter()
             .map(move |it| it.finish(deadline.max(Instant::now() + HEARD)))
     }
 
-    fn finish(mut self, deadline: Instant) -> Result<Conversation> {
+    fn finish(mut self, deadline: Instant) -> Result<(u32, Conversation)> {
         self.connection.greet(deadline)?;
         let received = self.connection.receive(deadline)?;
         let peer = self.connection.peer().to_owned();
         match ToSource::decode(received.frame())? {
-            ToSource::Joined(index) if index == self.index => Ok(self.connection),
+            ToSource::Joined(index) if index == self.index => Ok((index, self.connection)),
             ToSource::Failed(reason) => Err(Error::PeerFailed {
                 peer,
                 reason: reason.to_string(),
@@ -179,15 +184,25 @@ impl Drop for Spreading {
 }
 
 impl Conversation {
-    /// From now on pages go by `connections`, with room for `queue` batches that wait for them, and
-    /// this one carries all else. Without any of them all stays as it is.
+    /// From now on pages go by `connections`, each with its index, with room for `queue` batches that
+    /// wait for them, and this one carries all else. Without any of them all stays as it is. The other
+    /// side is told which they are: one that it has answered may have been answered too late.
     ///
     /// # Errors
     /// [`Error::LinkLost`].
-    pub fn spread_over(&mut self, connections: Vec<Conversation>, queue: usize) -> Result<()> {
+    pub fn spread_over(
+        &mut self,
+        connections: Vec<(u32, Conversation)>,
+        queue: usize,
+    ) -> Result<()> {
         if connections.is_empty() {
             return Ok(());
         }
+        let which = connections
+            .iter()
+            .fold(0, |all, (index, _)| all | bit(*index));
+        self.send(&ToDestination::Spread(which))?;
+        let connections: Vec<_> = connections.into_iter().map(|(_, it)| it).collect();
         let (queue, batches) = bounded(queue);
         let stop = Arc::<AtomicBool>::default();
         for connection in &connections {
@@ -247,7 +262,7 @@ mod tests {
             (conversation, theirs)
         };
         let ((mut first, far), (data, data_far)) = (start(), start());
-        first.spread_over(vec![data], 1).unwrap();
+        first.spread_over(vec![(0, data)], 1).unwrap();
         (first, [far, data_far])
     }
 

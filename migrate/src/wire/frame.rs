@@ -59,6 +59,8 @@ pub enum Tag {
     After = 0x11,
     /// [`ToDestination::Prove`](super::ToDestination::Prove).
     Prove = 0x12,
+    /// [`ToDestination::Spread`](super::ToDestination::Spread).
+    Spread = 0x13,
     /// [`ToSource::Accept`](super::ToSource::Accept).
     Accept = 0x81,
     /// [`ToSource::Refuse`](super::ToSource::Refuse).
@@ -88,7 +90,7 @@ pub enum Tag {
 }
 
 impl Tag {
-    const ALL: [Self; 31] = [
+    const ALL: [Self; 32] = [
         Self::Offer,
         Self::P2mFrames,
         Self::Pages,
@@ -117,6 +119,7 @@ impl Tag {
         Self::Join,
         Self::Batch,
         Self::After,
+        Self::Spread,
         Self::Joined,
         Self::Prove,
         Self::Shares,
@@ -179,6 +182,7 @@ impl Tag {
             | Self::Recall
             | Self::Keep
             | Self::After
+            | Self::Spread
             | Self::Joined
             | Self::Kept
             | Self::Running

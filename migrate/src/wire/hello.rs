@@ -15,7 +15,8 @@ use std::io::{self, Read, Write};
 /// The lowest version of the protocol that this program speaks. Version 1 had no zstd, and
 /// version 2 neither references nor deltas; version 3 knew nothing of shadows, of dry runs, nor of
 /// connections that a guest has begun itself; version 4 had one connection for everything,
-/// version 5 no trust groups, and version 6 no batches that build upon the block before.
+/// version 5 no trust groups, and version 6 no batches that build upon the block before,
+/// nor did its sources say which connections they use.
 pub const MIN_PROTOCOL: u16 = 7;
 /// The highest version of the protocol that this program speaks.
 pub const MAX_PROTOCOL: u16 = 7;

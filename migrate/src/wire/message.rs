@@ -136,6 +136,8 @@ pub enum ToDestination<'a> {
     },
     /// The next message comes after so many batches that come by connections of their own.
     After(u64),
+    /// Pages go by the connections whose bits are set, bit 0 for that of index 0, and by no others.
+    Spread(u64),
 }
 
 /// A message of the destination's.
@@ -211,6 +213,7 @@ impl Message for ToDestination<'_> {
             Self::Join { .. } => Tag::Join,
             Self::Batch { .. } => Tag::Batch,
             Self::After(_) => Tag::After,
+            Self::Spread(_) => Tag::Spread,
         }
     }
 
@@ -242,7 +245,10 @@ impl Message for ToDestination<'_> {
             Self::State(state) => encode_state(state, to)?,
             Self::Final(digest) => to.extend(digest.0),
             Self::Abort(reason) => to.extend(reason.as_str().as_bytes()),
-            Self::Ping(number) | Self::Pong(number) | Self::After(number) => {
+            Self::Ping(number)
+            | Self::Pong(number)
+            | Self::After(number)
+            | Self::Spread(number) => {
                 to.extend(number.to_le_bytes());
             }
             Self::Join { token, index } => {
@@ -311,6 +317,7 @@ impl<'a> ToDestination<'a> {
                 batch: decode_rest(&mut from),
             },
             Tag::After => Self::After(from.u64().map_err(&malformed)?),
+            Tag::Spread => Self::Spread(from.u64().map_err(&malformed)?),
             _ => return Err(WireError::WrongDirection(tag)),
         };
         if from.is_empty() {
@@ -356,6 +363,7 @@ impl fmt::Debug for ToDestination<'_> {
             Self::Join { index, .. } => write!(f, "Join({index})"),
             Self::Batch { place, batch } => write!(f, "Batch({place:?}, {} bytes)", batch.len()),
             Self::After(batches) => f.debug_tuple("After").field(batches).finish(),
+            Self::Spread(which) => write!(f, "Spread({which:#b})"),
         }
     }
 }

@@ -36,6 +36,7 @@
 //!     | -------------------- Hello -------------------- |
 //!     | Join -----------------------------------------> |      with what the acceptance gave
 //!     | <--------------------------------------- Joined |
+//!     |                 (first connection) Spread ----> |      which of them it uses
 //!     | Batch, Batch, ... ----------------------------> |      each says where it stands
 //! ```
 //!

@@ -143,6 +143,7 @@ fn to_destination() -> impl Strategy<Value = ToDestination<'static>> {
         any::<u64>().prop_map(ToDestination::Ping),
         any::<u64>().prop_map(ToDestination::Pong),
         any::<u64>().prop_map(ToDestination::After),
+        any::<u64>().prop_map(ToDestination::Spread),
         any::<([u8; 16], u32)>().prop_map(|(token, index)| ToDestination::Join {
             token: JoinToken::new(token),
             index,

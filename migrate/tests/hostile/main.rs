@@ -307,6 +307,7 @@ fn to_destination() -> Vec<Vec<u8>> {
             batch: &batch,
         },
         ToDestination::After(8),
+        ToDestination::Spread(3),
         ToDestination::Prove(Proof([8; 32])),
         ToDestination::Abort(Text::new("Enough")),
         ToDestination::Ping(7),
