@@ -51,13 +51,28 @@ fn describe(found: &DryRun) -> String {
     let memory = &found.memory;
     let page = PAGE_SIZE as f64;
     let sampled = memory.sampled.max(1) as f64;
+    let rest = memory.sampled.saturating_sub(memory.empty + memory.same);
     text.push_str(&format!(
-        "  memory: {}, {:.0} % of it read: {:.0} % empty, the rest comes to {:.2} of its size\n",
+        "  memory: {}, {:.0} % of it read: {:.0} % empty, {}the rest comes to {:.2} of its size\n",
         HumanBytes(found.guest_bytes),
         100.0 * (memory.sampled as f64 / memory.pages.max(1) as f64).min(1.0),
         100.0 * memory.empty as f64 / sampled,
-        memory.bytes as f64 / ((memory.sampled - memory.empty).max(1) as f64 * page),
+        match memory.same {
+            0 => String::new(),
+            same => format!(
+                "{:.0} % as {} has it, ",
+                100.0 * same as f64 / sampled,
+                found.destination
+            ),
+        },
+        memory.bytes as f64 / (rest.max(1) as f64 * page),
     ));
+    if found.shareable > 0 {
+        text.push_str(&format!(
+            "  {} contents of its trust group are shared there\n",
+            found.shareable
+        ));
+    }
     text.push_str(&format!(
         "  changes: {}/s, {} of them in every second\n",
         HumanBytes((memory.dirty * page) as u64),

@@ -28,8 +28,8 @@ use crate::control::Shared;
 use crate::digest::{Digester, MemoryDigest};
 use crate::error::{Error, Result, chain};
 use crate::group::{Group, Library, NAME_SIZE, Nonce, Proof};
-use crate::guest::Destination;
 use crate::guest::xen::stream::state::GuestState;
+use crate::guest::{Destination, PageTable};
 use crate::handover::journal::{Journal, Outcome, Phase};
 use crate::hold::hold;
 use crate::image::Image;
@@ -105,13 +105,34 @@ impl Sharing {
         let nonce = Nonce(random()?);
         Ok(Some(Sharing { group, nonce }))
     }
+
+    /// What the source is told of it.
+    #[must_use]
+    pub fn offer(&self) -> GroupOffer {
+        GroupOffer {
+            name: Text::new(self.group.name()),
+            nonce: self.nonce,
+        }
+    }
 }
 
 /// Says whether this site takes a guest, and prepares for it: checks, journal, guardian, image.
 pub type Prepare<'a> = dyn FnMut(&Offer) -> Result<Prepared> + 'a;
 
+/// A site that would take a guest.
+pub struct Willing {
+    /// What it says.
+    pub acceptance: Acceptance,
+    /// What it has of the guest, going by what is written down of it.
+    pub known: Option<PageTable>,
+    /// Contents of other guests that may be shared, if there are any.
+    pub sharing: Option<Sharing>,
+    /// What this site holds of guests that run elsewhere.
+    pub shadows: Shadows,
+}
+
 /// Says whether this site would take a guest, and makes nothing.
-pub type Judge<'a> = dyn FnMut(&Offer) -> Result<Acceptance> + 'a;
+pub type Judge<'a> = dyn FnMut(&Offer) -> Result<Willing> + 'a;
 
 /// Receives one guest from `peer`; or only says whether it would, by `judge`.
 ///
@@ -122,7 +143,7 @@ pub fn run(mut peer: Conversation, prepare: &mut Prepare<'_>, judge: &mut Judge<
         .greet(Instant::now() + GREETING)
         .and_then(|_| receive_offer(&mut peer))
         .and_then(|offer| match offer.purpose {
-            Purpose::DryRun => judge(&offer).map(Answer::Would),
+            Purpose::DryRun => judge(&offer).map(|willing| Answer::Would(offer, Box::new(willing))),
             Purpose::Move | Purpose::Shadow => {
                 prepare(&offer).map(|prepared| Answer::Does(offer, Box::new(prepared)))
             }
@@ -139,8 +160,8 @@ pub fn run(mut peer: Conversation, prepare: &mut Prepare<'_>, judge: &mut Judge<
             peer.close();
             Err(error)
         }
-        Ok(Answer::Would(acceptance)) => {
-            let told = peer.send(&ToSource::Accept(Box::new(acceptance)));
+        Ok(Answer::Would(offer, willing)) => {
+            let told = foretell(&mut peer, &offer, *willing);
             peer.close();
             told
         }
@@ -151,7 +172,7 @@ pub fn run(mut peer: Conversation, prepare: &mut Prepare<'_>, judge: &mut Judge<
 /// To an offer that is not refused.
 enum Answer {
     /// It was a question only.
-    Would(Acceptance),
+    Would(Box<Offer>, Box<Willing>),
     /// All is prepared.
     Does(Box<Offer>, Box<Prepared>),
 }
@@ -165,6 +186,93 @@ fn receive_offer(peer: &mut Conversation) -> Result<Box<Offer>> {
             ToDestination::Probe(_) => {}
             ToDestination::Offer(offer) => return Ok(offer),
             other => return Err(unexpected(peer, &other)),
+        }
+    }
+}
+
+/// Says what would be said to a guest that came, until nothing more is asked.
+fn foretell(peer: &mut Conversation, offer: &Offer, willing: Willing) -> Result<()> {
+    let Willing {
+        acceptance,
+        known,
+        mut sharing,
+        shadows,
+    } = willing;
+    peer.send(&ToSource::Accept(Box::new(acceptance)))?;
+    let digester = Digester::new(&offer.digest_key);
+    loop {
+        let received = match peer.receive(Instant::now() + PATIENCE) {
+            Ok(received) => received,
+            Err(Error::LinkLost { .. }) => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        match (ToDestination::decode(received.frame())?, &known) {
+            (ToDestination::Ping(token), _) => peer.send(&ToSource::Pong(token))?,
+            (ToDestination::Recall { known: true }, Some(_)) => {}
+            (ToDestination::Recall { known: false }, Some(table)) => {
+                send_inventory(peer, table, &digester)?;
+            }
+            (ToDestination::Prove(proof), _) => {
+                share(peer, sharing.take(), &proof, &shadows, offer)?;
+            }
+            (other, _) => return Err(unexpected(peer, &other)),
+        }
+    }
+}
+
+/// Tells the source what is in `table`.
+fn send_inventory(peer: &mut Conversation, table: &PageTable, digester: &Digester) -> Result<()> {
+    for first in (0..table.pages()).step_by(inventory::CHUNK_PAGES as usize) {
+        let end = first + inventory::CHUNK_PAGES;
+        let mut runs = Vec::new();
+        inventory::encode(table, digester, first, end, &mut runs);
+        peer.send(&ToSource::Inventory { first, runs })?;
+    }
+    Ok(())
+}
+
+/// Tells the source what is here of other guests, if it has the key of their group. Asked once.
+fn share(
+    peer: &mut Conversation,
+    sharing: Option<Sharing>,
+    proof: &Proof,
+    shadows: &Shadows,
+    offer: &Offer,
+) -> Result<Option<Library>> {
+    let Some(Sharing { group, nonce }) = sharing else {
+        return Err(Error::Protocol {
+            peer: peer.peer().to_owned(),
+            what: "a proof that nobody asked for".into(),
+        });
+    };
+    if !group.accepts(proof, &nonce, offer.move_id) {
+        log::warn!(
+            "{} has another key of trust group {}: nothing is shared",
+            peer.peer(),
+            group.name()
+        );
+        let (total, names) = (0, Vec::new());
+        peer.send(&ToSource::Shares { total, names })?;
+        return Ok(None);
+    }
+    let library = Library::open(shadows, &group, &offer.uuid)?;
+    let names: Vec<u8> = library.names().flat_map(|name| name.0).collect();
+    let total = library.len() as u64;
+    log::info!(
+        "{total} contents of trust group {} are shared",
+        group.name()
+    );
+    // One that is empty is told as well.
+    let mut left = names.as_slice();
+    loop {
+        let (next, rest) = left.split_at(left.len().min(MAX_SHARES * NAME_SIZE));
+        peer.send(&ToSource::Shares {
+            total,
+            names: next.to_vec(),
+        })?;
+        left = rest;
+        if left.is_empty() {
+            return Ok(Some(library));
         }
     }
 }
@@ -227,10 +335,7 @@ impl Receiving {
                 edge_site: prepared.arranged.site.as_deref().map(Text::new),
                 shadow: prepared.shadow,
                 join: prepared.expecting.as_ref().map(|expecting| expecting.token),
-                group: prepared.sharing.as_ref().map(|sharing| GroupOffer {
-                    name: Text::new(sharing.group.name()),
-                    nonce: sharing.nonce,
-                }),
+                group: prepared.sharing.as_ref().map(Sharing::offer),
             },
             decoder: BatchDecoder::new(),
             arrival: Arrival::default(),
@@ -322,8 +427,15 @@ impl Receiving {
                 (ToDestination::Ping(token), _) => self.peer.send(&ToSource::Pong(token))?,
                 (ToDestination::Pong(_), _) => {}
                 (ToDestination::Recall { known: true }, None) => {}
-                (ToDestination::Recall { known: false }, None) => self.send_inventory()?,
-                (ToDestination::Prove(proof), None) => self.share(&proof)?,
+                (ToDestination::Recall { known: false }, None) => {
+                    let image = lock(&self.image)?;
+                    send_inventory(&mut self.peer, image.table(), &self.digester)?;
+                }
+                (ToDestination::Prove(proof), None) => {
+                    let sharing = self.sharing.take();
+                    let (shadows, offer) = (&self.shadows, &self.offer);
+                    self.library = share(&mut self.peer, sharing, &proof, shadows, offer)?;
+                }
                 (
                     ToDestination::P2mFrames {
                         max_pfn,
@@ -392,61 +504,6 @@ impl Receiving {
                 ..Outlook::default()
             },
         });
-    }
-
-    /// Tells the source what is in the image.
-    fn send_inventory(&mut self) -> Result<()> {
-        for first in (0..self.offer.pages).step_by(inventory::CHUNK_PAGES as usize) {
-            let end = first + inventory::CHUNK_PAGES;
-            let mut runs = Vec::new();
-            inventory::encode(
-                lock(&self.image)?.table(),
-                &self.digester,
-                first,
-                end,
-                &mut runs,
-            );
-            self.peer.send(&ToSource::Inventory { first, runs })?;
-        }
-        Ok(())
-    }
-
-    /// Tells the source what is here of other guests, if it has the key of their group. Asked once.
-    fn share(&mut self, proof: &Proof) -> Result<()> {
-        let Some(Sharing { group, nonce }) = self.sharing.take() else {
-            return Err(self.protocol("a proof that nobody asked for"));
-        };
-        if !group.accepts(proof, &nonce, self.offer.move_id) {
-            log::warn!(
-                "{} has another key of trust group {}: nothing is shared",
-                self.peer.peer(),
-                group.name()
-            );
-            let (total, names) = (0, Vec::new());
-            return self.peer.send(&ToSource::Shares { total, names });
-        }
-        let library = Library::open(&self.shadows, &group, &self.offer.uuid)?;
-        let names: Vec<u8> = library.names().flat_map(|name| name.0).collect();
-        let total = library.len() as u64;
-        log::info!(
-            "{total} contents of trust group {} are shared",
-            group.name()
-        );
-        // One that is empty is told as well.
-        let mut left = names.as_slice();
-        loop {
-            let (next, rest) = left.split_at(left.len().min(MAX_SHARES * NAME_SIZE));
-            self.peer.send(&ToSource::Shares {
-                total,
-                names: next.to_vec(),
-            })?;
-            left = rest;
-            if left.is_empty() {
-                break;
-            }
-        }
-        self.library = Some(library);
-        Ok(())
     }
 
     /// Puts a batch into the image; how many pages it had.

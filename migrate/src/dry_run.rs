@@ -3,7 +3,8 @@
 //! ```text
 //!   find the guest -> checks -> ssh -> hello, round trip -> link measured -> offer, marked
 //!                                                                            judged there
-//!   -> the guest's memory surveyed, at the rate of the link -> prediction
+//!   -> what the destination has already -> the guest's memory surveyed against that, at the rate
+//!      of the link -> prediction
 //! ```
 //!
 //! The destination looks at all that a move would need and answers, and makes nothing. Here no
@@ -18,7 +19,8 @@ use serde::Serialize;
 use crate::costs::Costs;
 use crate::digest::{DigestKey, Digester};
 use crate::directories::Directories;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, chain};
+use crate::group::{Group, group_of};
 use crate::guest;
 use crate::guest::xen::checks::{Layout, hindrances};
 use crate::guest::xen::host::Host;
@@ -29,11 +31,15 @@ use crate::outgoing::{LOCKED, Request, find_domain, offer, random};
 use crate::pages::PAGE_SIZE;
 use crate::report::rounded;
 use crate::rounds::{FixedCost, Prediction};
+use crate::shadow::Shadows;
+use crate::source::learning::{Asked, Learned, learn, receive, unexpected};
 use crate::survey::{Survey, survey};
-use crate::wire::{MAX_PROBE, MoveId, Offer, Purpose, Role as WireRole, ToDestination, ToSource};
+use crate::wire::{
+    MAX_PROBE, MoveId, Offer, Purpose, Role as WireRole, Text, ToDestination, ToSource,
+};
 
 /// The version of [`DryRun`]'s format.
-pub const DRY_RUN_VERSION: u32 = 1;
+pub const DRY_RUN_VERSION: u32 = 2;
 
 /// How long the other site may take to greet, and to answer.
 const ANSWERING: Duration = Duration::from_secs(60);
@@ -78,6 +84,10 @@ pub struct DryRun {
     pub link: LinkFound,
     /// The guest's memory, bytes.
     pub guest_bytes: u64,
+    /// Pages of it that the destination has, going by what is written down there.
+    pub recalled: u64,
+    /// Contents of other guests of its trust group that the destination shares.
+    pub shareable: u64,
     /// What was found in it.
     pub memory: Survey,
     /// What a handover costs whatever is left to send.
@@ -114,17 +124,49 @@ pub fn dry_run(
         )));
     }
     let layout = Layout::read(&host, domid)?;
-    let key = DigestKey::new(random()?);
+    let shadows = Shadows::new(directories, request.shadows.clone());
+    // By the same secret as a move, so that it can be told what the destination has.
+    let key = match shadows.key(&uuid) {
+        Some(key) => key,
+        None => DigestKey::new(random()?),
+    };
     let digester = Digester::new(&key);
     let mut guest = guest::xen::open(&host, domid, &key, request.tracker)?;
     let move_id = MoveId::from_random(random()?);
-    let mut offer = offer(&host, guest.as_mut(), domid, &layout, key, move_id, request)?;
+    let mut offer = offer(
+        &host,
+        guest.as_mut(),
+        domid,
+        &layout,
+        key.clone(),
+        move_id,
+        request,
+    )?;
     offer.purpose = Purpose::DryRun;
-    let asked = ask(request, offer, Arc::clone(&cancel))?;
+    let mut warnings = Vec::new();
+    let group = group_of(&request.groups, &name).and_then(|group| match group.open() {
+        Ok(group) => Some(group),
+        Err(error) => {
+            warnings.push(chain(&error));
+            None
+        }
+    });
+    let asked = Asked {
+        shadows: &shadows,
+        uuid: &uuid,
+        key: &key,
+        digester: &digester,
+        pages: guest.facts().pages,
+        populated: guest.populated(),
+    };
+    let answer = ask(request, offer, &asked, group.as_ref(), Arc::clone(&cancel))?;
+    warnings.extend(answer.warnings);
 
-    let bytes_a_second = asked.link.mbit * 1e6 / 8.0;
+    let bytes_a_second = answer.link.mbit * 1e6 / 8.0;
+    let learned = answer.learned;
     let memory = survey(
         guest.as_mut(),
+        learned.held,
         &digester,
         bytes_a_second,
         SURVEYING,
@@ -138,10 +180,12 @@ pub fn dry_run(
         domain: name,
         uuid,
         destination: request.remote.host.clone(),
-        refused: asked.refused,
-        warnings: asked.warnings,
-        link: asked.link,
+        refused: answer.refused,
+        warnings,
+        link: answer.link,
         guest_bytes: guest.populated() * PAGE_SIZE as u64,
+        recalled: learned.recalled,
+        shareable: learned.shareable.unwrap_or(0),
         memory,
         fixed,
         fixed_seen: seen.is_some(),
@@ -150,19 +194,27 @@ pub fn dry_run(
 }
 
 /// What the destination said.
-struct Asked {
+pub(crate) struct Answer {
     link: LinkFound,
     refused: Option<String>,
     warnings: Vec<String>,
+    /// What it has of the guest.
+    pub learned: Learned,
 }
 
-fn ask(request: &Request, offer: Offer, cancel: Arc<AtomicBool>) -> Result<Asked> {
+fn ask(
+    request: &Request,
+    offer: Offer,
+    asked: &Asked<'_>,
+    group: Option<&Group>,
+    cancel: Arc<AtomicBool>,
+) -> Result<Answer> {
     let host = &request.remote.host;
     let (link, mut session) = request.remote.connect()?;
     let mut peer = Conversation::start(host, link, WireRole::Source, None, cancel);
-    let asked = ask_over(&mut peer, request, offer);
+    let answer = ask_over(&mut peer, request.rate, offer, asked, group);
     peer.close();
-    let asked = asked.map_err(|error| match error {
+    let answer = answer.map_err(|error| match error {
         Error::LinkLost { peer, reason } => Error::LinkLost {
             peer,
             reason: session.reason(reason),
@@ -170,13 +222,23 @@ fn ask(request: &Request, offer: Offer, cancel: Arc<AtomicBool>) -> Result<Asked
         other => other,
     });
     session.finish(Duration::from_secs(10));
-    asked
+    answer
 }
 
-fn ask_over(peer: &mut Conversation, request: &Request, offer: Offer) -> Result<Asked> {
+/// Asks by a connection. A link that is given a `rate`, bytes a second, is not measured.
+///
+/// # Errors
+/// What breaks the link, and what makes no sense. That the other site would refuse is none.
+pub(crate) fn ask_over(
+    peer: &mut Conversation,
+    rate: Option<u64>,
+    offer: Offer,
+    asked: &Asked<'_>,
+    group: Option<&Group>,
+) -> Result<Answer> {
     peer.greet(Instant::now() + ANSWERING)?;
     let round_trip = ping(peer, 1)?.min(ping(peer, 2)?);
-    let (rate, probed_bytes) = match request.rate {
+    let (rate, probed_bytes) = match rate {
         Some(rate) => (rate as f64, None),
         None => {
             let (rate, bytes) = measure(peer, round_trip)?;
@@ -188,25 +250,32 @@ fn ask_over(peer: &mut Conversation, request: &Request, offer: Offer) -> Result<
         mbit: (rate * 8e-6 * 10.0).round() / 10.0,
         probed_bytes,
     };
+    let move_id = offer.move_id;
     peer.send(&ToDestination::Offer(Box::new(offer)))?;
-    let (refused, warnings) = match receive(peer)? {
-        ToSource::Accept(accept) => (None, accept.warnings),
-        ToSource::Refuse(refusal) => (Some(refusal.reason.to_string()), Vec::new()),
-        ToSource::Failed(reason) => (Some(reason.to_string()), Vec::new()),
-        other => return Err(unexpected(peer, &other)),
-    };
-    Ok(Asked {
+    let answer = |refused, warnings, learned| Answer {
         link,
         refused,
-        warnings: warnings.iter().map(ToString::to_string).collect(),
-    })
+        warnings,
+        learned,
+    };
+    let refused = |reason: Text| answer(Some(reason.to_string()), Vec::new(), asked.nothing());
+    match receive(peer, ANSWERING)? {
+        ToSource::Accept(accepted) => {
+            let learned = learn(peer, &accepted, asked, group, move_id)?;
+            let warnings = accepted.warnings.iter().map(ToString::to_string).collect();
+            Ok(answer(None, warnings, learned))
+        }
+        ToSource::Refuse(refusal) => Ok(refused(refusal.reason)),
+        ToSource::Failed(reason) => Ok(refused(reason)),
+        other => Err(unexpected(peer, &other)),
+    }
 }
 
 /// How long the answer to a ping takes.
 fn ping(peer: &mut Conversation, number: u64) -> Result<Duration> {
     let start = Instant::now();
     peer.send(&ToDestination::Ping(number))?;
-    match receive(peer)? {
+    match receive(peer, ANSWERING)? {
         ToSource::Pong(answer) if answer == number => Ok(start.elapsed()),
         other => Err(unexpected(peer, &other)),
     }
@@ -239,17 +308,4 @@ fn measure(peer: &mut Conversation, round_trip: Duration) -> Result<(f64, u64)> 
         blocks *= 2;
     }
     Ok((1.0, sent))
-}
-
-fn receive(peer: &mut Conversation) -> Result<ToSource> {
-    let deadline = Instant::now() + ANSWERING;
-    let received = peer.receive(deadline)?;
-    Ok(ToSource::decode(received.frame())?)
-}
-
-fn unexpected(peer: &Conversation, message: &ToSource) -> Error {
-    Error::Protocol {
-        peer: peer.peer().to_owned(),
-        what: format!("{message:?} out of order"),
-    }
 }

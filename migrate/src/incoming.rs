@@ -22,7 +22,7 @@ use xen_sys::ctl::{CpuPolicy, GuestKind as CpuKind};
 use crate::configuration::{Accepted, SitePolicy, accept};
 use crate::connections::{Arranged, Expect, Expected};
 use crate::control::{self, Ended, Server, Shared};
-use crate::destination::{Prepared, Sharing, run};
+use crate::destination::{Prepared, Sharing, Willing, run};
 use crate::digest::Digester;
 use crate::directories::Directories;
 use crate::error::{Error, IoContext, Result, chain};
@@ -108,7 +108,7 @@ pub fn receive(
     };
     let mut judge = |offer: &Offer| match &missing {
         Some(missing) => Err(Error::Refused(missing.clone())),
-        None => would_take(directories, &policies.site, offer),
+        None => would_take(directories, policies, offer),
     };
     let result = run(conversation, &mut take, &mut judge);
     if let Some(server) = server {
@@ -235,16 +235,7 @@ fn prepare(
     let ranges = kind.memory_ranges(offer.pages, most);
     let shadows = Shadows::new(directories, policies.shadows.clone());
     let (image, shadow) = shadows.image(offer, &ranges, &memory)?;
-    let sharing = match group_of(&policies.groups, &offer.name) {
-        Some(group) => group
-            .open()
-            .and_then(|group| Sharing::with(&shadows, group, &offer.uuid))
-            .unwrap_or_else(|error| {
-                warnings.push(format!("Nothing is shared: {}", chain(&error)));
-                None
-            }),
-        None => None,
-    };
+    let sharing = sharing(policies, &shadows, offer, &mut warnings);
     let (door, expecting) = match offer.connections {
         0 => (None, None),
         _ => match door(directories, offer) {
@@ -278,6 +269,22 @@ fn prepare(
         sharing,
         expecting,
     })
+}
+
+/// What of other guests can be shared with the one that is offered.
+fn sharing(
+    policies: &Policies,
+    shadows: &Shadows,
+    offer: &Offer,
+    warnings: &mut Vec<String>,
+) -> Option<Sharing> {
+    group_of(&policies.groups, &offer.name)?
+        .open()
+        .and_then(|group| Sharing::with(shadows, group, &offer.uuid))
+        .unwrap_or_else(|error| {
+            warnings.push(format!("Nothing is shared: {}", chain(&error)));
+            None
+        })
 }
 
 /// What was found of an offer that this host can take.
@@ -326,10 +333,10 @@ fn judge(
 }
 
 /// The answer to a dry run: as if the guest came now.
-fn would_take(directories: &Directories, policy: &SitePolicy, offer: &Offer) -> Result<Acceptance> {
+fn would_take(directories: &Directories, policies: &Policies, offer: &Offer) -> Result<Willing> {
     let host = Host::open()?;
     let kind = Kind::try_from(offer.kind)?;
-    let judged = judge(directories, &host, policy, offer, kind)?;
+    let mut judged = judge(directories, &host, &policies.site, offer, kind)?;
     let guest = XenDestination::new(
         Incoming {
             name: offer.name.clone(),
@@ -356,18 +363,28 @@ fn would_take(directories: &Directories, policy: &SitePolicy, offer: &Offer) -> 
             free >> 20
         )));
     }
-    Ok(Acceptance {
-        xen: judged.xen,
-        tsc_khz: None,
-        warnings: judged
-            .warnings
-            .iter()
-            .map(|warning| Text::new(warning))
-            .collect(),
-        edge_site: None,
-        shadow: None,
-        join: None,
-        group: None,
+    let shadows = Shadows::new(directories, policies.shadows.clone());
+    let (shadow, known) = shadows
+        .expected(&offer.uuid, offer.pages, &offer.digest_key)
+        .unzip();
+    let sharing = sharing(policies, &shadows, offer, &mut judged.warnings);
+    Ok(Willing {
+        acceptance: Acceptance {
+            xen: judged.xen,
+            tsc_khz: None,
+            warnings: judged
+                .warnings
+                .iter()
+                .map(|warning| Text::new(warning))
+                .collect(),
+            edge_site: None,
+            shadow,
+            join: None,
+            group: sharing.as_ref().map(Sharing::offer),
+        },
+        known,
+        sharing,
+        shadows,
     })
 }
 

@@ -52,6 +52,8 @@ pub struct Survey {
     pub sampled: u64,
     /// Of these, without content.
     pub empty: u64,
+    /// Of these, as the destination has them.
+    pub same: u64,
     /// Bytes that they come to.
     pub bytes: u64,
     /// How long a move would take for them: reading and encoding, or the link, whichever is slower.
@@ -69,13 +71,14 @@ pub struct Survey {
     pub dirty_bytes: f64,
 }
 
-/// Looks at a guest for up to `time`, and two seconds more. `rate` is what the link takes, bytes a
-/// second.
+/// Looks at a guest for up to `time`, and two seconds more. `held` is what the destination has,
+/// `rate` what the link takes, bytes a second.
 ///
 /// # Errors
 /// What Xen refuses; [`Error::Cancelled`] once `cancelled` says so.
 pub fn survey(
     guest: &mut dyn Source,
+    held: Held,
     digester: &Digester,
     rate: f64,
     time: Duration,
@@ -94,7 +97,7 @@ pub fn survey(
         cancelled,
     };
     let started = Instant::now();
-    let sample = surveyor.sample(&everything, time)?;
+    let sample = surveyor.sample(&everything, held, time)?;
     let page = started.elapsed().as_secs_f64() / sample.pages.max(1) as f64;
     let step = (page * there as f64 / PROBING.as_secs_f64())
         .ceil()
@@ -109,6 +112,7 @@ pub fn survey(
         pages: populated,
         sampled: sample.pages,
         empty: sample.empty,
+        same: sample.same,
         bytes: sample.bytes,
         took: sample.took,
         watched: there.div_ceil(step),
@@ -165,10 +169,10 @@ struct Surveyor<'a> {
     cancelled: &'a dyn Fn() -> bool,
 }
 
-#[derive(Default)]
 struct Sample {
     pages: u64,
     empty: u64,
+    same: u64,
     bytes: u64,
     took: Duration,
 }
@@ -180,12 +184,12 @@ struct Changes {
 
 impl Surveyor<'_> {
     /// Reads and encodes pieces of memory until `time` is over, or all of it.
-    fn sample(&mut self, everything: &PageSet, time: Duration) -> Result<Sample> {
+    fn sample(&mut self, everything: &PageSet, held: Held, time: Duration) -> Result<Sample> {
         let pages = everything.pages();
         let started = Instant::now();
-        let mut sender = Sender::new(pages, self.digester, self.rate);
-        let mut sample = Sample::default();
-        for part in order(PARTS) {
+        let mut sender = Sender::new(held, self.rate);
+        let mut read = 0;
+        'all: for part in order(PARTS) {
             let pieces = (part..pages.div_ceil(PIECE)).step_by(PARTS as usize);
             let pfns: Vec<Pfn> = pieces
                 .flat_map(|piece| piece * PIECE..(piece * PIECE + PIECE).min(pages))
@@ -194,19 +198,19 @@ impl Surveyor<'_> {
             sender.held.begin_round();
             for pfns in pfns.chunks(READ_BATCH) {
                 if started.elapsed() >= time {
-                    sample.took = sender.took();
-                    sample.bytes = sender.bytes;
-                    return Ok(sample);
+                    break 'all;
                 }
                 self.read(pfns, &mut sender)?;
-                sample.pages += pfns.len() as u64;
-                sample.empty += sender.empty;
-                sender.empty = 0;
+                read += pfns.len() as u64;
             }
         }
-        sample.took = sender.took();
-        sample.bytes = sender.bytes;
-        Ok(sample)
+        Ok(Sample {
+            pages: read,
+            empty: sender.empty,
+            same: sender.same,
+            bytes: sender.bytes,
+            took: sender.took(),
+        })
     }
 
     fn read(&mut self, pfns: &[Pfn], sender: &mut Sender) -> Result<()> {
@@ -229,7 +233,9 @@ impl Surveyor<'_> {
         let pages = everything.pages();
         let pfns: Vec<Pfn> = everything.iter().step_by(step as usize).collect();
         let mut known = PageTable::new(pages);
-        let mut sender = Sender::new(pages, self.digester, self.rate);
+        // Whatever the destination has of them is old.
+        let held = Held::nothing(pages, self.digester.clone(), HOT_BYTES);
+        let mut sender = Sender::new(held, self.rate);
         let mut found = [PageSet::new(pages), PageSet::new(pages)];
         let mut changed = 0;
         let mut read_at = Instant::now();
@@ -272,17 +278,19 @@ struct Sender {
     rate: f64,
     bytes: u64,
     empty: u64,
+    same: u64,
     working: Duration,
 }
 
 impl Sender {
-    fn new(pages: u64, digester: &Digester, rate: f64) -> Self {
+    fn new(held: Held, rate: f64) -> Self {
         Sender {
-            held: Held::nothing(pages, digester.clone(), HOT_BYTES),
+            held,
             encoder: AdaptiveEncoder::default(),
             rate,
             bytes: 0,
             empty: 0,
+            same: 0,
             working: Duration::ZERO,
         }
     }
@@ -299,6 +307,7 @@ impl Sender {
 
     fn encode(&mut self, batch: &Batch) -> Result<()> {
         let mut encoded = Vec::new();
+        self.same += batch.unchanged;
         for entries in batch.entries.chunks(FRAME_PAGES) {
             let encoder = self.encoder.batch();
             for entry in entries {
@@ -348,6 +357,7 @@ mod tests {
             pages: 32_768,
             sampled: 8192,
             empty: 4096,
+            same: 0,
             bytes: 8 << 20,
             took: Duration::from_secs(2),
             watched: 32_768,

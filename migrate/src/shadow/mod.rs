@@ -248,6 +248,28 @@ impl Shadows {
         Ok((image, Some(head)))
     }
 
+    /// What [`Shadows::image`] would find, going by the table alone: its pages are not looked at,
+    /// nor is it taken up. None where there is no shadow, or it has another secret.
+    #[must_use]
+    pub fn expected(
+        &self,
+        uuid: &str,
+        pages: u64,
+        key: &DigestKey,
+    ) -> Option<(ShadowHead, PageTable)> {
+        let memory = self.memory_path(uuid).ok()?;
+        if !self.policy.keep || !memory.exists() {
+            return None;
+        }
+        let (head, table) = self.known(uuid)?;
+        let same = (head.pages, &head.digest_key) == (pages, key);
+        let told = ShadowHead {
+            basis: Some(head.digest),
+            lacking: Vec::new(),
+        };
+        same.then_some((told, table))
+    }
+
     fn head(&self, named: Named<'_>, key: &DigestKey, table: &PageTable) -> Head {
         Head {
             uuid: named.uuid.to_ascii_lowercase(),

@@ -137,6 +137,18 @@ fn another_secret_makes_other_digests() {
 }
 
 #[test]
+fn what_would_be_taken_up_is_told_and_left_alone() {
+    let site = site(ShadowPolicy::default());
+    leave(&site, &key(1), &[]);
+    let expected = |pages, number| site.shadows.expected(UUID, pages, &key(number));
+    let (head, known) = expected(PAGES, 1).unwrap();
+    assert_eq!(head.basis, Some(known.digest(&Digester::new(&key(1)))));
+    assert!(expected(PAGES + 1, 1).is_none() && expected(PAGES, 2).is_none());
+    assert!(recall(&site, &key(1)).is_some());
+    assert!(expected(PAGES, 1).is_none());
+}
+
+#[test]
 fn a_shadow_of_another_size_or_with_a_bad_table_is_dropped() {
     let site = site(ShadowPolicy::default());
     let to = site.root.path().join("m.memory");

@@ -16,6 +16,7 @@
 mod copying;
 mod ending;
 mod handover;
+pub(crate) mod learning;
 mod offering;
 mod round;
 mod slowing;
@@ -39,7 +40,7 @@ use crate::guest::Source;
 use crate::handover::journal::{Entry, Journal, Outcome, Phase};
 use crate::handover::recovery::Owner;
 use crate::held::{HOT_BYTES, Held};
-use crate::link::{Conversation, Link, QUEUE, Received};
+use crate::link::{Conversation, Link, QUEUE};
 use crate::pages::{PAGE_SIZE, PageSet};
 use crate::report::{
     Downtime, Link as LinkReport, MemoryOfBoth, Observer, Predicted, Progress, REPORT_VERSION,
@@ -47,7 +48,7 @@ use crate::report::{
 };
 use crate::rounds::{Backlog, Forecast, Limits, Meter, RoundFacts};
 use crate::shadow::Shadows;
-use crate::wire::{Message, Offer, ToDestination, ToSource};
+use crate::wire::{Offer, ToSource};
 
 /// Pages read, and so mapped, at once: the hypervisor's limit.
 const READ_BATCH: usize = 1024;
@@ -310,28 +311,10 @@ impl<'a> Session<'a> {
 
     /// The next message, but for those that only tell how far the destination is.
     fn receive(&mut self, patience: Duration) -> Result<ToSource> {
-        let deadline = Instant::now() + patience;
-        loop {
-            let received: Received = self.go.peer.receive(deadline)?;
-            match ToSource::decode(received.frame())? {
-                ToSource::Progress { .. } => {}
-                ToSource::Ping(token) => self.go.peer.send(&ToDestination::Pong(token))?,
-                message => return Ok(message),
-            }
-        }
+        learning::receive(&mut self.go.peer, patience)
     }
 
     fn unexpected(&self, message: &ToSource) -> Error {
-        let peer = self.go.peer.peer().to_owned();
-        match message {
-            ToSource::Failed(reason) => Error::PeerFailed {
-                peer,
-                reason: reason.to_string(),
-            },
-            other => Error::Protocol {
-                peer,
-                what: format!("{:?} out of order", other.tag()),
-            },
-        }
+        learning::unexpected(&self.go.peer, message)
     }
 }

@@ -2,17 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Greeted, HANDLING, Offered, Session};
+use super::learning::{Asked, learn};
+use super::{Greeted, Offered, Session};
 use crate::error::{Error, Result, chain};
-use crate::group::Known;
-use crate::guest::PageTable;
-use crate::held::{HOT_BYTES, Held};
 use crate::hold::hold;
 use crate::link::{Conversation, Joining, MAX_CONNECTIONS, connections_for};
 use crate::report::{Progress, rounded};
-use crate::shadow::inventory;
 use crate::wire::{
-    GroupOffer, JoinToken, MoveId, Offer, RefusalCode, ShadowHead, Text, ToDestination, ToSource,
+    Acceptance, JoinToken, MoveId, Offer, RefusalCode, Text, ToDestination, ToSource,
 };
 
 /// How long the other site may take to greet: ssh and the start of a program, emulated.
@@ -57,27 +54,18 @@ impl Session<'_> {
         };
         match self.receive(ACCEPTING)? {
             ToSource::Accept(accept) => {
-                for warning in accept.warnings {
+                for warning in &accept.warnings {
                     self.go
                         .observer
                         .notice(Progress::Warning(warning.to_string()));
                 }
-                let site = accept.edge_site.map(|site| site.to_string());
+                let site = accept.edge_site.as_ref().map(ToString::to_string);
                 self.go.connections.accepted(site.as_deref())?;
                 let joining = match accept.join {
                     Some(token) => self.open_connections(token, wanted),
                     None => Vec::new(),
                 };
-                if let Some(head) = &accept.shadow {
-                    self.recall(head)?;
-                }
-                // What the guest itself has left there tells more than names of others' pages,
-                // where it is more than what arrived of a copy that broke.
-                if let Some(group) = &accept.group
-                    && self.report.recalled < self.go.guest.populated() / 2
-                {
-                    self.learn_shared(group, move_id)?;
-                }
+                self.learn(&accept, move_id)?;
                 self.spread(joining)?;
             }
             ToSource::Refuse(refusal) => {
@@ -139,94 +127,28 @@ impl Session<'_> {
         self.go.peer.spread_over(joined, queue)
     }
 
-    /// The destination has a shadow of the guest: learns what is in it, by what is known here or by
-    /// its inventory.
-    fn recall(&mut self, head: &ShadowHead) -> Result<()> {
-        let pages = self.held.table().pages();
-        let known = head.basis.and_then(|basis| {
-            let known = self.go.shadows.known(&self.report.uuid);
-            known.filter(|(kept, _)| {
-                (kept.digest, &kept.digest_key, kept.pages) == (basis, &self.key, pages)
-            })
-        });
-        self.go.peer.send(&ToDestination::Recall {
-            known: known.is_some(),
-        })?;
-        let table = match known {
-            Some((_, mut table)) => {
-                for (first, count) in &head.lacking {
-                    let end = first.saturating_add(*count).min(pages);
-                    (*first..end).for_each(|pfn| table.forget(pfn));
-                }
-                table
-            }
-            None => self.receive_inventory(pages)?,
+    /// What the destination has already, of the guest and of others.
+    fn learn(&mut self, accepted: &Acceptance, move_id: MoveId) -> Result<()> {
+        let group = self.go.group.take();
+        let asked = Asked {
+            shadows: self.go.shadows,
+            uuid: &self.report.uuid,
+            key: &self.key,
+            digester: &self.go.digester,
+            pages: self.held.table().pages(),
+            populated: self.go.guest.populated(),
         };
-        self.report.recalled = (0..pages).filter(|pfn| table.get(*pfn).is_some()).count() as u64;
-        self.held = Held::holding(table, self.go.digester.clone(), HOT_BYTES);
-        Ok(())
-    }
-
-    /// The destination shares contents of a trust group: learns their names, where this side has
-    /// the group's key.
-    fn learn_shared(&mut self, offer: &GroupOffer, move_id: MoveId) -> Result<()> {
-        let Some(group) = self.go.group.take() else {
-            return Ok(());
-        };
-        if group.name() != offer.name.as_str() {
-            return Ok(());
-        }
-        let proof = group.prove(&offer.nonce, move_id);
-        self.go.peer.send(&ToDestination::Prove(proof))?;
-        let mut known = Known::nothing(&group);
-        loop {
-            let (total, names) = match self.receive(HANDLING)? {
-                ToSource::Shares { total, names } => (total, names),
-                other => return Err(self.unexpected(&other)),
-            };
-            let all = known
-                .take(total, &names)
-                .map_err(|error| self.broken(error.to_string()))?;
-            if all {
-                break;
-            }
-        }
-        if known.is_empty() {
+        let learned = learn(&mut self.go.peer, accepted, &asked, group.as_ref(), move_id)?;
+        if let (Some(0), Some(group)) = (learned.shareable, group) {
             self.go.observer.notice(Progress::Warning(format!(
                 "{} shares nothing of trust group {}: is the key the same there?",
                 self.go.peer.peer(),
                 group.name()
             )));
         }
-        self.report.shareable = known.len() as u64;
-        self.held.share(known);
+        self.report.recalled = learned.recalled;
+        self.report.shareable = learned.shareable.unwrap_or(0);
+        self.held = learned.held;
         Ok(())
-    }
-
-    fn broken(&self, what: String) -> Error {
-        Error::Protocol {
-            peer: self.go.peer.peer().to_owned(),
-            what,
-        }
-    }
-
-    fn receive_inventory(&mut self, pages: u64) -> Result<PageTable> {
-        let mut table = PageTable::new(pages);
-        let mut next = 0;
-        while next < pages {
-            let (first, runs) = match self.receive(HANDLING)? {
-                ToSource::Inventory { first, runs } => (first, runs),
-                other => return Err(self.unexpected(&other)),
-            };
-            if first != next {
-                return Err(self.broken("an inventory with a gap".into()));
-            }
-            next = inventory::decode(&runs, &self.go.digester, first, &mut table)
-                .map_err(|error| self.broken(error.to_string()))?;
-            if next == first {
-                return Err(self.broken("an inventory of nothing".into()));
-            }
-        }
-        Ok(table)
     }
 }

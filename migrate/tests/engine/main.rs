@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod broken;
+mod foretold;
 mod lying;
 mod random;
 mod scene;

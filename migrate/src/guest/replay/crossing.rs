@@ -412,7 +412,7 @@ fn begin(move_id: MoveId, role: Role, name: &str, uuid: &str) -> Begin {
     }
 }
 
-fn xen() -> XenVersion {
+pub(super) fn xen() -> XenVersion {
     XenVersion {
         major: 4,
         minor: 17,
@@ -420,7 +420,12 @@ fn xen() -> XenVersion {
     }
 }
 
-fn offer(guest: &mut ReplaySource, move_id: MoveId, key: &DigestKey, verify: bool) -> Offer {
+pub(super) fn offer(
+    guest: &mut ReplaySource,
+    move_id: MoveId,
+    key: &DigestKey,
+    verify: bool,
+) -> Offer {
     let facts = guest.facts();
     Offer {
         move_id,

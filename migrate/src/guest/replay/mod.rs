@@ -13,6 +13,7 @@
 //!                                          +------- crossing ---------+
 //! ```
 
+mod asking;
 mod crossing;
 mod destination;
 pub mod generated;
@@ -24,6 +25,7 @@ mod recording;
 mod site;
 mod source;
 
+pub use asking::{Foretold, foretell};
 pub use crossing::{Crossed, Crossing, End, Left, arrive, arrive_by, cross, die, leave};
 pub use destination::{ReplayDestination, Restored};
 pub use guest::Guest;

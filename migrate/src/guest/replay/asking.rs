@@ -1,0 +1,131 @@
+//! A dry run between two sites of this process: what a move would take, and nothing moves.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use super::crossing::{offer, xen};
+use super::guest::UUID;
+use super::site::Site;
+use super::source::ReplaySource;
+use crate::destination::{self, Sharing, Willing};
+use crate::digest::{DigestKey, Digester};
+use crate::dry_run::ask_over;
+use crate::error::{Error, Result};
+use crate::guest::Source;
+use crate::link::{Conversation, Link};
+use crate::outgoing::random;
+use crate::report::TrackerKind;
+use crate::rounds::{FixedCost, Limits, Prediction};
+use crate::shadow::{ShadowPolicy, Shadows};
+use crate::source::learning::Asked;
+use crate::survey::{Survey, survey};
+use crate::wire::{Acceptance, MoveId, Offer, Purpose, Role};
+
+/// How long the guest's memory is read at the most.
+const SURVEYING: Duration = Duration::from_secs(5);
+
+/// What a dry run tells.
+#[derive(Debug)]
+pub struct Foretold {
+    /// Pages of the guest that the destination has.
+    pub recalled: u64,
+    /// Contents of others that it shares.
+    pub shareable: u64,
+    /// What was found in the guest's memory.
+    pub memory: Survey,
+    /// What the move would take.
+    pub predicted: Option<Prediction>,
+}
+
+/// Asks what it would take to move the guest of `from` to `to`, over `link`, whose first end is the
+/// source's and which takes `rate` bytes a second.
+///
+/// # Errors
+/// What breaks on either side.
+pub fn foretell(
+    from: &Arc<Site>,
+    to: &Arc<Site>,
+    link: (Link, Link),
+    rate: u64,
+) -> Result<Foretold> {
+    let (near, far) = link;
+    thread::scope(|scope| {
+        let answering = scope.spawn(move || answer(to, far));
+        let told = ask(from, near, rate);
+        let answered = answering
+            .join()
+            .unwrap_or_else(|why| std::panic::resume_unwind(why));
+        answered.and(told)
+    })
+}
+
+fn ask(from: &Arc<Site>, link: Link, rate: u64) -> Result<Foretold> {
+    let shadows = Shadows::new(&from.directories, ShadowPolicy::default());
+    let key = match shadows.key(UUID) {
+        Some(key) => key,
+        None => DigestKey::new(random()?),
+    };
+    let digester = Digester::new(&key);
+    let nobody = Arc::new(|_| Ok(()));
+    let mut guest = ReplaySource::open(from, &key, TrackerKind::LogDirty, nobody)?;
+    let move_id = MoveId::from_random(random()?);
+    let mut offer = offer(&mut guest, move_id, &key, false);
+    offer.purpose = Purpose::DryRun;
+    let asked = Asked {
+        shadows: &shadows,
+        uuid: UUID,
+        key: &key,
+        digester: &digester,
+        pages: guest.facts().pages,
+        populated: guest.populated(),
+    };
+    let mut peer = Conversation::start("destination", link, Role::Source, None, Arc::default());
+    let answer = ask_over(&mut peer, Some(rate), offer, &asked, from.group().as_ref());
+    peer.close();
+    let learned = answer?.learned;
+    let memory = survey(
+        &mut guest,
+        learned.held,
+        &digester,
+        rate as f64,
+        SURVEYING,
+        &|| false,
+    )?;
+    Ok(Foretold {
+        recalled: learned.recalled,
+        shareable: learned.shareable.unwrap_or(0),
+        predicted: memory.predict(rate as f64, &FixedCost::default(), &Limits::default()),
+        memory,
+    })
+}
+
+fn answer(to: &Arc<Site>, link: Link) -> Result<()> {
+    let peer = Conversation::start("source", link, Role::Destination, None, Arc::default());
+    let mut take = |_: &Offer| Err(Error::Refused("Nobody was to come".into()));
+    let mut judge = |offer: &Offer| {
+        let shadows = Shadows::new(&to.directories, ShadowPolicy::default());
+        let (shadow, known) = shadows
+            .expected(&offer.uuid, offer.pages, &offer.digest_key)
+            .unzip();
+        let sharing = match to.group() {
+            Some(group) => Sharing::with(&shadows, group, &offer.uuid)?,
+            None => None,
+        };
+        Ok(Willing {
+            acceptance: Acceptance {
+                xen: xen(),
+                tsc_khz: None,
+                warnings: Vec::new(),
+                edge_site: None,
+                shadow,
+                join: None,
+                group: sharing.as_ref().map(Sharing::offer),
+            },
+            known,
+            sharing,
+            shadows,
+        })
+    };
+    destination::run(peer, &mut take, &mut judge)
+}
