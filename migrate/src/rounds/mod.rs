@@ -114,7 +114,7 @@ pub enum Stop {
 /// What waits after a round.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Left {
-    /// Pages that are not hot; `u64::MAX` where nothing is known.
+    /// Pages that are not hot.
     pub cold: u64,
     /// Pages that are.
     pub hot: u64,
@@ -150,7 +150,7 @@ pub fn decide(
     };
     let all = left.cold.saturating_add(left.hot);
     let slower = forecast.sending(all).and_then(|sending| {
-        let wanted = limits.last_round(forecast.fixed().total());
+        let wanted = limits.last_round(forecast.unavoidable());
         throttle::slow_down(share, limits.least_share, sending, wanted)
     });
     slower.map_or(next, Next::SlowDown)
@@ -166,7 +166,7 @@ fn next(history: &[RoundFacts], left: &Left, forecast: &Forecast, limits: &Limit
         return Next::Suspend(Stop::FewPages);
     }
     let sending = forecast.sending(all);
-    if sending.is_some_and(|time| time <= limits.last_round(forecast.fixed().total())) {
+    if sending.is_some_and(|time| time <= limits.last_round(forecast.unavoidable())) {
         return Next::Suspend(Stop::DowntimeTarget);
     }
     if history.len() >= limits.rounds as usize {
@@ -189,14 +189,12 @@ fn next(history: &[RoundFacts], left: &Left, forecast: &Forecast, limits: &Limit
 /// Rounds leave about as much as they had to send, and the newest leaves the least of these, or
 /// has been waited for long enough.
 fn no_longer_falls(history: &[RoundFacts], window: usize) -> bool {
-    // A tenth less is progress. What a scan leaves is not known at first.
-    let falls = |before: u64, left: u64| {
-        before == u64::MAX || left.saturating_mul(10) < before.saturating_mul(9)
-    };
-    let mut had = history.first().map_or(u64::MAX, |round| round.sent);
+    // A tenth less is progress.
+    let falls = |before: u64, left: u64| left.saturating_mul(10) < before.saturating_mul(9);
+    let mut had = history.first().map_or(0, |round| round.sent);
     let stands = history.iter().position(|round| {
         let before = std::mem::replace(&mut had, round.left);
-        round.left != u64::MAX && !falls(before, round.left)
+        !falls(before, round.left)
     });
     let Some(first) = stands else {
         return false;
@@ -310,34 +308,6 @@ mod tests {
     }
 
     #[test]
-    fn a_scan_that_finds_less_and_less_goes_on() {
-        // What round 1 leaves is not known; from then on as much is expected as was found.
-        let decided = |history: &[RoundFacts]| {
-            let left = Left {
-                cold: history.last().map_or(0, |round| round.left),
-                ..Left::default()
-            };
-            let mut forecast = free();
-            forecast.sent(Sent {
-                first: true,
-                pages: 1000,
-                bytes: 1 << 20,
-                took: Duration::from_secs(1),
-            });
-            decide(history, &left, &forecast, &Limits::default(), Share::WHOLE)
-        };
-        let on = Next::Round { hold: false };
-        let mut history = vec![round(32_768, u64::MAX), round(5000, 5000)];
-        assert_eq!(decided(&history), on);
-        history.push(round(3000, 3000));
-        assert_eq!(decided(&history), on);
-        history.push(round(3000, 3000));
-        assert_eq!(decided(&history), on);
-        history.push(round(3000, 3000));
-        assert_eq!(decided(&history), Next::Suspend(Stop::NoProgress));
-    }
-
-    #[test]
     fn it_always_ends() {
         for seed in 1..50u64 {
             let wild: Vec<u64> = (0..40).map(|n| 3000 + (n * 7919 * seed) % 5000).collect();
@@ -420,11 +390,11 @@ mod tests {
     fn nothing_sent_predicts_nothing() {
         assert_eq!(free().sending(10), None);
         let left = Left {
-            cold: u64::MAX,
+            cold: 1000,
             ..Left::default()
         };
         let decided = decide(
-            &[round(32_768, u64::MAX)],
+            &[round(32_768, 1000)],
             &left,
             &free(),
             &Limits::default(),

@@ -4,6 +4,7 @@
 //!   rate of round 1, and of later rounds          pages a second, dirty ones compress worse
 //!   rate at which pages are dirtied               pages a second
 //!   fixed cost of a handover, from earlier moves  suspend, restore, commit
+//!   what looking at all memory takes              where there is no log of dirty pages
 //!        |
 //!        +--> downtime, if it were suspended with so much left
 //!        +--> time to the end: the rounds to come, one by one, then the downtime
@@ -152,6 +153,8 @@ impl Meter {
 #[derive(Debug, Clone)]
 pub struct Forecast {
     fixed: FixedCost,
+    /// What it takes to look at all memory, where every round has to.
+    looking: Duration,
     /// Of memory that is sent for the first time.
     first: Option<PageCost>,
     /// Of pages that were dirtied.
@@ -171,6 +174,7 @@ impl Forecast {
     pub fn new(fixed: FixedCost) -> Self {
         Forecast {
             fixed,
+            looking: Duration::ZERO,
             first: None,
             again: None,
             written: None,
@@ -182,6 +186,17 @@ impl Forecast {
     #[must_use]
     pub const fn fixed(&self) -> &FixedCost {
         &self.fixed
+    }
+
+    /// Every round looks at all memory, the last one too, which takes so long.
+    pub fn looks_at_all(&mut self, took: Duration) {
+        self.looking = took;
+    }
+
+    /// The guest's silence, if there were nothing left to send.
+    #[must_use]
+    pub fn unavoidable(&self) -> Duration {
+        self.fixed.total().saturating_add(self.looking)
     }
 
     /// A round has crossed.
@@ -236,7 +251,7 @@ impl Forecast {
     /// The guest's silence, if it were suspended with `pages` left.
     #[must_use]
     pub fn downtime(&self, pages: u64) -> Option<Duration> {
-        self.sending(pages)?.checked_add(self.fixed.total())
+        self.sending(pages)?.checked_add(self.unavoidable())
     }
 
     /// All of it, in the middle of a round; `rate` is what crosses of late.
@@ -248,7 +263,7 @@ impl Forecast {
             let left = self.next(round, seconds(page.seconds * round.left as f64)?);
             let again = self.dirty_page().unwrap_or(page);
             let left = left + round.hot as f64;
-            seconds(again.seconds * left)?.checked_add(self.fixed.total())
+            seconds(again.seconds * left)?.checked_add(self.unavoidable())
         });
         Outlook {
             rate,
@@ -284,7 +299,7 @@ impl Forecast {
     pub fn course(&self, round: &InRound, limits: &Limits) -> Option<Course> {
         let page = self.page(round)?;
         let again = self.dirty_page().unwrap_or(page);
-        let budget = limits.last_round(self.fixed.total()).as_secs_f64();
+        let budget = limits.last_round(self.unavoidable()).as_secs_f64();
         let growth = self.growth.unwrap_or(0.0);
         let hot = round.hot as f64;
         let mut time = page.seconds * round.left as f64;
@@ -297,7 +312,7 @@ impl Forecast {
             }
             let holds = hot > 0.0 && again.seconds * left * 2.0 >= limits.looking.as_secs_f64();
             let goes = if holds { cold } else { left };
-            let took = again.seconds * goes;
+            let took = again.seconds * goes + self.looking.as_secs_f64();
             let after = (growth * took).min(round.pages as f64);
             // Further rounds gain nothing.
             if (holds && cold <= (hot / MOSTLY_HOT as f64).max(FEW_PAGES as f64))
@@ -310,7 +325,7 @@ impl Forecast {
             cold = after;
         }
         let left = cold + hot;
-        let downtime = again.seconds * left + self.fixed.total().as_secs_f64();
+        let downtime = again.seconds * left + self.unavoidable().as_secs_f64();
         Some(Course {
             rest: seconds(time + downtime)?,
             downtime: seconds(downtime)?,
@@ -392,6 +407,25 @@ mod tests {
         // Dirty pages compress worse: their own rate is what counts.
         forecast.sent(sent(false, 1000, SECOND));
         close(forecast.downtime(500), 1.0);
+    }
+
+    #[test]
+    fn without_a_log_the_last_round_looks_at_all_memory() {
+        let mut forecast = forecast();
+        forecast.looks_at_all(3 * SECOND);
+        forecast.sent(sent(true, 32_768, 8 * SECOND));
+        close(forecast.downtime(4096), 4.5);
+        // And so does every round before it: 600 pages a second are dirtied, 1,800 within 3 s,
+        // which is as many as a further round would leave.
+        forecast.dirtied(600, 600, SECOND);
+        let so_far = InRound {
+            next: 1800,
+            unseen: Duration::ZERO,
+            ..in_round_one(32_768)
+        };
+        let course = forecast.course(&so_far, &Limits::default()).unwrap();
+        close(Some(course.downtime), 3.5 + 1800.0 / 4096.0);
+        assert_eq!(course.rest, course.downtime);
     }
 
     #[test]

@@ -2,17 +2,20 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Copied, Offered, OnTimeout, Session};
+use super::{Copied, Offered, OnTimeout, READ_BATCH, Session};
 use crate::error::{Error, Result};
-use crate::guest::Moment;
+use crate::guest::{Batch, Moment};
 use crate::handover::journal::Phase;
 use crate::pages::PageSet;
-use crate::report::{Progress, Round, TrackerKind, rounded};
+use crate::report::{Progress, TrackerKind, rounded};
 use crate::rounds::{InRound, Left, Limits, Next, Prediction, RoundFacts, Sent, Stop, decide};
 
 /// Reading the log holds the guest up for a moment, and takes its time here: no more than one part
 /// in so many is spent on it.
 const LOOKING_SHARE: u32 = 20;
+
+/// A scan looks at one page in so many to learn how many have changed.
+const SAMPLED: usize = 16;
 
 impl Session<'_> {
     pub(super) fn copy(&mut self, _offered: &Offered) -> Result<Copied> {
@@ -27,7 +30,7 @@ impl Session<'_> {
             let mut round = self.round(number, Moment::Live, started)?;
             round.held = held;
             self.look()?;
-            let left = self.left(&round, number);
+            let left = self.left(number)?;
             let all = left.cold.saturating_add(left.hot);
             self.report.rounds.push(round);
             self.go.observer.notice(Progress::Round {
@@ -36,16 +39,18 @@ impl Session<'_> {
                 left: all,
                 hot: left.hot,
             });
+            let mut took = round.took;
+            if self.scans() {
+                took = took.saturating_sub(self.reading);
+                self.forecast.looks_at_all(self.reading);
+                self.forecast.dirtied(left.cold, left.cold, round.took);
+            }
             self.forecast.sent(Sent {
                 first: number == 1,
                 pages: round.with_content(),
                 bytes: round.wire_bytes,
-                took: round.took,
+                took,
             });
-            if self.scans() && number > 1 {
-                let sent = round.sent();
-                self.forecast.dirtied(sent, sent, round.took);
-            }
             self.history.push(RoundFacts {
                 sent: round.sent(),
                 left: all,
@@ -124,36 +129,43 @@ impl Session<'_> {
     }
 
     /// What waits after a round.
-    fn left(&self, round: &Round, number: u32) -> Left {
+    fn left(&mut self, number: u32) -> Result<Left> {
         if self.scans() {
-            // A scan can't know what is dirty before it looks: expect as much as it found this
-            // time, which is what one pass's time makes dirty.
-            let cold = match number {
-                1 => u64::MAX,
-                _ => round.sent().max(round.deferred),
-            };
-            return Left {
-                cold,
-                ..Left::default()
-            };
+            return Ok(Left {
+                cold: self.sample(number)?,
+                hot: 0,
+            });
         }
         let (cold, hot) = self.backlog.waiting();
-        Left { cold, hot }
+        Ok(Left { cold, hot })
+    }
+
+    /// How many pages have changed since they were sent. A scan can't know before it looks again:
+    /// it looks at some of them, evenly spread, and at others after each round.
+    fn sample(&mut self, number: u32) -> Result<u64> {
+        let everything = self.go.guest.everything();
+        let skipped = (number as usize * 7) % SAMPLED;
+        let pfns: Vec<u64> = everything.iter().skip(skipped).step_by(SAMPLED).collect();
+        let (mut batch, mut deferred) = (Batch::default(), PageSet::new(everything.pages()));
+        let mut changed = 0;
+        for pfns in pfns.chunks(READ_BATCH) {
+            self.check_cancelled()?;
+            batch.clear();
+            let (guest, known) = (&mut self.go.guest, self.held.table());
+            guest.read(pfns, known, Moment::Live, &mut batch, &mut deferred)?;
+            changed += batch.entries.len() as u64;
+        }
+        Ok((changed + deferred.len()) * SAMPLED as u64)
     }
 
     /// What the whole move will take, told after round 1.
     fn predict(&self, left: &Left) -> Option<Prediction> {
         let pages = self.go.guest.populated();
-        // Where a scan knows nothing yet: as if nothing had changed.
-        let next = match left.cold {
-            u64::MAX => 0,
-            cold => cold,
-        };
         let between = InRound {
             number: 1,
             done: 0,
             left: 0,
-            next,
+            next: left.cold,
             hot: left.hot,
             unseen: Duration::ZERO,
             spent: Duration::ZERO,

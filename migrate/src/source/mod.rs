@@ -147,6 +147,8 @@ struct Session<'a> {
     look_after: Duration,
     /// What the destination was told last of where the p2m is.
     told_frames: (u64, Vec<u64>),
+    /// What reading the guest's pages took in this round, or the last one.
+    reading: Duration,
     encoder: AdaptiveEncoder,
     /// The bytes that were written before the last round, and those at its end, once it has been
     /// sent.
@@ -238,6 +240,7 @@ impl<'a> Session<'a> {
             looked: Instant::now(),
             look_after: go.plan.limits.looking,
             told_frames: (0, Vec::new()),
+            reading: Duration::ZERO,
             encoder: AdaptiveEncoder::new(go.plan.cores()),
             last_round: None,
             go,

@@ -1,6 +1,6 @@
 //! One pass over pages: they are read, put into batches by what the destination holds, and sent.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::{HANDLING, READ_BATCH, Session};
 use crate::error::{Error, Result};
@@ -35,6 +35,7 @@ impl Session<'_> {
         let mut batch = Batch::default();
         let mut deferred = PageSet::new(self.held.table().pages());
         let mut done = 0;
+        self.reading = Duration::ZERO;
         loop {
             self.check_cancelled()?;
             if moment == Moment::Live {
@@ -53,7 +54,9 @@ impl Session<'_> {
             batch.clear();
             let known = self.held.table();
             let guest = &mut self.go.guest;
+            let reading = Instant::now();
             guest.read(&pfns, known, moment, &mut batch, &mut deferred)?;
+            self.reading += reading.elapsed();
             if !deferred.is_empty() {
                 round.deferred += deferred.len();
                 self.backlog.deferred(&deferred);

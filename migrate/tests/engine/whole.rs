@@ -4,12 +4,12 @@ use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use migrate::guest::replay::generated::Random;
-use migrate::guest::replay::{Call, Clock, Crossing, Shape, cross, pair};
+use migrate::guest::replay::{Call, Clock, Crossing, Guest, Memory, Shape, cross, pair};
 use migrate::report::TrackerKind;
-use migrate::rounds::Limits;
+use migrate::rounds::{Limits, Stop};
 use migrate::source::Plan;
 
-use crate::scene::{PAGES, Place, Scene, at_call, busy, connections, history};
+use crate::scene::{PAGES, Place, Scene, at_call, busy, connections, history, pool};
 
 #[test]
 fn a_guest_that_writes_all_the_time_arrives_as_it_left() {
@@ -59,6 +59,23 @@ fn a_guest_that_writes_all_the_time_arrives_as_it_left() {
         assert!(scene.far.arrived_state().is_some());
         assert_eq!((scene.near.keepers(), scene.far.keepers()), (0, 1));
     }
+}
+
+/// Without a log, some of the pages tell that nothing has changed: no second round looks at all of
+/// them before the last one does.
+#[test]
+fn a_scan_of_an_idle_guest_is_one_round_and_the_last() {
+    let idle = Guest::idle("g1", Memory::of(pool().to_vec()));
+    let scene = Scene::with(idle);
+    let crossed = scene.moves(Crossing {
+        tracker: TrackerKind::Scan,
+        ..Crossing::default()
+    });
+    let report = crossed.report.unwrap();
+    assert_eq!(report.rounds.len(), 2, "{report:?}");
+    assert_eq!(report.stop, Some(Stop::FewPages));
+    assert_eq!(report.rounds[1].sent(), 0, "{report:?}");
+    assert!(report.predicted.after_first_round.is_some());
 }
 
 #[test]
