@@ -5,20 +5,15 @@ use std::thread;
 use std::time::Duration;
 
 use serde_json::Value;
-use testbed::{Edge, Guest, Hypervisor, Options, SERVER, SiteName, Testbed};
+use testbed::{Edge, Guest, Hypervisor, SERVER, SiteName, Testbed};
 
 use crate::scene::{
     alive, hold_at, move_guest, new_sites, said, settled, small_guest, wait_until, with,
 };
 
-/// Two sites, the edge, and a guest behind it at site a. Hosts with two CPUs, which no other test
-/// has for a guest with one.
+/// Two sites, the edge, and a guest behind it at site a.
 fn behind_an_edge() -> (Testbed, Guest, Edge) {
-    let testbed = new_sites(Options {
-        cpus: 2,
-        dom0_vcpus: 2,
-        ..with(Hypervisor::Release)
-    });
+    let testbed = new_sites(with(Hypervisor::Release));
     let guest = Guest {
         behind_edge: true,
         ..small_guest()
