@@ -47,7 +47,7 @@ fn main() -> Result<()> {
 /// every page once.
 fn save(domain: &str, path: &str) -> Result<()> {
     let key = DigestKey::new([7; 32]);
-    let mut guest = guest::xen::open(&Host::open()?, domain.parse()?, &key, None)?;
+    let mut guest = guest::xen::open(&Host::open()?, domain.parse()?, &key, None, 1)?;
     guest.suspend()?;
     let file = File::create(path).with_context(|| format!("Can't create {path}"))?;
     let data = guest.static_data()?;

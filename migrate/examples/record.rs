@@ -32,7 +32,7 @@ fn main() -> anyhow::Result<()> {
     };
     let seconds: u64 = seconds.parse().context("Not a number of seconds")?;
     let domid = find_domain(&Host::open()?, domain)?;
-    let mut guest = PvSource::open(domid, &DigestKey::new([0; 32]), None)?;
+    let mut guest = PvSource::open(domid, &DigestKey::new([0; 32]), None, 1)?;
     let tracker = guest.begin()?;
     let recorded = record(&mut guest, Duration::from_secs(seconds), name);
     guest.end_tracking()?;

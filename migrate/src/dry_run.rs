@@ -131,7 +131,7 @@ pub fn dry_run(
         None => DigestKey::new(random()?),
     };
     let digester = Digester::new(&key);
-    let mut guest = guest::xen::open(&host, domid, &key, request.tracker)?;
+    let mut guest = guest::xen::open(&host, domid, &key, request.tracker, request.plan.cores())?;
     let move_id = MoveId::from_random(random()?);
     let mut offer = offer(
         &host,

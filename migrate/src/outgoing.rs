@@ -323,7 +323,7 @@ fn prepare_and_move(
         Some(key) => key,
         None => DigestKey::new(random()?),
     };
-    let mut guest = guest::xen::open(&host, domid, &key, tracker)?;
+    let mut guest = guest::xen::open(&host, domid, &key, tracker, request.plan.cores())?;
     let move_id = MoveId::from_random(random()?);
     let digester = Digester::new(&key);
     let offer = offer(&host, &mut *guest, domid, &layout, key, move_id, request)?;

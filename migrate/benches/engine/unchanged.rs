@@ -1,6 +1,7 @@
 //! Looking at memory that has not changed, beside copying it.
 
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use migrate::digest::{DigestKey, Digester};
@@ -32,12 +33,14 @@ pub fn run() -> Result<()> {
     let site = Site::new(root.path())?;
     site.start(Guest::idle("subject", memory.clone()));
     let key = DigestKey::new([1; 32]);
-    let mut source = ReplaySource::open(&site, &key, TrackerKind::Scan, Arc::new(|_| Ok(())))?;
     let digester = Digester::new(&key);
     let mut known = PageTable::new(pages);
     let mut batch = Batch::default();
     let mut deferred = PageSet::new(pages);
     let everything: Vec<u64> = (0..pages).collect();
+    let opened =
+        |cores| ReplaySource::open(&site, &key, TrackerKind::Scan, cores, Arc::new(|_| Ok(())));
+    let mut source = opened(1)?;
     for pfns in everything.chunks(1024) {
         batch.clear();
         source.read(pfns, &known, Moment::Live, &mut batch, &mut deferred)?;
@@ -45,16 +48,22 @@ pub fn run() -> Result<()> {
             known.set(entry.pfn, entry.state);
         }
     }
-    let look = fastest(|| {
-        let mut unchanged = 0;
-        for pfns in everything.chunks(1024) {
-            batch.clear();
-            source.read(pfns, &known, Moment::Live, &mut batch, &mut deferred)?;
-            unchanged += batch.unchanged;
-        }
-        assert_eq!(unchanged, pages);
-        Ok(())
-    })?;
+    let mut looks = Vec::new();
+    let cores = thread::available_parallelism()?.get();
+    for cores in [1, cores] {
+        let mut source = opened(cores)?;
+        let look = fastest(|| {
+            let mut unchanged = 0;
+            for pfns in everything.chunks(1024) {
+                batch.clear();
+                source.read(pfns, &known, Moment::Live, &mut batch, &mut deferred)?;
+                unchanged += batch.unchanged;
+            }
+            assert_eq!(unchanged, pages);
+            Ok(())
+        })?;
+        looks.push((cores, look));
+    }
     let mut copy = vec![0; pages as usize * PAGE_SIZE];
     let copying = fastest(|| {
         let (places, _) = copy.as_chunks_mut::<PAGE_SIZE>();
@@ -83,10 +92,7 @@ pub fn run() -> Result<()> {
         Ok(())
     })?;
     let rate = |took: Duration| bytes / took.as_secs_f64() / 1e9;
-    println!(
-        "\n## Memory that has not changed, one thread, {} MiB\n",
-        pages >> 8
-    );
+    println!("\n## Memory that has not changed, {} MiB\n", pages >> 8);
     println!("| | GB/s | of memcpy |");
     println!("|---|---|---|");
     println!("| memcpy of each page | {:.2} | 1 |", rate(copying));
@@ -95,11 +101,13 @@ pub fn run() -> Result<()> {
         rate(into_buffer),
         rate(into_buffer) / rate(copying)
     );
-    println!(
-        "| read, digest, compare: unchanged | {:.2} | {:.2} |",
-        rate(look),
-        rate(look) / rate(copying)
-    );
+    for (cores, look) in looks {
+        println!(
+            "| read, digest, compare: unchanged; on {cores} cores | {:.2} | {:.2} |",
+            rate(look),
+            rate(look) / rate(copying)
+        );
+    }
     println!("\nThe digest of the whole memory, from its pages': {hashing:.1?}");
     Ok(())
 }

@@ -15,6 +15,7 @@
 //!                                                  discard at any time
 //! ```
 
+mod comparer;
 pub mod replay;
 pub mod shelf;
 pub mod xen;

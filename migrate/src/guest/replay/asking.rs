@@ -68,7 +68,7 @@ fn ask(from: &Arc<Site>, link: Link, rate: u64) -> Result<Foretold> {
     };
     let digester = Digester::new(&key);
     let nobody = Arc::new(|_| Ok(()));
-    let mut guest = ReplaySource::open(from, &key, TrackerKind::LogDirty, nobody)?;
+    let mut guest = ReplaySource::open(from, &key, TrackerKind::LogDirty, 1, nobody)?;
     let move_id = MoveId::from_random(random()?);
     let mut offer = offer(&mut guest, move_id, &key, false);
     offer.purpose = Purpose::DryRun;

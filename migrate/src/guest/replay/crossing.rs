@@ -208,7 +208,13 @@ pub fn leave(
     };
     let move_id = MoveId::from_random(random()?);
     let watch = &crossing.at_source;
-    let mut guest = ReplaySource::open(from, &key, crossing.tracker, Arc::clone(watch))?;
+    let mut guest = ReplaySource::open(
+        from,
+        &key,
+        crossing.tracker,
+        crossing.plan.cores(),
+        Arc::clone(watch),
+    )?;
     let (name, uuid) = (guest.facts().name.clone(), guest.facts().uuid.clone());
     let lock = GuestLock::wait(&from.directories, &uuid, &name, LOCKED)?;
     let begin = begin(move_id, Role::Source, &name, &uuid);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::site::{Call, Site, Watch};
 use crate::digest::{DigestKey, Digester, PageDigest};
 use crate::error::{Error, Result};
+use crate::guest::comparer::Comparer;
 use crate::guest::xen::stream::record::VCPU_CONTEXT_SIZE;
 use crate::guest::xen::stream::state::{
     DomainKind, GuestState, PvState, PvVcpu, StaticData, TscInfo,
@@ -21,6 +22,7 @@ pub struct ReplaySource {
     site: Arc<Site>,
     facts: Facts,
     digester: Digester,
+    comparer: Comparer,
     /// The digest of an ordinary page of zeros.
     zero: PageDigest,
     tracker: TrackerKind,
@@ -30,7 +32,8 @@ pub struct ReplaySource {
 }
 
 impl ReplaySource {
-    /// Takes hold of the guest at `site`. `watch` is told of each call, and may let it fail.
+    /// Takes hold of the guest at `site`, on so many `cores`. `watch` is told of each call, and may
+    /// let it fail.
     ///
     /// # Errors
     /// [`Error::Refused`] where there is none.
@@ -38,6 +41,7 @@ impl ReplaySource {
         site: &Arc<Site>,
         key: &DigestKey,
         tracker: TrackerKind,
+        cores: usize,
         watch: Arc<Watch>,
     ) -> Result<Self> {
         let facts = site.with_guest(|guest| Ok(guest.facts.clone()))?;
@@ -48,6 +52,7 @@ impl ReplaySource {
             facts,
             zero: digester.zero(PageType::Normal),
             digester,
+            comparer: Comparer::new(cores),
             tracker,
             started: false,
             watch,
@@ -115,15 +120,30 @@ impl Source for ReplaySource {
     ) -> Result<()> {
         (self.watch)(Call::Read(moment))?;
         let (digester, zero) = (&self.digester, self.zero);
+        let comparer = &self.comparer;
         self.site.with_guest(|guest| {
             guest.go_on();
-            for pfn in pfns {
+            let memory = guest.memory();
+            let same = comparer.same(pfns.len(), |at| {
+                let (page, before) = (memory.page(pfns[at]), known.get(pfns[at]));
+                let (Some((page_type, content)), Some(before)) = (page, before) else {
+                    return false;
+                };
+                page_type.has_data()
+                    && page_type.table_level().is_none()
+                    && content.look(|page| digester.page(page_type, page)) == before.digest
+            });
+            for (pfn, same) in pfns.iter().zip(same) {
                 let Some((page_type, content)) = guest.memory().page(*pfn) else {
                     let what = format!("page {pfn:#x} is beyond its memory");
                     return Err(Error::Guest { what });
                 };
                 if !guest.can_be_read(*pfn) {
                     deferred.insert(*pfn);
+                    continue;
+                }
+                if same {
+                    batch.unchanged += 1;
                     continue;
                 }
                 let before = known.get(*pfn);
@@ -215,11 +235,6 @@ fn take(
 ) -> Option<(PageState, Found)> {
     let table = page_type.table_level().is_some();
     let state = |digest| PageState { page_type, digest };
-    if let (false, Some(before)) = (table, before)
-        && before == state(digester.page(page_type, page))
-    {
-        return None;
-    }
     if !table && is_zero(page) {
         let zero = if page_type == PageType::Normal {
             zero

@@ -2,7 +2,7 @@
 //! how they are suspended and let go.
 //!
 //! ```text
-//!              frames        mapped        in place: as before? ----> unchanged
+//!              frames        mapped        in place: as before? ----> unchanged   on all cores
 //! kind of guest -----> take -------> page -- zeros? ----------------> zero
 //!    ^                                  \--- copied once, normalised,
 //!    +---- how a table is normalised ------- digested --------------> content
@@ -17,6 +17,7 @@ use super::host::{Host, SUSPENDING};
 use super::tracker::Tracker;
 use crate::digest::{DigestKey, Digester, PageDigest};
 use crate::error::{Error, IoContext, Result};
+use crate::guest::comparer::Comparer;
 use crate::guest::xen::stream::state::{StaticData, TscInfo};
 use crate::guest::{Batch, BatchEntry, Facts, Found, Kind, Moment, PageState, PageTable};
 use crate::pages::{PAGE_SIZE, Page, PageSet, PageType, is_zero};
@@ -34,6 +35,7 @@ pub(super) struct Leaving {
     pub facts: Facts,
     pub tracker: Tracker,
     digester: Digester,
+    comparer: Comparer,
     /// The digest of an ordinary page of zeros.
     zero: PageDigest,
     /// Whether the guest was asked to suspend and has not done it.
@@ -57,7 +59,7 @@ enum Taken {
 
 impl Leaving {
     /// Takes hold of the running guest `domid`. `key` is the secret of its digests; `wanted`
-    /// forces a tracker.
+    /// forces a tracker. Pages are compared on so many `cores`.
     ///
     /// # Errors
     /// What Xen refuses.
@@ -66,6 +68,7 @@ impl Leaving {
         kind: Kind,
         key: &DigestKey,
         wanted: Option<TrackerKind>,
+        cores: usize,
     ) -> Result<Leaving> {
         let host = Host::open()?;
         let memory = ForeignMemory::open().context(|| "Can't map guests' memory")?;
@@ -86,6 +89,7 @@ impl Leaving {
             facts,
             zero: digester.zero(PageType::Normal),
             digester,
+            comparer: Comparer::new(cores),
             suspending: false,
         })
     }
@@ -167,7 +171,21 @@ impl Leaving {
             .memory
             .map(self.domid, Access::Read, &numbers)
             .context(|| "Can't map the guest's memory")?;
-        for (index, frame) in frames.iter().enumerate() {
+        // In place this can only answer "unchanged": the guest may write while it is read.
+        let digester = &self.digester;
+        let same = self.comparer.same(frames.len(), |index| {
+            let Frame { pfn, page_type, .. } = frames[index];
+            page_type.table_level().is_none()
+                && known.get(pfn).is_some_and(|before| {
+                    let now = mapping.with_page(index, |page| digester.page(page_type, page));
+                    now == Some(before.digest)
+                })
+        });
+        for ((index, frame), same) in frames.iter().enumerate().zip(same) {
+            if same {
+                batch.unchanged += 1;
+                continue;
+            }
             match self.take(&mapping, index, frame, &normalise, known, batch) {
                 Taken::Unchanged => batch.unchanged += 1,
                 Taken::Changed => {}
@@ -184,7 +202,7 @@ impl Leaving {
         Ok(())
     }
 
-    /// Takes one page that has content into `batch`, if it is not as it was.
+    /// Takes one page that has content into `batch`, if its copy is not as it was.
     fn take(
         &self,
         mapping: &Mapping,
@@ -197,13 +215,6 @@ impl Leaving {
         let Frame { pfn, page_type, .. } = *frame;
         let before = known.get(pfn);
         let level = page_type.table_level();
-        if let (None, Some(before)) = (level, before) {
-            // In place this can only answer "unchanged": the guest may write while it is read.
-            let now = mapping.with_page(index, |page| self.digester.page(page_type, page));
-            if now == Some(before.digest) {
-                return Taken::Unchanged;
-            }
-        }
         // Half of most guests. As with a copy, what is written meanwhile is dirty next time.
         if level.is_none() && mapping.with_page(index, is_zero) == Some(true) {
             let state = PageState {

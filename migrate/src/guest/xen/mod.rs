@@ -28,7 +28,7 @@ use crate::guest::Source;
 use crate::report::TrackerKind;
 
 /// Takes hold of the running guest `domid`, whatever its kind. `key` is the secret of its digests;
-/// `wanted` forces a tracker.
+/// `wanted` forces a tracker. Pages are compared on so many `cores`.
 ///
 /// # Errors
 /// What Xen refuses; [`Error::Refused`] for a kind that can't be moved.
@@ -37,10 +37,11 @@ pub fn open(
     domid: DomId,
     key: &DigestKey,
     wanted: Option<TrackerKind>,
+    cores: usize,
 ) -> Result<Box<dyn Source>> {
     Ok(match host.kind(domid)? {
-        DomainKind::Pv => Box::new(pv::PvSource::open(domid, key, wanted)?),
-        DomainKind::Pvh => Box::new(pvh::PvhSource::open(domid, key, wanted)?),
+        DomainKind::Pv => Box::new(pv::PvSource::open(domid, key, wanted, cores)?),
+        DomainKind::Pvh => Box::new(pvh::PvhSource::open(domid, key, wanted, cores)?),
         DomainKind::Hvm => return Err(Error::Refused(checks::HVM.into())),
     })
 }

@@ -59,8 +59,13 @@ impl PvSource {
     ///
     /// # Errors
     /// What Xen refuses; [`Error::Guest`] where the guest's p2m can't be followed.
-    pub fn open(domid: DomId, key: &DigestKey, wanted: Option<TrackerKind>) -> Result<PvSource> {
-        let leaving = Leaving::open(domid, Kind::Pv, key, wanted)?;
+    pub fn open(
+        domid: DomId,
+        key: &DigestKey,
+        wanted: Option<TrackerKind>,
+        cores: usize,
+    ) -> Result<PvSource> {
+        let leaving = Leaving::open(domid, Kind::Pv, key, wanted, cores)?;
         let m2p =
             M2p::map(leaving.host.ctl()).context(|| "Can't map the machine-to-physical table")?;
         let mut source = PvSource {

@@ -48,8 +48,13 @@ impl PvhSource {
     ///
     /// # Errors
     /// What Xen refuses; [`Error::Guest`] where its memory is larger than any guest's may be.
-    pub fn open(domid: DomId, key: &DigestKey, wanted: Option<TrackerKind>) -> Result<PvhSource> {
-        let mut leaving = Leaving::open(domid, Kind::Pvh, key, wanted)?;
+    pub fn open(
+        domid: DomId,
+        key: &DigestKey,
+        wanted: Option<TrackerKind>,
+        cores: usize,
+    ) -> Result<PvhSource> {
+        let mut leaving = Leaving::open(domid, Kind::Pvh, key, wanted, cores)?;
         let pages = leaving
             .host
             .ctl()
