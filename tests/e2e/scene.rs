@@ -109,14 +109,19 @@ fn tidy(testbed: &Testbed, keep: bool) -> testbed::Result<(Vec<String>, bool)> {
 
 /// Two sites with the package installed: new ones, or those of a test before. No guest is there.
 pub fn sites(options: Options) -> Sites {
+    Sites {
+        testbed: Some(sites_to_change(options)),
+        served: None,
+    }
+}
+
+/// The same, for a test that does not leave them as they were: no test has them after it.
+pub fn sites_to_change(options: Options) -> Testbed {
     let (testbed, served) = taken(options);
     if served.is_some() {
         testbed.stop_guest("g1").unwrap();
     }
-    Sites {
-        testbed: Some(testbed),
-        served: None,
-    }
+    testbed
 }
 
 /// Two sites of the release's hypervisor with the small guest at a: that of a test before, which

@@ -1,5 +1,7 @@
 //! Guests behind an edge: their sites have networks of their own, and a move changes the address
 //! behind which they are reached.
+//!
+//! The last in the order of names: what these tests make of their sites no other test can use.
 
 use std::thread;
 use std::time::Duration;
@@ -8,12 +10,12 @@ use serde_json::Value;
 use testbed::{Edge, Guest, Hypervisor, SERVER, SiteName, Testbed};
 
 use crate::scene::{
-    alive, hold_at, move_guest, new_sites, said, settled, small_guest, wait_until, with,
+    alive, hold_at, move_guest, said, settled, sites_to_change, small_guest, wait_until, with,
 };
 
 /// Two sites, the edge, and a guest behind it at site a.
 fn behind_an_edge() -> (Testbed, Guest, Edge) {
-    let testbed = new_sites(with(Hypervisor::Release));
+    let testbed = sites_to_change(with(Hypervisor::Release));
     let guest = Guest {
         behind_edge: true,
         ..small_guest()
