@@ -32,6 +32,9 @@ pub const FEW_PAGES: u64 = 50;
 /// them although it is not hot.
 const MOSTLY_HOT: u64 = 8;
 
+/// A part of the silence that is one in so many hardly counts.
+const HARDLY: u32 = 8;
+
 /// What the operator asks for.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Limits {
@@ -62,10 +65,17 @@ impl Default for Limits {
 
 impl Limits {
     /// How long the last round may take where a handover costs `fixed` besides. Where that alone
-    /// is too long it is a third of the downtime: shorter, it would hardly make a difference.
+    /// is too long it is a third of the downtime, or an eighth of what can't be helped: shorter, it
+    /// would hardly make a difference. Nothing where the silence is to be as short as it can be.
     #[must_use]
     pub fn last_round(&self, fixed: Duration) -> Duration {
-        self.downtime.saturating_sub(fixed).max(self.downtime / 3)
+        if self.downtime.is_zero() {
+            return Duration::ZERO;
+        }
+        self.downtime
+            .saturating_sub(fixed)
+            .max(self.downtime / 3)
+            .max(fixed / HARDLY)
     }
 }
 
@@ -344,6 +354,16 @@ mod tests {
             follow(&[(450, 0)], costly(5.0), &limits).1,
             Some(Stop::DowntimeTarget)
         );
+        // Nor is what hardly counts beside it: 900 pages are 585 ms, and 5.2 s can't be helped.
+        assert_eq!(
+            follow(&[(900, 0)], costly(5.0), &limits).1,
+            Some(Stop::DowntimeTarget)
+        );
+        let shortest = Limits {
+            downtime: Duration::ZERO,
+            ..Limits::default()
+        };
+        assert_eq!(follow(&[(900, 0)], costly(5.0), &shortest).1, None);
     }
 
     #[test]
