@@ -131,6 +131,36 @@ pub struct Willing {
     pub shadows: Shadows,
 }
 
+impl Willing {
+    /// It would take the guest of `offer`, with these warnings, on this hypervisor.
+    #[must_use]
+    pub fn new(
+        offer: &Offer,
+        xen: XenVersion,
+        warnings: &[String],
+        shadows: Shadows,
+        sharing: Option<Sharing>,
+    ) -> Willing {
+        let (shadow, known) = shadows
+            .expected(&offer.uuid, offer.pages, &offer.digest_key)
+            .unzip();
+        Willing {
+            acceptance: Acceptance {
+                xen,
+                tsc_khz: None,
+                warnings: warnings.iter().map(|warning| Text::new(warning)).collect(),
+                edge_site: None,
+                shadow,
+                join: None,
+                group: sharing.as_ref().map(Sharing::offer),
+            },
+            known,
+            sharing,
+            shadows,
+        }
+    }
+}
+
 /// Says whether this site would take a guest, and makes nothing.
 pub type Judge<'a> = dyn FnMut(&Offer) -> Result<Willing> + 'a;
 

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use crate::costs::Costs;
-use crate::digest::{DigestKey, Digester};
+use crate::digest::Digester;
 use crate::directories::Directories;
 use crate::error::{Error, Result, chain};
 use crate::group::{Group, group_of};
@@ -126,10 +126,7 @@ pub fn dry_run(
     let layout = Layout::read(&host, domid)?;
     let shadows = Shadows::new(directories, request.shadows.clone());
     // By the same secret as a move, so that it can be told what the destination has.
-    let key = match shadows.key(&uuid) {
-        Some(key) => key,
-        None => DigestKey::new(random()?),
-    };
+    let key = shadows.key_for(&uuid)?;
     let digester = Digester::new(&key);
     let mut guest = guest::xen::open(&host, domid, &key, request.tracker, request.plan.cores())?;
     let move_id = MoveId::from_random(random()?);

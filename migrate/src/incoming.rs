@@ -43,9 +43,7 @@ use crate::outgoing::random;
 use crate::pages::PAGE_SIZE;
 use crate::pipe;
 use crate::shadow::{ShadowPolicy, Shadows};
-use crate::wire::{
-    Acceptance, JoinToken, MoveId, Offer, Purpose, Role as WireRole, Text, XenVersion,
-};
+use crate::wire::{JoinToken, MoveId, Offer, Purpose, Role as WireRole, Text, XenVersion};
 
 /// How long whoever settles an earlier move of the guest may hold its lock.
 const LOCKED: Duration = Duration::from_secs(5);
@@ -364,28 +362,9 @@ fn would_take(directories: &Directories, policies: &Policies, offer: &Offer) -> 
         )));
     }
     let shadows = Shadows::new(directories, policies.shadows.clone());
-    let (shadow, known) = shadows
-        .expected(&offer.uuid, offer.pages, &offer.digest_key)
-        .unzip();
     let sharing = sharing(policies, &shadows, offer, &mut judged.warnings);
-    Ok(Willing {
-        acceptance: Acceptance {
-            xen: judged.xen,
-            tsc_khz: None,
-            warnings: judged
-                .warnings
-                .iter()
-                .map(|warning| Text::new(warning))
-                .collect(),
-            edge_site: None,
-            shadow,
-            join: None,
-            group: sharing.as_ref().map(Sharing::offer),
-        },
-        known,
-        sharing,
-        shadows,
-    })
+    let Judged { xen, warnings, .. } = judged;
+    Ok(Willing::new(offer, xen, &warnings, shadows, sharing))
 }
 
 /// Where connections for pages can join the move, and what they have to know.

@@ -319,10 +319,7 @@ fn prepare_and_move(
         Purpose::Shadow => Some(TrackerKind::Scan),
     };
     // One that has moved before keeps its own: what a site has of it stays comparable.
-    let key = match shadows.key(&uuid) {
-        Some(key) => key,
-        None => DigestKey::new(random()?),
-    };
+    let key = shadows.key_for(&uuid)?;
     let mut guest = guest::xen::open(&host, domid, &key, tracker, request.plan.cores())?;
     let move_id = MoveId::from_random(random()?);
     let digester = Digester::new(&key);

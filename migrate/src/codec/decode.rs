@@ -272,8 +272,8 @@ impl BatchDecoder {
 }
 
 /// How long the content of `block` is, which is one frame and nothing else, compressed with what
-/// comes `before` it. The content goes straight to `raw`, which is the window as well: however large a window the frame's header asks
-/// for, none is allocated.
+/// comes `before` it. The content goes straight to `raw`, which is the window as well: however large
+/// a window the frame's header asks for, none is allocated.
 fn decompress_zstd(
     context: &mut Option<DCtx<'static>>,
     block: &[u8],

@@ -47,6 +47,7 @@ use crate::directories::Directories;
 use crate::error::{Error, IoContext, Result, chain};
 use crate::guest::PageTable;
 use crate::image::Image;
+use crate::outgoing::random;
 use crate::pages::{PAGE_SIZE, PageSet};
 use crate::wire::{Offer, ShadowHead};
 use policy::Kept;
@@ -155,6 +156,18 @@ impl Shadows {
         table_file::read_head(&path)
             .ok()
             .map(|head| head.digest_key)
+    }
+
+    /// The secret for a guest's digests: that which it has, so that what a site has of it stays
+    /// comparable, else a new one.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where there are no random bytes.
+    pub fn key_for(&self, uuid: &str) -> Result<DigestKey> {
+        match self.key(uuid) {
+            Some(key) => Ok(key),
+            None => Ok(DigestKey::new(random()?)),
+        }
     }
 
     /// Takes a guest's shadow up as the file `to`, which is its image from now on; its digests

@@ -12,6 +12,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::HANDLING;
 use crate::digest::{DigestKey, Digester};
 use crate::error::{Error, Result};
 use crate::group::{Group, Known};
@@ -20,9 +21,6 @@ use crate::held::{HOT_BYTES, Held};
 use crate::link::{Conversation, Received};
 use crate::shadow::{Shadows, inventory};
 use crate::wire::{Acceptance, GroupOffer, Message, MoveId, ShadowHead, ToDestination, ToSource};
-
-/// How long the destination may take for an answer: it reads what it has.
-const ANSWERING: Duration = Duration::from_secs(300);
 
 /// The guest that the destination is asked about.
 pub(crate) struct Asked<'a> {
@@ -123,7 +121,7 @@ fn receive_inventory(
     let mut table = PageTable::new(pages);
     let mut next = 0;
     while next < pages {
-        let (first, runs) = match receive(peer, ANSWERING)? {
+        let (first, runs) = match receive(peer, HANDLING)? {
             ToSource::Inventory { first, runs } => (first, runs),
             other => return Err(unexpected(peer, &other)),
         };
@@ -151,7 +149,7 @@ fn ask_shared(
     peer.send(&ToDestination::Prove(proof))?;
     let mut known = Known::nothing(group);
     loop {
-        let (total, names) = match receive(peer, ANSWERING)? {
+        let (total, names) = match receive(peer, HANDLING)? {
             ToSource::Shares { total, names } => (total, names),
             other => return Err(unexpected(peer, &other)),
         };

@@ -53,7 +53,7 @@ use crate::wire::{Offer, ToSource};
 /// Pages read, and so mapped, at once: the hypervisor's limit.
 const READ_BATCH: usize = 1024;
 
-/// How long it may take to handle a round that has crossed.
+/// How long the destination may take to handle a round that has crossed, or to look at what it has.
 const HANDLING: Duration = Duration::from_secs(300);
 
 /// What the operator asked for.

@@ -9,7 +9,7 @@ use super::guest::UUID;
 use super::site::Site;
 use super::source::ReplaySource;
 use crate::destination::{self, Sharing, Willing};
-use crate::digest::{DigestKey, Digester};
+use crate::digest::Digester;
 use crate::dry_run::ask_over;
 use crate::error::{Error, Result};
 use crate::guest::Source;
@@ -20,7 +20,7 @@ use crate::rounds::{FixedCost, Limits, Prediction};
 use crate::shadow::{ShadowPolicy, Shadows};
 use crate::source::learning::Asked;
 use crate::survey::{Survey, survey};
-use crate::wire::{Acceptance, MoveId, Offer, Purpose, Role};
+use crate::wire::{MoveId, Offer, Purpose, Role};
 
 /// How long the guest's memory is read at the most.
 const SURVEYING: Duration = Duration::from_secs(5);
@@ -62,10 +62,7 @@ pub fn foretell(
 
 fn ask(from: &Arc<Site>, link: Link, rate: u64) -> Result<Foretold> {
     let shadows = Shadows::new(&from.directories, ShadowPolicy::default());
-    let key = match shadows.key(UUID) {
-        Some(key) => key,
-        None => DigestKey::new(random()?),
-    };
+    let key = shadows.key_for(UUID)?;
     let digester = Digester::new(&key);
     let nobody = Arc::new(|_| Ok(()));
     let mut guest = ReplaySource::open(from, &key, TrackerKind::LogDirty, 1, nobody)?;
@@ -105,27 +102,11 @@ fn answer(to: &Arc<Site>, link: Link) -> Result<()> {
     let mut take = |_: &Offer| Err(Error::Refused("Nobody was to come".into()));
     let mut judge = |offer: &Offer| {
         let shadows = Shadows::new(&to.directories, ShadowPolicy::default());
-        let (shadow, known) = shadows
-            .expected(&offer.uuid, offer.pages, &offer.digest_key)
-            .unzip();
         let sharing = match to.group() {
             Some(group) => Sharing::with(&shadows, group, &offer.uuid)?,
             None => None,
         };
-        Ok(Willing {
-            acceptance: Acceptance {
-                xen: xen(),
-                tsc_khz: None,
-                warnings: Vec::new(),
-                edge_site: None,
-                shadow,
-                join: None,
-                group: sharing.as_ref().map(Sharing::offer),
-            },
-            known,
-            sharing,
-            shadows,
-        })
+        Ok(Willing::new(offer, xen(), &[], shadows, sharing))
     };
     destination::run(peer, &mut take, &mut judge)
 }

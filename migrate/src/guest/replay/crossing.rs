@@ -202,10 +202,7 @@ pub fn leave(
     ask: &mut dyn FnMut(&Entry) -> Result<Owner>,
 ) -> Result<Left> {
     let shadows = Shadows::new(&from.directories, ShadowPolicy::default());
-    let key = match shadows.key(UUID) {
-        Some(key) => key,
-        None => DigestKey::new(random()?),
-    };
+    let key = shadows.key_for(UUID)?;
     let move_id = MoveId::from_random(random()?);
     let watch = &crossing.at_source;
     let mut guest = ReplaySource::open(
