@@ -47,6 +47,9 @@ use crate::wire::{
 /// that it lives.
 const PATIENCE: Duration = Duration::from_secs(600);
 
+/// How often to look whether the restore has got on.
+const LOOK: Duration = Duration::from_millis(10);
+
 /// How long a source may take to greet.
 const GREETING: Duration = Duration::from_secs(60);
 
@@ -451,8 +454,19 @@ impl Receiving {
         let mut state = None;
         let mut pages_here = 0;
         let mut number = 1;
+        let mut catching_up = false;
         loop {
-            let received = self.peer.receive(Instant::now() + PATIENCE)?;
+            if catching_up && self.guest.behind()? == 0 {
+                catching_up = false;
+                self.peer.send(&ToSource::CaughtUp)?;
+            }
+            let received = match catching_up {
+                true => self.peer.receive_for(LOOK)?,
+                false => Some(self.peer.receive(Instant::now() + PATIENCE)?),
+            };
+            let Some(received) = received else {
+                continue;
+            };
             match (ToDestination::decode(received.frame())?, &state) {
                 (ToDestination::Ping(token), _) => self.peer.send(&ToSource::Pong(token))?,
                 (ToDestination::Pong(_), _) => {}
@@ -498,6 +512,7 @@ impl Receiving {
                         self.peer.send(&ToSource::RoundAck {
                             round,
                             pages: pages_here,
+                            behind: self.guest.behind()?,
                         })?;
                     }
                     pages_here = 0;
@@ -507,6 +522,7 @@ impl Receiving {
                     // A site that leads none leaves them to end.
                     self.leading = self.lead.as_mut().map(|lead| lead(flows));
                 }
+                (ToDestination::CatchUp, None) => catching_up = true,
                 (ToDestination::State(given), None) => state = Some(*given),
                 (ToDestination::Final(digest), Some(_)) => {
                     let state = state.ok_or_else(|| self.protocol("no state of the guest"))?;
@@ -599,7 +615,7 @@ impl Receiving {
                 parts.extend(restored);
                 break;
             }
-            if let Some(received) = self.peer.receive_for(Duration::from_millis(10))? {
+            if let Some(received) = self.peer.receive_for(LOOK)? {
                 return Err(unexpected(
                     &self.peer,
                     &ToDestination::decode(received.frame())?,

@@ -29,7 +29,7 @@ use crate::digest::{Digester, MemoryDigest, PageDigest};
 use crate::error::{Error, Result};
 use crate::guest::xen::stream::state::{DomainKind, GuestState, StaticData};
 use crate::image::Image;
-use crate::pages::{PAGE_SIZE, PageSet, PageType};
+use crate::pages::{PAGE_SIZE, Page, PageSet, PageType};
 use crate::report::TrackerKind;
 use crate::wire::GuestKind;
 
@@ -221,7 +221,9 @@ pub enum Found {
 pub struct Batch {
     /// The pages that changed, by ascending pfn.
     pub entries: Vec<BatchEntry>,
+    /// As much as was ever needed; the slots in use come first.
     contents: Vec<u8>,
+    slots: usize,
     /// How many pages were looked at and are as they were known.
     pub unchanged: u64,
 }
@@ -230,27 +232,40 @@ impl Batch {
     /// Empties it; the memory is kept.
     pub fn clear(&mut self) {
         self.entries.clear();
-        self.contents.clear();
+        self.slots = 0;
         self.unchanged = 0;
     }
 
-    /// Room for one more page's content: its slot and the bytes to fill.
-    pub fn new_slot(&mut self) -> (usize, &mut [u8; PAGE_SIZE]) {
-        let slot = self.contents.len() / PAGE_SIZE;
-        self.contents.resize((slot + 1) * PAGE_SIZE, 0);
+    /// Room for one more page's content: its slot and the bytes to fill, which hold something else
+    /// before.
+    pub fn new_slot(&mut self) -> (usize, &mut Page) {
+        let slot = self.slots;
+        self.slots += 1;
+        let needed = self.slots * PAGE_SIZE;
+        if self.contents.len() < needed {
+            self.contents.resize(needed, 0);
+        }
         let (pages, _) = self.contents.as_chunks_mut::<PAGE_SIZE>();
         (slot, &mut pages[slot])
     }
 
     /// Gives the newest slot back: its page turned out not to be needed.
     pub fn drop_slot(&mut self) {
-        let kept = self.contents.len().saturating_sub(PAGE_SIZE);
-        self.contents.truncate(kept);
+        self.slots = self.slots.saturating_sub(1);
     }
 
     /// The content in `slot`.
-    pub fn content(&self, slot: usize) -> Option<&[u8; PAGE_SIZE]> {
-        self.contents.as_chunks::<PAGE_SIZE>().0.get(slot)
+    pub fn content(&self, slot: usize) -> Option<&Page> {
+        self.in_use().get(slot)
+    }
+
+    /// The contents in neighbouring slots.
+    pub fn contents(&self, slots: Range<usize>) -> Option<&[Page]> {
+        self.in_use().get(slots)
+    }
+
+    fn in_use(&self) -> &[Page] {
+        &self.contents.as_chunks::<PAGE_SIZE>().0[..self.slots]
     }
 }
 
@@ -405,6 +420,12 @@ pub trait Destination {
     /// # Errors
     /// As [`Destination::start`].
     fn end_round(&mut self, vanished: bool) -> Result<bool>;
+
+    /// How many pages of the image have yet to be given to the restore.
+    ///
+    /// # Errors
+    /// Where the restore has ended.
+    fn behind(&mut self) -> Result<u64>;
 
     /// All pages are in the image: gives the restore what comes last. Doesn't wait.
     ///

@@ -33,6 +33,10 @@ impl Destination for Shelf {
         Ok(false)
     }
 
+    fn behind(&mut self) -> Result<u64> {
+        Ok(0)
+    }
+
     fn complete(&mut self, _state: GuestState) -> Result<()> {
         nothing_runs()
     }

@@ -682,13 +682,7 @@ mod tests {
         source.greet(later()).unwrap();
         let dripping = thread::spawn(move || {
             let mut frames = FrameWriter::new(peer);
-            while frames
-                .send(&ToSource::Progress {
-                    received: 1,
-                    restored: 0,
-                })
-                .is_ok()
-            {}
+            while frames.send(&ToSource::CaughtUp).is_ok() {}
         });
         source.set_deadline(Some(soon()));
         let error = loop {

@@ -49,6 +49,9 @@ pub struct Limits {
     pub looking: Duration,
     /// How far the guest may be slowed down where that makes the silence shorter.
     pub least_share: Share,
+    /// The most pages that may be at the destination and not in its restore yet when the guest is
+    /// suspended: it is silent until they are.
+    pub behind: u64,
 }
 
 impl Default for Limits {
@@ -59,6 +62,8 @@ impl Default for Limits {
             window: 3,
             looking: Duration::from_secs(1),
             least_share: Share::WHOLE,
+            // What a restore is given at once.
+            behind: 1024,
         }
     }
 }

@@ -48,13 +48,13 @@ impl Leaving {
         Ok(leaving)
     }
 
-    /// Writes a page that is not all zero.
+    /// Writes pages that are not all zero, from `first` on one after the other.
     ///
     /// # Errors
     /// [`crate::Error::Io`], as where the disk is full.
-    pub fn write(&self, pfn: Pfn, content: &Page) -> Result<()> {
+    pub fn write(&self, first: Pfn, contents: &[Page]) -> Result<()> {
         self.file
-            .write_all_at(content, pfn * PAGE_SIZE as u64)
+            .write_all_at(contents.as_flattened(), first * PAGE_SIZE as u64)
             .context(|| format!("Can't write {}", self.draft.display()))
     }
 

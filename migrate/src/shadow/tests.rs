@@ -64,7 +64,7 @@ fn leave(site: &Site, key: &DigestKey, left_out: &[u64]) {
     for pfn in (0..PAGES).filter(|pfn| !left_out.contains(pfn)) {
         match page(pfn) {
             Some((page_type, content)) if page_type.has_data() && content != [0; PAGE_SIZE] => {
-                leaving.write(pfn, &content).unwrap();
+                leaving.write(pfn, &[content]).unwrap();
             }
             _ => {}
         }

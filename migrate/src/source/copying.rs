@@ -2,13 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Copied, Offered, OnTimeout, READ_BATCH, Session};
+use super::{Copied, HANDLING, Offered, OnTimeout, READ_BATCH, Session};
 use crate::error::{Error, Result};
 use crate::guest::{Batch, Moment};
 use crate::handover::journal::Phase;
 use crate::pages::PageSet;
 use crate::report::{Progress, TrackerKind, rounded};
 use crate::rounds::{InRound, Left, Limits, Next, Prediction, RoundFacts, Sent, Stop, decide};
+use crate::wire::{ToDestination, ToSource};
 
 /// Reading the log holds the guest up for a moment, and takes its time here: no more than one part
 /// in so many is spent on it.
@@ -64,11 +65,7 @@ impl Session<'_> {
                 self.report.predicted.after_first_round = self.predict(&left);
             }
             self.check_time(number + 1, all)?;
-            let next = match self.time_is_up {
-                true => Next::Suspend(Stop::Timeout),
-                false => self.decide(&left)?,
-            };
-            match next {
+            match self.next(number, left)? {
                 Next::Round { hold } => hold_back = hold,
                 Next::SlowDown(_) => hold_back = false,
                 Next::Suspend(stop) => {
@@ -80,6 +77,38 @@ impl Session<'_> {
         self.go.connections.prepare()?;
         self.watch.lap("pre-copy");
         Ok(Copied)
+    }
+
+    /// What comes after a round that left so much. A guest isn't suspended while the destination is
+    /// far behind: it would be silent until the restore has what crossed long ago.
+    fn next(&mut self, number: u32, mut left: Left) -> Result<Next> {
+        loop {
+            if self.time_is_up {
+                return Ok(Next::Suspend(Stop::Timeout));
+            }
+            match self.decide(&left)? {
+                Next::Suspend(_) if self.behind > self.go.plan.limits.behind => {}
+                next => return Ok(next),
+            }
+            self.catch_up()?;
+            self.look()?;
+            left = self.left(number)?;
+            self.check_time(number + 1, left.cold.saturating_add(left.hot))?;
+        }
+    }
+
+    /// Waits until the destination's restore has all that has arrived there.
+    fn catch_up(&mut self) -> Result<()> {
+        log::debug!("the destination has {} pages yet to restore", self.behind);
+        self.phase("waiting for the destination");
+        self.go.peer.send(&ToDestination::CatchUp)?;
+        match self.receive(HANDLING)? {
+            ToSource::CaughtUp => {}
+            other => return Err(self.unexpected(&other)),
+        }
+        self.behind = 0;
+        self.phase("copying");
+        Ok(())
     }
 
     /// What comes after a round. Where that is to slow the guest down it has been.

@@ -1,6 +1,7 @@
 //! What follows a move, and what follows one that failed: the guest runs at one site, and
 //! nothing else of it is left running anywhere.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::{READ_BATCH, Session};
@@ -8,7 +9,7 @@ use crate::error::{Error, Result, chain};
 use crate::guest::{Batch, Found, Moment, PageTable};
 use crate::handover::journal::{Outcome, Phase};
 use crate::handover::recovery::Owner;
-use crate::pages::PageSet;
+use crate::pages::{PageSet, Pfn};
 use crate::report::Progress;
 use crate::shadow::Named;
 use crate::wire::{Text, ToDestination};
@@ -81,13 +82,17 @@ impl Session<'_> {
             let guest = &mut self.go.guest;
             guest.read(&pfns, &nothing, Moment::Last, &mut batch, &mut deferred)?;
             pfns.clear();
-            for entry in &batch.entries {
-                // dom0 may have written to it since it crossed: then it is none of the shadow's.
+            // dom0 may have written to a page since it crossed: then it is none of the shadow's.
+            let kept = batch.entries.iter().filter_map(|entry| {
                 let same = table.get(entry.pfn) == Some(entry.state);
-                if let (true, Found::Slot(slot)) = (same, entry.content)
-                    && let Some(content) = batch.content(slot)
-                {
-                    shadow.write(entry.pfn, content)?;
+                match entry.content {
+                    Found::Slot(slot) if same => Some((entry.pfn, slot)),
+                    _ => None,
+                }
+            });
+            for (first, slots) in stretches(kept) {
+                if let Some(contents) = batch.contents(slots) {
+                    shadow.write(first, contents)?;
                 }
             }
         }
@@ -170,5 +175,33 @@ impl Session<'_> {
         Err(Error::InDoubt {
             peer: self.go.peer.peer().to_owned(),
         })
+    }
+}
+
+/// Pages that follow one another and are in slots that do, together: the first of each stretch, and
+/// the slots.
+fn stretches(pages: impl Iterator<Item = (Pfn, usize)>) -> Vec<(Pfn, Range<usize>)> {
+    let mut stretches: Vec<(Pfn, Range<usize>)> = Vec::new();
+    for (pfn, slot) in pages {
+        match stretches.last_mut() {
+            Some((first, slots)) if slots.end == slot && *first + slots.len() as u64 == pfn => {
+                slots.end += 1;
+            }
+            _ => stretches.push((pfn, slot..slot + 1)),
+        }
+    }
+    stretches
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_are_written_together() {
+        let pages = [(3, 0), (4, 1), (5, 2), (7, 3), (8, 5), (9, 6)];
+        let expected = [(3, 0..3), (7, 3..4), (8, 5..7)];
+        assert_eq!(stretches(pages.into_iter()), expected);
+        assert_eq!(stretches([].into_iter()), []);
     }
 }

@@ -162,13 +162,12 @@ fn ask_shared(
     }
 }
 
-/// The next message, but for those that only tell how far the destination is.
+/// The next message, but for those that only ask for a sign of life.
 pub(crate) fn receive(peer: &mut Conversation, patience: Duration) -> Result<ToSource> {
     let deadline = Instant::now() + patience;
     loop {
         let received: Received = peer.receive(deadline)?;
         match ToSource::decode(received.frame())? {
-            ToSource::Progress { .. } => {}
             ToSource::Ping(token) => peer.send(&ToDestination::Pong(token))?,
             message => return Ok(message),
         }

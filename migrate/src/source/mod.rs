@@ -149,6 +149,8 @@ struct Session<'a> {
     told_frames: (u64, Vec<u64>),
     /// What reading the guest's pages took in this round, or the last one.
     reading: Duration,
+    /// Pages that were at the destination after a round and not yet given to its restore.
+    behind: u64,
     encoder: AdaptiveEncoder,
     /// The bytes that were written before the last round, and those at its end, once it has been
     /// sent.
@@ -241,6 +243,7 @@ impl<'a> Session<'a> {
             look_after: go.plan.limits.looking,
             told_frames: (0, Vec::new()),
             reading: Duration::ZERO,
+            behind: 0,
             encoder: AdaptiveEncoder::new(go.plan.cores()),
             last_round: None,
             go,
@@ -312,7 +315,7 @@ impl<'a> Session<'a> {
             .insert(name.to_owned(), rounded(took));
     }
 
-    /// The next message, but for those that only tell how far the destination is.
+    /// The next message, but for those that only ask for a sign of life.
     fn receive(&mut self, patience: Duration) -> Result<ToSource> {
         learning::receive(&mut self.go.peer, patience)
     }

@@ -124,7 +124,9 @@ impl Session<'_> {
             self.last_round = Some((bytes_before, end));
         } else {
             match self.receive(HANDLING)? {
-                ToSource::RoundAck { round, .. } if round == number => {}
+                ToSource::RoundAck { round, behind, .. } if round == number => {
+                    self.behind = behind;
+                }
                 other => return Err(self.unexpected(&other)),
             }
         }

@@ -61,6 +61,8 @@ pub enum Tag {
     Prove = 0x12,
     /// [`ToDestination::Spread`](super::ToDestination::Spread).
     Spread = 0x13,
+    /// [`ToDestination::CatchUp`](super::ToDestination::CatchUp).
+    CatchUp = 0x14,
     /// [`ToSource::Accept`](super::ToSource::Accept).
     Accept = 0x81,
     /// [`ToSource::Refuse`](super::ToSource::Refuse).
@@ -73,8 +75,8 @@ pub enum Tag {
     Running = 0x85,
     /// [`ToSource::Failed`](super::ToSource::Failed).
     Failed = 0x86,
-    /// [`ToSource::Progress`](super::ToSource::Progress).
-    Progress = 0x87,
+    /// [`ToSource::CaughtUp`](super::ToSource::CaughtUp).
+    CaughtUp = 0x87,
     /// [`ToSource::Ping`](super::ToSource::Ping).
     DestinationPing = 0x89,
     /// [`ToSource::Pong`](super::ToSource::Pong).
@@ -90,7 +92,7 @@ pub enum Tag {
 }
 
 impl Tag {
-    const ALL: [Self; 32] = [
+    const ALL: [Self; 33] = [
         Self::Offer,
         Self::P2mFrames,
         Self::Pages,
@@ -109,7 +111,8 @@ impl Tag {
         Self::Ready,
         Self::Running,
         Self::Failed,
-        Self::Progress,
+        Self::CatchUp,
+        Self::CaughtUp,
         Self::DestinationPing,
         Self::DestinationPong,
         Self::Recall,
@@ -172,13 +175,10 @@ impl Tag {
             Self::Outgoing => 2 * MIB,
             Self::Accept | Self::Ready | Self::Probe => 64 * KIB,
             Self::Refuse | Self::Abort | Self::Failed => 8 * KIB,
-            Self::RoundEnd
-            | Self::RoundAck
-            | Self::Progress
-            | Self::Final
-            | Self::Join
-            | Self::Prove => 64,
+            Self::RoundEnd | Self::RoundAck | Self::Final | Self::Join | Self::Prove => 64,
             Self::Commit
+            | Self::CatchUp
+            | Self::CaughtUp
             | Self::Recall
             | Self::Keep
             | Self::After

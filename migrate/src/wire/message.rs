@@ -138,6 +138,8 @@ pub enum ToDestination<'a> {
     After(u64),
     /// Pages go by the connections whose bits are set, bit 0 for that of index 0, and by no others.
     Spread(u64),
+    /// After a round: asks for a [`ToSource::CaughtUp`] once the restore has all that has arrived.
+    CatchUp,
 }
 
 /// A message of the destination's.
@@ -153,7 +155,11 @@ pub enum ToSource {
         round: u32,
         /// Pages that came in it.
         pages: u64,
+        /// Pages that are here and have yet to be given to the restore.
+        behind: u64,
     },
+    /// The restore has all that had arrived.
+    CaughtUp,
     /// The guest is complete, its memory proved, and it could run.
     Ready(Readiness),
     /// A part of what is here of the guest's memory.
@@ -179,13 +185,6 @@ pub enum ToSource {
     Running,
     /// The destination cannot go on. Before the commit, nothing is left there.
     Failed(Text),
-    /// How far the destination is.
-    Progress {
-        /// Pages that have arrived.
-        received: u64,
-        /// Pages that have been given to the restore.
-        restored: u64,
-    },
     /// Asks for a [`ToDestination::Pong`] with the same number.
     Ping(u64),
     /// Answers a [`ToDestination::Ping`].
@@ -214,6 +213,7 @@ impl Message for ToDestination<'_> {
             Self::Batch { .. } => Tag::Batch,
             Self::After(_) => Tag::After,
             Self::Spread(_) => Tag::Spread,
+            Self::CatchUp => Tag::CatchUp,
         }
     }
 
@@ -233,7 +233,7 @@ impl Message for ToDestination<'_> {
                 to.extend(populated.to_le_bytes());
                 frames.iter().for_each(|pfn| to.extend(pfn.to_le_bytes()));
             }
-            Self::Pages(_) | Self::Probe(_) | Self::Commit | Self::Keep => {}
+            Self::Pages(_) | Self::Probe(_) | Self::Commit | Self::Keep | Self::CatchUp => {}
             Self::Recall { known } => to.push(u8::from(*known)),
             Self::Prove(proof) => to.extend(proof.0),
             Self::RoundEnd { round, pages, last } => {
@@ -301,6 +301,7 @@ impl<'a> ToDestination<'a> {
             Tag::State => Self::State(Box::new(decode_state(decode_rest(&mut from))?)),
             Tag::Final => Self::Final(MemoryDigest(from.array().map_err(&malformed)?)),
             Tag::Commit => Self::Commit,
+            Tag::CatchUp => Self::CatchUp,
             Tag::Abort => Self::Abort(Text::from_bytes(decode_rest(&mut from))),
             Tag::SourcePing => Self::Ping(from.u64().map_err(&malformed)?),
             Tag::SourcePong => Self::Pong(from.u64().map_err(&malformed)?),
@@ -354,6 +355,7 @@ impl fmt::Debug for ToDestination<'_> {
             Self::State(state) => f.debug_tuple("State").field(state).finish(),
             Self::Final(digest) => f.debug_tuple("Final").field(digest).finish(),
             Self::Commit => f.write_str("Commit"),
+            Self::CatchUp => f.write_str("CatchUp"),
             Self::Prove(_) => f.write_str("Prove(..)"),
             Self::Recall { known } => f.debug_struct("Recall").field("known", known).finish(),
             Self::Keep => f.write_str("Keep"),
@@ -381,7 +383,7 @@ impl Message for ToSource {
             Self::Running => Tag::Running,
             Self::Joined(_) => Tag::Joined,
             Self::Failed(_) => Tag::Failed,
-            Self::Progress { .. } => Tag::Progress,
+            Self::CaughtUp => Tag::CaughtUp,
             Self::Ping(_) => Tag::DestinationPing,
             Self::Pong(_) => Tag::DestinationPong,
         }
@@ -391,12 +393,17 @@ impl Message for ToSource {
         match self {
             Self::Accept(acceptance) => encode_document(self.tag(), acceptance, to)?,
             Self::Refuse(refusal) => encode_document(self.tag(), refusal, to)?,
-            Self::RoundAck { round, pages } => {
+            Self::RoundAck {
+                round,
+                pages,
+                behind,
+            } => {
                 to.extend(round.to_le_bytes());
                 to.extend(pages.to_le_bytes());
+                to.extend(behind.to_le_bytes());
             }
             Self::Ready(readiness) => encode_document(self.tag(), readiness, to)?,
-            Self::Running | Self::Kept => {}
+            Self::Running | Self::Kept | Self::CaughtUp => {}
             Self::Joined(index) => to.extend(index.to_le_bytes()),
             Self::Inventory { first, runs } => {
                 to.extend(first.to_le_bytes());
@@ -407,10 +414,6 @@ impl Message for ToSource {
                 to.extend(names);
             }
             Self::Failed(reason) => to.extend(reason.as_str().as_bytes()),
-            Self::Progress { received, restored } => {
-                to.extend(received.to_le_bytes());
-                to.extend(restored.to_le_bytes());
-            }
             Self::Ping(number) | Self::Pong(number) => to.extend(number.to_le_bytes()),
         }
         Ok(())
@@ -432,6 +435,7 @@ impl ToSource {
             Tag::RoundAck => Self::RoundAck {
                 round: from.u32().map_err(&malformed)?,
                 pages: from.u64().map_err(&malformed)?,
+                behind: from.u64().map_err(&malformed)?,
             },
             Tag::Ready => Self::Ready(decode_document(&mut from, tag)?),
             Tag::Running => Self::Running,
@@ -446,10 +450,7 @@ impl ToSource {
             },
             Tag::Kept => Self::Kept,
             Tag::Failed => Self::Failed(Text::from_bytes(decode_rest(&mut from))),
-            Tag::Progress => Self::Progress {
-                received: from.u64().map_err(&malformed)?,
-                restored: from.u64().map_err(&malformed)?,
-            },
+            Tag::CaughtUp => Self::CaughtUp,
             Tag::DestinationPing => Self::Ping(from.u64().map_err(&malformed)?),
             Tag::DestinationPong => Self::Pong(from.u64().map_err(&malformed)?),
             _ => return Err(WireError::WrongDirection(tag)),

@@ -12,8 +12,10 @@
 //!     | <-------------------------------------- Shares |      their names, unless the proof is wrong
 //!     | P2mFrames ------------------------------------> |      the p2m, and how large the guest is
 //!     | Pages, Pages, ..., RoundEnd ------------------> |      a round, the guest running
-//!     | <-------------------------- Progress, RoundAck  |
+//!     | <------------------------------------- RoundAck |
 //!     |   ...                                           |
+//!     | CatchUp --------------------------------------> |      before the suspend, where the restore
+//!     | <------------------------------------- CaughtUp |      is far behind what has arrived
 //!     | Outgoing -------------------------------------> |      of connections of its own, if led
 //!     | P2mFrames, Pages, ..., RoundEnd --------------> |      the last round, the guest suspended
 //!     | State, Final ---------------------------------> |

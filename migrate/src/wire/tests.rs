@@ -135,6 +135,7 @@ fn to_destination() -> impl Strategy<Value = ToDestination<'static>> {
         samples::states().prop_map(|state| ToDestination::State(Box::new(state))),
         any::<[u8; 16]>().prop_map(|digest| ToDestination::Final(MemoryDigest(digest))),
         Just(ToDestination::Commit),
+        Just(ToDestination::CatchUp),
         any::<bool>().prop_map(|known| ToDestination::Recall { known }),
         any::<[u8; 32]>().prop_map(|proof| ToDestination::Prove(Proof(proof))),
         Just(ToDestination::Keep),
@@ -200,7 +201,12 @@ fn to_source() -> impl Strategy<Value = ToSource> {
                 }))
             }),
         (codes, texts()).prop_map(|(code, reason)| ToSource::Refuse(Refusal { code, reason })),
-        any::<(u32, u64)>().prop_map(|(round, pages)| ToSource::RoundAck { round, pages }),
+        any::<(u32, u64, u64)>().prop_map(|(round, pages, behind)| ToSource::RoundAck {
+            round,
+            pages,
+            behind
+        }),
+        Just(ToSource::CaughtUp),
         (any::<[u8; 16]>(), proptest::collection::vec(part, 0..3)).prop_map(|(digest, parts)| {
             ToSource::Ready(Readiness {
                 digest: MemoryDigest(digest),
@@ -216,8 +222,6 @@ fn to_source() -> impl Strategy<Value = ToSource> {
             .prop_map(|(total, names)| ToSource::Shares { total, names }),
         Just(ToSource::Kept),
         texts().prop_map(ToSource::Failed),
-        any::<(u64, u64)>()
-            .prop_map(|(received, restored)| ToSource::Progress { received, restored }),
         any::<u64>().prop_map(ToSource::Ping),
         any::<u64>().prop_map(ToSource::Pong),
     ]

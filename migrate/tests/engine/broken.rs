@@ -21,11 +21,12 @@ const AT_SOURCE: [Call; 7] = [
 ];
 
 /// The same at the destination.
-const AT_DESTINATION: [Call; 9] = [
+const AT_DESTINATION: [Call; 10] = [
     Call::Start,
     Call::BeginRound,
     Call::Changed,
     Call::EndRound,
+    Call::Behind,
     Call::Complete,
     Call::Completed,
     Call::Confirm,

@@ -120,6 +120,7 @@ fn trouble() -> impl Strategy<Value = Trouble> {
         Call::BeginRound,
         Call::Changed,
         Call::EndRound,
+        Call::Behind,
         Call::Complete,
         Call::Completed,
         Call::Verify,
@@ -162,9 +163,9 @@ fn plain(options: Options) -> Crossing {
 }
 
 fn made((tracker, verify, rounds, looking, cores, others): Options) -> (Crossing, Vec<Cut>) {
-    let (looking, downtime) = match looking {
-        true => (Duration::ZERO, Duration::from_nanos(1)),
-        false => (Limits::default().looking, Duration::ZERO),
+    let (looking, downtime, behind) = match looking {
+        true => (Duration::ZERO, Duration::from_nanos(1), 0),
+        false => (Limits::default().looking, Duration::ZERO, 1024),
     };
     let (data, cuts) = connections(if others < 2 { 0 } else { others });
     let crossing = Crossing {
@@ -176,6 +177,7 @@ fn made((tracker, verify, rounds, looking, cores, others): Options) -> (Crossing
                 downtime,
                 rounds,
                 looking,
+                behind,
                 ..Limits::default()
             },
             cores: NonZeroUsize::new(cores),

@@ -233,7 +233,7 @@ pub fn leave_shadow(site: &Site, name: &str, uuid: &str, memory: &Memory) {
     let leaving = shadows(site).leave(named, &key, &table).unwrap().unwrap();
     for (pfn, (page_type, content)) in pages() {
         if page_type.has_data() {
-            content.look(|page| leaving.write(pfn, page)).unwrap();
+            content.look(|page| leaving.write(pfn, &[*page])).unwrap();
         }
     }
     leaving.finish(&table).unwrap();

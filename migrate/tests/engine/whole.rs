@@ -1,6 +1,8 @@
 //! Moves that nothing disturbs.
 
 use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use migrate::guest::replay::generated::Random;
@@ -149,6 +151,42 @@ fn a_connection_that_does_not_come_is_done_without() {
     };
     let report = scene.turned().moves(back).report.unwrap();
     assert_eq!(report.link.connections, 1);
+}
+
+/// The restore gets less than arrives: it would go on with that in the guest's silence.
+#[test]
+fn a_guest_is_not_suspended_before_the_restore_has_caught_up() {
+    for (behind, waits) in [(0, true), (PAGES, false)] {
+        let scene = Scene::with(busy(8));
+        let asked = Arc::new(AtomicUsize::new(0));
+        let at_suspend = Arc::new(AtomicUsize::new(0));
+        let (count, seen) = (Arc::clone(&asked), Arc::clone(&at_suspend));
+        let crossing = Crossing {
+            at_destination: Arc::new(move |call| {
+                if call == Call::Behind {
+                    count.fetch_add(1, Ordering::Relaxed);
+                }
+                Ok(())
+            }),
+            at_source: at_call(Call::Suspend, 1, move || {
+                seen.store(asked.load(Ordering::Relaxed), Ordering::Relaxed);
+            }),
+            plan: Plan {
+                limits: Limits {
+                    behind,
+                    rounds: 1,
+                    ..Limits::default()
+                },
+                ..Plan::default()
+            },
+            ..Crossing::default()
+        };
+        let report = scene.moves(crossing).report.unwrap();
+        assert_eq!(report.rounds.len(), 2);
+        // Once for the round's end; then until there is nothing.
+        let at_suspend = at_suspend.load(Ordering::Relaxed);
+        assert_eq!(at_suspend > 1, waits, "{at_suspend}");
+    }
 }
 
 #[test]

@@ -295,6 +295,7 @@ fn to_destination() -> Vec<Vec<u8>> {
         ToDestination::State(Box::new(state())),
         ToDestination::Final(MemoryDigest([1; 16])),
         ToDestination::Commit,
+        ToDestination::CatchUp,
         ToDestination::Join {
             token: JoinToken::new([5; 16]),
             index: 1,
@@ -383,7 +384,11 @@ fn to_source() -> Vec<Vec<u8>> {
             code: RefusalCode::Memory,
             reason: Text::new("Full"),
         }),
-        ToSource::RoundAck { round: 1, pages: 2 },
+        ToSource::RoundAck {
+            round: 1,
+            pages: 2,
+            behind: 1,
+        },
         ToSource::Ready(Readiness {
             digest: MemoryDigest([1; 16]),
             parts,
@@ -391,10 +396,7 @@ fn to_source() -> Vec<Vec<u8>> {
         }),
         ToSource::Running,
         ToSource::Failed(Text::new("No")),
-        ToSource::Progress {
-            received: 1,
-            restored: 2,
-        },
+        ToSource::CaughtUp,
         ToSource::Pong(3),
     ];
     let mut all = FrameWriter::new(Vec::new());

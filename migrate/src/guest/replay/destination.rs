@@ -17,6 +17,9 @@ use crate::pages::{PageSet, PageType, is_zero};
 /// Pages that are fed each time that some have arrived: fewer than arrive, as libxl takes them.
 const FEED: usize = 200;
 
+/// Pages that are fed between two questions how many are left.
+const CATCHING_UP: usize = 2000;
+
 /// What becomes of the memory that arrives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Restored {
@@ -187,6 +190,17 @@ impl Destination for ReplayDestination {
             self.restart()?;
         }
         Ok(again)
+    }
+
+    /// As time passes between two of these questions, the restore gets on.
+    fn behind(&mut self) -> Result<u64> {
+        (self.watch)(Call::Behind)?;
+        if self.stale {
+            return Ok(0);
+        }
+        let behind = self.pending.len();
+        self.feed(CATCHING_UP)?;
+        Ok(behind)
     }
 
     fn complete(&mut self, state: GuestState) -> Result<()> {

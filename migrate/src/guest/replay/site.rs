@@ -50,6 +50,7 @@ pub enum Call {
     BeginRound,
     Changed,
     EndRound,
+    Behind,
     Complete,
     Completed,
     Verify,

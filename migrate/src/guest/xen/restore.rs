@@ -132,6 +132,8 @@ struct Shared {
 #[derive(Default)]
 struct Work {
     pending: PageSet,
+    /// Pages that the feeder is at.
+    feeding: u64,
     /// Pages wait for the p2m's frames: a PV guest's stream has those first. A shadow's pages are
     /// there before the source has said anything.
     unframed: bool,
@@ -647,6 +649,11 @@ impl Destination for XenDestination {
         Ok(true)
     }
 
+    fn behind(&mut self) -> Result<u64> {
+        let work = self.work()?;
+        Ok(work.pending.len() + work.feeding)
+    }
+
     fn complete(&mut self, state: GuestState) -> Result<()> {
         if let GuestState::Hvm(state) = &state {
             check_params(&state.params)?;
@@ -797,6 +804,7 @@ impl Feed {
 
     fn next(&self, shared: &Shared, cursor: &mut u64, pfns: &mut Vec<u64>) -> Result<Next> {
         let mut work = locked(&shared.work)?;
+        work.feeding = 0;
         loop {
             if work.stop {
                 return Ok(Next::Stop);
@@ -806,6 +814,7 @@ impl Feed {
                 return Ok(Next::Frames(frames));
             }
             if !work.unframed && work.pending.take_batch(cursor, FEED_BATCH, pfns) > 0 {
+                work.feeding = pfns.len() as u64;
                 return Ok(Next::Pages);
             }
             if let Some(tail) = work.tail.take() {
