@@ -18,6 +18,7 @@
 //! that was passed over: at once if that was sent only once since it is kept, in the second round
 //! if it was sent again.
 
+use super::store::{PageStore, Place};
 use crate::pages::{PAGE_SIZE, Page, Pfn};
 use std::collections::BTreeMap;
 
@@ -25,13 +26,14 @@ pub(super) struct HotPages {
     /// The most pages that are kept.
     most: usize,
     pages: BTreeMap<Pfn, Hot>,
+    contents: PageStore,
     round: u32,
     /// Pages below are known to stay in this round.
     looked_at: Pfn,
 }
 
 struct Hot {
-    content: Box<Page>,
+    content: Place,
     /// The round in which it was sent last.
     sent: u32,
     /// Whether it was sent again since it is kept.
@@ -43,6 +45,7 @@ impl HotPages {
         HotPages {
             most: bytes / PAGE_SIZE,
             pages: BTreeMap::new(),
+            contents: PageStore::default(),
             round: 0,
             looked_at: 0,
         }
@@ -54,28 +57,22 @@ impl HotPages {
     }
 
     pub(super) fn get(&self, pfn: Pfn) -> Option<&Page> {
-        self.pages.get(&pfn).map(|hot| &*hot.content)
+        self.contents.get(self.pages.get(&pfn)?.content)
     }
 
     /// The destination has this content now. `again` says that it had another one before.
     pub(super) fn keep(&mut self, pfn: Pfn, content: &Page, again: bool) {
         if let Some(hot) = self.pages.get_mut(&pfn) {
-            hot.content.copy_from_slice(content);
+            self.contents.set(hot.content, content);
             hot.sent = self.round;
             hot.again = true;
             return;
         }
-        let place = if self.pages.len() < self.most {
-            Some(Box::new(*content))
-        } else if again {
-            self.make_room(pfn).map(|mut place| {
-                place.copy_from_slice(content);
-                place
-            })
-        } else {
-            None
-        };
-        if let Some(content) = place {
+        if self.pages.len() >= self.most && !(again && self.make_room(pfn)) {
+            return;
+        }
+        // Without memory for it, it crosses whole the next time.
+        if let Some(content) = self.contents.put(content) {
             let hot = Hot {
                 content,
                 sent: self.round,
@@ -87,13 +84,15 @@ impl HotPages {
 
     /// The destination has something else now, that no page will be compared with.
     pub(super) fn forget(&mut self, pfn: Pfn) {
-        self.pages.remove(&pfn);
+        if let Some(hot) = self.pages.remove(&pfn) {
+            self.contents.free(hot.content);
+        }
     }
 
-    /// Drops a page that the round has passed over before it came to `pfn`.
-    fn make_room(&mut self, pfn: Pfn) -> Option<Box<Page>> {
+    /// Drops a page that the round has passed over before it came to `pfn`, if there is one.
+    fn make_room(&mut self, pfn: Pfn) -> bool {
         if pfn < self.looked_at {
-            return None;
+            return false;
         }
         let round = self.round;
         let cold = self
@@ -103,8 +102,10 @@ impl HotPages {
             .map(|(cold, _)| *cold);
         // No page is looked at twice in a round, however many ask for room.
         self.looked_at = cold.unwrap_or(pfn);
-        let cold = cold?;
-        self.pages.remove(&cold).map(|hot| hot.content)
+        if let Some(cold) = cold {
+            self.forget(cold);
+        }
+        cold.is_some()
     }
 }
 

@@ -22,6 +22,7 @@
 
 mod hot;
 mod index;
+mod store;
 
 use crate::codec::{BatchEncoder, Class, EncodeError};
 use crate::digest::{ContentDigest, Digester, MemoryDigest};
@@ -101,6 +102,13 @@ impl Held {
     /// A round begins: pages come in ascending order again.
     pub fn begin_round(&mut self) {
         self.hot.begin_round();
+    }
+
+    /// No more pages will be sent: what was kept to build upon is given back.
+    pub fn forget_contents(&mut self) {
+        self.hot = HotPages::new(0);
+        self.index = ContentIndex::new(0);
+        self.shared = None;
     }
 
     /// Adds a page to a batch, by the shortest of what can stand for it. `content` is the copy

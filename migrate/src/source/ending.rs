@@ -33,6 +33,8 @@ impl Session<'_> {
     /// The guest runs at the destination: nothing that fails here changes that.
     pub(super) fn clean_up_after_move(&mut self) {
         self.phase("cleaning up");
+        // libxl forks for its scripts, and each page that is freed after it costs a page fault.
+        self.held.forget_contents();
         if let Err(error) = self.go.guest.end_tracking() {
             log::warn!("{}", chain(&error));
         }
