@@ -129,6 +129,10 @@ pub struct Migrate {
     /// where a link without --bandwidth counts as 1 Gbit/s; no more than cores
     #[arg(long, value_name = "N", default_value = "auto", value_parser = parse_connections)]
     pub connections: Connections,
+    /// Send by this congestion control of the kernel's, such as bbr: where a link loses packets, it
+    /// says how full the link gets. By default this host's own (net.ipv4.tcp_congestion_control)
+    #[arg(long, value_name = "NAME")]
+    pub congestion: Option<String>,
     /// Encode on N cores; by default on all that this host's dom0 has
     #[arg(long, value_name = "N")]
     pub cores: Option<NonZeroUsize>,
@@ -218,6 +222,9 @@ pub struct Shadow {
     /// Send at most RATE bits a second, with k, M or G: 50M is 50 Mbit/s. At least 256k
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub bandwidth: Option<u64>,
+    /// Send by this congestion control of the kernel's, as `migrate` does
+    #[arg(long, value_name = "NAME")]
+    pub congestion: Option<String>,
     /// Go on: send again what changed, with a pause of S seconds, until Ctrl-C. By default the
     /// shadow is sent once
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..))]

@@ -25,11 +25,12 @@ use crate::report_file::ReportFile;
 
 /// Moves the guest, shows how it goes, and prints the report.
 pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<()> {
-    let remote = Remote::new(
+    let mut remote = Remote::new(
         &options.remote.ssh,
         &options.host,
         &options.remote.remote_command,
     )?;
+    remote.congestion = options.congestion.clone();
     let policy = policy::read()?;
     let request = Request {
         domain: options.domain.clone(),

@@ -25,11 +25,12 @@ const TICK: Duration = Duration::from_millis(100);
 
 /// Sends the guest's memory to where it may go later; once, or again and again.
 pub fn run(options: &cli::Shadow, directories: &Directories) -> anyhow::Result<()> {
-    let remote = Remote::new(
+    let mut remote = Remote::new(
         &options.remote.ssh,
         &options.host,
         &options.remote.remote_command,
     )?;
+    remote.congestion = options.congestion.clone();
     let policy = policy::read()?;
     let request = Request {
         domain: options.domain.clone(),

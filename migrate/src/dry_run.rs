@@ -209,7 +209,10 @@ fn ask(
     let host = &request.remote.host;
     let (link, mut session) = request.remote.connect()?;
     let mut peer = Conversation::start(host, link, WireRole::Source, None, cancel);
-    let answer = ask_over(&mut peer, request.rate, offer, asked, group);
+    let answer = peer
+        .greet(Instant::now() + ANSWERING)
+        .and_then(|_| session.follow_congestion())
+        .and_then(|_| ask_over(&mut peer, request.rate, offer, asked, group));
     peer.close();
     let answer = answer.map_err(|error| match error {
         Error::LinkLost { peer, reason } => Error::LinkLost {
@@ -222,7 +225,8 @@ fn ask(
     answer
 }
 
-/// Asks by a connection. A link that is given a `rate`, bytes a second, is not measured.
+/// Asks by a connection that has been greeted. A link that is given a `rate`, bytes a second, is not
+/// measured.
 ///
 /// # Errors
 /// What breaks the link, and what makes no sense. That the other site would refuse is none.
@@ -233,7 +237,6 @@ pub(crate) fn ask_over(
     asked: &Asked<'_>,
     group: Option<&Group>,
 ) -> Result<Answer> {
-    peer.greet(Instant::now() + ANSWERING)?;
     let round_trip = ping(peer, 1)?.min(ping(peer, 2)?);
     let (rate, probed_bytes) = match rate {
         Some(rate) => (rate as f64, None),

@@ -5,6 +5,7 @@
 //!   -> ssh -> source::run -> guardian and ssh end
 //! ```
 
+use std::cell::RefCell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -393,11 +394,21 @@ fn prepare_and_move(
         Purpose::Move | Purpose::DryRun => run,
         Purpose::Shadow => run_shadow,
     };
-    let mut beside: Vec<Session> = Vec::new();
+    let beside: RefCell<Vec<Session>> = RefCell::default();
     let mut open = || {
         let (link, session) = request.remote.join(move_id)?;
-        beside.push(session);
+        beside.borrow_mut().push(session);
         Ok(link)
+    };
+    let mut reached = || {
+        let used = session.follow_congestion()?;
+        // One that could not join has none, and is not needed.
+        for session in &*beside.borrow() {
+            if let Err(error) = session.follow_congestion() {
+                log::info!("{}", chain(&error));
+            }
+        }
+        Ok(used)
     };
     let (report, result) = run(
         Move {
@@ -412,6 +423,7 @@ fn prepare_and_move(
             shadows: &shadows,
             group,
             earlier: costs.earlier(&uuid, &request.remote.host, guest_bytes),
+            reached: &mut reached,
             open: &mut open,
             unchanged: &mut unchanged,
             keep: &mut keep,

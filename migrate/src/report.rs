@@ -106,7 +106,7 @@ pub struct Downtime {
 }
 
 /// What is known of the link.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Link {
     /// The shortest round trip seen, ms.
     pub rtt_ms: f64,
@@ -115,6 +115,9 @@ pub struct Link {
     /// The connections that pages went by; besides them there is one for all else, where there are
     /// more than one.
     pub connections: u32,
+    /// The kernel's congestion control that this side sent by; none where ssh has no connection of
+    /// its own.
+    pub congestion: Option<String>,
 }
 
 /// What was foretold of a move, to be compared with what came.

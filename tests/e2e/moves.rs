@@ -18,13 +18,15 @@ fn there_and_back(testbed: &Testbed, guest: &Guest, trips: u32, tracker: &str) {
         for from in [SiteName::A, SiteName::B] {
             // One way to cross is as good as the other.
             let connections = if trip == 2 { 3 } else { 1 };
-            let more = format!("--json --connections {connections}");
+            let congestion = if trip == 2 { "reno" } else { "cubic" };
+            let more = format!("--json --connections {connections} --congestion {congestion}");
             let text = move_guest(testbed, from, &more);
             // Warnings come before it.
             let report: Value = serde_json::from_str(&text[text.find('{').unwrap()..]).unwrap();
             assert_eq!(report["tracker"], tracker, "{text}");
             assert_eq!(report["verified"], true, "{text}");
             assert_eq!(report["link"]["connections"], connections, "{text}");
+            assert_eq!(report["link"]["congestion"], congestion, "{text}");
             let crossed = |class: &str| -> u64 {
                 let rounds = report["rounds"].as_array().unwrap();
                 rounds

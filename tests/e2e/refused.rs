@@ -26,6 +26,11 @@ fn clear_errors_before_anything_is_suspended() {
         "vmshadow migrate g1 10.77.0.12 --remote-command nosuch",
         "nosuch",
     );
+    refuses(
+        &testbed,
+        "vmshadow migrate g1 10.77.0.12 --congestion nosuch",
+        "no congestion control \"nosuch\"",
+    );
     let usage = testbed
         .site(SiteName::A)
         .output("vmshadow migrate")

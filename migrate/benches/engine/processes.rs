@@ -37,8 +37,8 @@ pub struct Needed {
 }
 
 /// Moves the guest that `subject` names: "bytes MIB", "made MIB", or a recording's path. At most
-/// `rate` bytes a second, 0 for no limit.
-pub fn run(subject: &str, rate: u64) -> Result<(Needed, Needed)> {
+/// `rate` bytes a second, 0 for no limit. The source keeps a shadow of it, or does not.
+pub fn run(subject: &str, rate: u64, keep: bool) -> Result<(Needed, Needed)> {
     let root = tempfile::tempdir()?;
     let socket = root.path().join("socket");
     let start = |arguments: &[&str]| -> Result<Child> {
@@ -55,7 +55,7 @@ pub fn run(subject: &str, rate: u64) -> Result<(Needed, Needed)> {
     while !socket.exists() {
         thread::sleep(Duration::from_millis(5));
     }
-    let source = start(&["source", subject, &rate.to_string()])?;
+    let source = start(&["source", subject, &rate.to_string(), &keep.to_string()])?;
     Ok((finish(source)?, finish(destination)?))
 }
 
@@ -77,9 +77,13 @@ pub fn end(arguments: &[String]) -> Result<()> {
         [role, socket, root] if role == "destination" => {
             destination(socket.as_ref(), root.as_ref())
         }
-        [role, subject, rate, socket, root] if role == "source" => {
-            source(subject, rate.parse()?, socket.as_ref(), root.as_ref())
-        }
+        [role, subject, rate, keep, socket, root] if role == "source" => source(
+            subject,
+            rate.parse()?,
+            keep.parse()?,
+            socket.as_ref(),
+            root.as_ref(),
+        ),
         _ => Err(io::Error::other("No such end").into()),
     }?;
     println!("{}", serde_json::to_string(&needed)?);
@@ -101,7 +105,7 @@ fn destination(socket: &Path, root: &Path) -> Result<Needed> {
     Ok(needed)
 }
 
-fn source(subject: &str, rate: u64, socket: &Path, root: &Path) -> Result<Needed> {
+fn source(subject: &str, rate: u64, keep: bool, socket: &Path, root: &Path) -> Result<Needed> {
     let memory = match subject.split_once(' ') {
         Some(("bytes", mib)) => generated(mib.parse()?, 0).memory,
         Some(("made", mib)) => made(mib.parse()?),
@@ -112,6 +116,7 @@ fn source(subject: &str, rate: u64, socket: &Path, root: &Path) -> Result<Needed
     let link = link(UnixStream::connect(socket)?)?;
     let mut crossing = Crossing {
         rate: Some(rate).filter(|rate| *rate > 0),
+        keep,
         ..Crossing::default()
     };
     measure(|| {

@@ -4,6 +4,7 @@
 //! other end is a child process's standard input and output. One connection carries everything, or
 //! several carry the pages and one the rest.
 
+mod congestion;
 mod conversation;
 pub mod door;
 mod gathering;

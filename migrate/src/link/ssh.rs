@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, bounded};
 
-use super::Link;
 use super::said::{LastLines, read_lines};
+use super::{Link, congestion};
 use crate::error::{Error, IoContext, Result};
 use crate::wire::MoveId;
 
@@ -44,6 +44,8 @@ pub struct Remote {
     pub host: String,
     /// The command line up to and including `vmshadow` at the other site.
     pub command: Vec<String>,
+    /// The congestion control that connections are to go by; by default the host's own.
+    pub congestion: Option<String>,
 }
 
 impl Remote {
@@ -76,12 +78,17 @@ impl Remote {
         Ok(Remote {
             host: host.to_owned(),
             command,
+            congestion: None,
         })
     }
 
     /// As a journal keeps it.
     pub fn from_parts(host: String, command: Vec<String>) -> Remote {
-        Remote { host, command }
+        Remote {
+            host,
+            command,
+            congestion: None,
+        }
     }
 
     fn child(&self, arguments: &[&str]) -> Result<Command> {
@@ -142,6 +149,7 @@ impl Remote {
                 child,
                 said,
                 heard_all,
+                congestion: self.congestion.clone(),
             },
         ))
     }
@@ -175,6 +183,7 @@ impl Remote {
                     child,
                     said,
                     heard_all,
+                    congestion: None,
                 }
             }
             // Dropped, a child is neither ended nor reaped.
@@ -244,12 +253,24 @@ pub struct Session {
     child: Child,
     said: Arc<Mutex<LastLines>>,
     heard_all: Receiver<()>,
+    /// What it is to go by.
+    congestion: Option<String>,
 }
 
 impl Session {
     /// The ssh process's id.
     pub fn id(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Lets ssh's connection go by the congestion control that was asked for, if one was: once the
+    /// other side has answered, the connection is there. The one that it goes by then; none where ssh
+    /// has no connection of its own.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] and [`Error::Io`], only where one was asked for.
+    pub fn follow_congestion(&self) -> Result<Option<String>> {
+        congestion::of_process(self.child.id(), self.congestion.as_deref())
     }
 
     /// The last of what ssh, or the other site's program, wrote to its standard error, oldest

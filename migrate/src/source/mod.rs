@@ -124,6 +124,9 @@ pub struct Move<'a> {
     pub group: Option<Group>,
     /// What earlier moves tell of this one.
     pub earlier: Earlier,
+    /// Called once the other site has answered, and again when more connections have: does what can
+    /// be done for them, and says which congestion control they go by, if that is known.
+    pub reached: &'a mut dyn FnMut() -> Result<Option<String>>,
     /// Opens one more connection to the destination's worker, for pages.
     pub open: &'a mut dyn FnMut() -> Result<Link>,
     /// Checks, right before and after the suspend, that the guest still is what was offered.

@@ -26,6 +26,7 @@ impl Session<'_> {
         self.phase("connecting");
         hold("connecting");
         self.go.peer.greet(Instant::now() + GREETING)?;
+        self.report.link.congestion = (self.go.reached)()?;
         self.watch.lap("connect");
         let start = Instant::now();
         self.go.peer.send(&ToDestination::Ping(1))?;
@@ -123,6 +124,9 @@ impl Session<'_> {
             }
         }
         self.report.link.connections = joined.len().max(1) as u32;
+        if !joined.is_empty() {
+            self.report.link.congestion = (self.go.reached)()?;
+        }
         let queue = self.go.plan.queue();
         self.go.peer.spread_over(joined, queue)
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::crossing::{offer, xen};
 use super::guest::UUID;
@@ -21,6 +21,9 @@ use crate::shadow::{ShadowPolicy, Shadows};
 use crate::source::learning::Asked;
 use crate::survey::{Survey, survey};
 use crate::wire::{MoveId, Offer, Purpose, Role};
+
+/// How long the other site may take to greet.
+const GREETING: Duration = Duration::from_secs(60);
 
 /// How long the guest's memory is read at the most.
 const SURVEYING: Duration = Duration::from_secs(5);
@@ -78,6 +81,7 @@ fn ask(from: &Arc<Site>, link: Link, rate: u64) -> Result<Foretold> {
         populated: guest.populated(),
     };
     let mut peer = Conversation::start("destination", link, Role::Source, None, Arc::default());
+    peer.greet(Instant::now() + GREETING)?;
     let answer = ask_over(&mut peer, Some(rate), offer, &asked, from.group().as_ref());
     peer.close();
     let learned = answer?.learned;

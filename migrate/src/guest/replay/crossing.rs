@@ -56,6 +56,8 @@ pub struct Crossing {
     pub tracker: TrackerKind,
     /// At most this many bytes a second.
     pub rate: Option<u64>,
+    /// Whether the source keeps a shadow of it.
+    pub keep: bool,
     /// The move is given up once this is set.
     pub cancel: Arc<AtomicBool>,
     /// What becomes of the memory that arrives.
@@ -76,6 +78,7 @@ impl Default for Crossing {
             plan: Plan::default(),
             tracker: TrackerKind::LogDirty,
             rate: None,
+            keep: true,
             cancel: Arc::default(),
             restored: Restored::Kept,
             at_source: Arc::new(|_| Ok(())),
@@ -201,7 +204,11 @@ pub fn leave(
     crossing: &mut Crossing,
     ask: &mut dyn FnMut(&Entry) -> Result<Owner>,
 ) -> Result<Left> {
-    let shadows = Shadows::new(&from.directories, ShadowPolicy::default());
+    let policy = ShadowPolicy {
+        keep: crossing.keep,
+        ..ShadowPolicy::default()
+    };
+    let shadows = Shadows::new(&from.directories, policy);
     let key = shadows.key_for(UUID)?;
     let move_id = MoveId::from_random(random()?);
     let watch = &crossing.at_source;
@@ -241,6 +248,7 @@ pub fn leave(
                 group: from.group(),
                 control,
                 earlier: Earlier::default(),
+                reached: &mut || Ok(None),
                 open: &mut || {
                     data.pop()
                         .ok_or_else(|| Error::Refused("There is no other link".into()))

@@ -1,0 +1,150 @@
+//! How a connection shares its link with others: the kernel's congestion control, which differs most
+//! where packets are lost.
+//!
+//! ```text
+//!   ssh -- /proc/PID/fd --> its sockets -- pidfd_getfd(2) --> the one of TCP -- TCP_CONGESTION
+//! ```
+//!
+//! ssh opens the connection, and has no option for this. So its socket is asked for from outside, and
+//! told. It says how this end sends, and most of a move is sent from here.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+
+use rustix::io::Errno;
+use rustix::net::ipproto;
+use rustix::net::sockopt::{set_tcp_congestion, socket_protocol, tcp_congestion};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+
+use crate::error::{Error, IoContext, Result};
+
+/// Which congestion control the TCP connection of a process goes by; from now on by `wanted`, if that
+/// is given. None where it has no such connection, or nothing is asked for and it can't be looked at.
+///
+/// # Errors
+/// Where one is wanted: [`Error::Refused`] if the kernel has none of that name, or the process no
+/// connection; [`Error::Io`] where it can't be set.
+pub(super) fn of_process(id: u32, wanted: Option<&str>) -> Result<Option<String>> {
+    let found = sockets(id).and_then(|sockets| follow(&sockets, wanted));
+    let Some(name) = wanted else {
+        return Ok(found.unwrap_or_else(|error| {
+            log::debug!("ssh's connection can't be looked at: {error}");
+            None
+        }));
+    };
+    match found {
+        Ok(Some(used)) => Ok(Some(used)),
+        Ok(None) => Err(Error::Refused(format!(
+            "Congestion control {name} can't be set: this ssh has no TCP connection of its own"
+        ))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(Error::Refused(format!(
+            "This host has no congestion control {name:?}"
+        ))),
+        Err(error) => Err(error).context(|| format!("Can't set congestion control {name}")),
+    }
+}
+
+/// The process's TCP sockets, shared with it.
+fn sockets(id: u32) -> io::Result<Vec<OwnedFd>> {
+    let process = i32::try_from(id)
+        .ok()
+        .and_then(Pid::from_raw)
+        .ok_or(Errno::SRCH)?;
+    let process = pidfd_open(process, PidfdFlags::empty())?;
+    let mut sockets = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{id}/fd"))? {
+        let entry = entry?;
+        // It may have closed one since.
+        let Ok(target) = fs::read_link(entry.path()) else {
+            continue;
+        };
+        let number = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok());
+        let (true, Some(number)) = (target.to_string_lossy().starts_with("socket:"), number) else {
+            continue;
+        };
+        let socket = match pidfd_getfd(&process, number, PidfdGetfdFlags::empty()) {
+            Err(Errno::BADF) => continue,
+            other => other?,
+        };
+        if socket_protocol(&socket)? == Some(ipproto::TCP) {
+            sockets.push(socket);
+        }
+    }
+    Ok(sockets)
+}
+
+/// Sets what is wanted; what the last of them goes by.
+fn follow(sockets: &[OwnedFd], wanted: Option<&str>) -> io::Result<Option<String>> {
+    let mut used = None;
+    for socket in sockets {
+        if let Some(name) = wanted {
+            set_tcp_congestion(socket, name)?;
+        }
+        used = Some(tcp_congestion(socket)?);
+    }
+    Ok(used)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{TcpListener, TcpStream};
+    use std::process::{Child, Command, Stdio};
+
+    struct Asleep(Child);
+
+    impl Asleep {
+        fn with(stdin: Stdio) -> Asleep {
+            let child = Command::new("sleep").arg("60").stdin(stdin).spawn();
+            Asleep(child.unwrap())
+        }
+    }
+
+    impl Drop for Asleep {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    #[test]
+    fn the_connection_of_another_process_is_told() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let before = tcp_congestion(&ours).unwrap();
+        let child = Asleep::with(OwnedFd::from(ours.try_clone().unwrap()).into());
+        let id = child.0.id();
+        assert_eq!(of_process(id, None).unwrap(), Some(before));
+        // The kernel always has this one.
+        assert_eq!(
+            of_process(id, Some("reno")).unwrap().as_deref(),
+            Some("reno")
+        );
+        assert_eq!(tcp_congestion(&ours).unwrap(), "reno");
+        let unknown = of_process(id, Some("swift")).unwrap_err().to_string();
+        assert!(
+            unknown.contains("no congestion control \"swift\""),
+            "{unknown}"
+        );
+        assert_eq!(of_process(id, None).unwrap().as_deref(), Some("reno"));
+    }
+
+    #[test]
+    fn one_without_a_connection_can_not_be_told() {
+        let child = Asleep::with(Stdio::null());
+        assert_eq!(of_process(child.0.id(), None).unwrap(), None);
+        let refused = of_process(child.0.id(), Some("reno")).unwrap_err();
+        assert!(
+            refused.to_string().contains("no TCP connection"),
+            "{refused}"
+        );
+        drop(child);
+        // Nobody has this number.
+        assert_eq!(of_process(u32::MAX, None).unwrap(), None);
+        assert!(of_process(u32::MAX, Some("reno")).is_err());
+    }
+}
