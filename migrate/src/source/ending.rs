@@ -75,7 +75,7 @@ impl Session<'_> {
             }
         }
         // Against nothing, so that each page is copied.
-        let nothing = PageTable::new(table.pages());
+        let nothing = PageTable::new(0);
         let (mut batch, mut deferred) = (Batch::default(), PageSet::new(table.pages()));
         let mut pfns = Vec::with_capacity(READ_BATCH);
         let mut cursor = 0;

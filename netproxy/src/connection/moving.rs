@@ -368,8 +368,9 @@ impl Connection {
             self.to_guest
                 .write_apart(first, &endpoint.stream, &ctx.shared.budget);
         }
-        // Data asks as well as a probe.
+        // Data asks as well as a probe: what the guest lacks, or what its client has sent meanwhile.
         if pending == 0
+            && !(in_flight == 0 && self.write_waiting(ctx))
             && let Upstream::Open(endpoint) = &self.upstream
             && let Err(error) = repair::kick(&endpoint.stream)
         {
@@ -396,8 +397,32 @@ impl Connection {
         self.last_activity = ctx.now;
     }
 
+    /// Writes to the guest what its client sent in the hold; whether there was any.
+    fn write_waiting(&mut self, ctx: &mut Context<'_>) -> bool {
+        let waiting = self.to_guest.queued();
+        let Upstream::Open(endpoint) = &mut self.upstream else {
+            return false;
+        };
+        if waiting == 0 {
+            return false;
+        }
+        let mut work = Workspace {
+            scratch: ctx.scratch,
+            pool: ctx.pool,
+            budget: &ctx.shared.budget,
+            limit: 0,
+            turn: waiting,
+        };
+        let before = self.to_guest.written();
+        if let Err(failure) = self.to_guest.pump(None, Some(endpoint), &mut work) {
+            // The next turn meets it again.
+            log::debug!("Connection {}: {failure:?}", self.admission.id);
+        }
+        self.to_guest.written() > before
+    }
+
     /// What a release leaves to be done when all connections have asked the guest. Nothing else is
-    /// written before.
+    /// written before, but for what its client sent in the hold.
     pub(crate) fn finish(&mut self, ctx: &mut Context<'_>) {
         let Stage::Proving(proving) = &mut self.stage else {
             return;

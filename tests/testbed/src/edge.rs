@@ -107,7 +107,12 @@ impl Edge {
         site.run("ip -n edge address add 10.77.0.31/24 dev eth0")?;
         site.write("/etc/testbed-server.py", SERVE.as_bytes())?;
         site.run(
-            "setsid ip netns exec edge python3 /etc/testbed-server.py > /dev/null 2>&1 < /dev/null &",
+            "setsid ip netns exec edge python3 /etc/testbed-server.py > /dev/null 2>&1 < /dev/null &
+            for try in $(seq 300); do
+                ip netns exec edge ss -Hltn 'sport = :7777' | grep -q . && exit 0
+                sleep 0.1
+            done
+            exit 1",
         )
         .map(drop)
     }
