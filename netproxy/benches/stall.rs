@@ -250,7 +250,8 @@ fn random_moves(moves: u64, rtt: u64) {
             writer.write_all(&vec![1; length]).unwrap();
             std::thread::sleep(Duration::from_micros(dice.below(4000)));
         }
-        writer.shutdown(std::net::Shutdown::Write).unwrap();
+        // The guest's server never ends a stream: this ends the one who reads, too.
+        writer.shutdown(std::net::Shutdown::Both).unwrap();
     });
     let (sender, arrivals) = std::sync::mpsc::channel();
     let reading = std::thread::spawn(move || {
