@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Copied, HANDLING, Offered, OnTimeout, READ_BATCH, Session};
+use super::{Copied, Offered, OnTimeout, READ_BATCH, Session};
 use crate::error::{Error, Result};
 use crate::guest::{Batch, Moment};
 use crate::handover::journal::Phase;
@@ -14,6 +14,11 @@ use crate::wire::{ToDestination, ToSource};
 /// Reading the log holds the guest up for a moment, and takes its time here: no more than one part
 /// in so many is spent on it.
 const LOOKING_SHARE: u32 = 20;
+
+/// How long a destination may take to restore what has arrived: all of a large guest's memory, where
+/// a shadow had it. The guest runs meanwhile, the move can be given up, and heartbeats tell whether
+/// the other site lives.
+const CATCHING_UP: Duration = Duration::from_secs(3600);
 
 /// A scan looks at one page in so many to learn how many have changed.
 const SAMPLED: usize = 16;
@@ -90,7 +95,7 @@ impl Session<'_> {
                 Next::Suspend(_) if self.behind > self.go.plan.limits.behind => {}
                 next => return Ok(next),
             }
-            self.catch_up()?;
+            self.catch_up(number, &left)?;
             self.look()?;
             left = self.left(number)?;
             self.check_time(number + 1, left.cold.saturating_add(left.hot))?;
@@ -98,13 +103,29 @@ impl Session<'_> {
     }
 
     /// Waits until the destination's restore has all that has arrived there.
-    fn catch_up(&mut self) -> Result<()> {
+    fn catch_up(&mut self, number: u32, left: &Left) -> Result<()> {
         log::debug!("the destination has {} pages yet to restore", self.behind);
         self.phase("waiting for the destination");
         self.go.peer.send(&ToDestination::CatchUp)?;
-        match self.receive(HANDLING)? {
-            ToSource::CaughtUp => {}
-            other => return Err(self.unexpected(&other)),
+        let asked = Instant::now();
+        loop {
+            let Some(received) = self.go.peer.receive_for(Duration::from_secs(1))? else {
+                // A guest that is handed over once its time is up waits all the same: suspended, it
+                // would be silent for as long.
+                self.check_time(number + 1, left.cold.saturating_add(left.hot))?;
+                if asked.elapsed() > CATCHING_UP {
+                    return Err(Error::PeerFailed {
+                        peer: self.go.peer.peer().to_owned(),
+                        reason: "it does not restore what has arrived".into(),
+                    });
+                }
+                continue;
+            };
+            match ToSource::decode(received.frame())? {
+                ToSource::CaughtUp => break,
+                ToSource::Ping(token) => self.go.peer.send(&ToDestination::Pong(token))?,
+                other => return Err(self.unexpected(&other)),
+            }
         }
         self.behind = 0;
         self.phase("copying");

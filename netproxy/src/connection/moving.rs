@@ -399,26 +399,30 @@ impl Connection {
 
     /// Writes to the guest what its client sent in the hold; whether there was any.
     fn write_waiting(&mut self, ctx: &mut Context<'_>) -> bool {
-        let waiting = self.to_guest.queued();
+        let before = self.to_guest.written();
+        self.write_queued(self.to_guest.queued(), ctx);
+        self.to_guest.written() > before
+    }
+
+    /// Writes to the guest what is queued for it, about so many bytes.
+    fn write_queued(&mut self, bytes: usize, ctx: &mut Context<'_>) {
         let Upstream::Open(endpoint) = &mut self.upstream else {
-            return false;
+            return;
         };
-        if waiting == 0 {
-            return false;
+        if bytes == 0 {
+            return;
         }
         let mut work = Workspace {
             scratch: ctx.scratch,
             pool: ctx.pool,
             budget: &ctx.shared.budget,
             limit: 0,
-            turn: waiting,
+            turn: bytes,
         };
-        let before = self.to_guest.written();
         if let Err(failure) = self.to_guest.pump(None, Some(endpoint), &mut work) {
             // The next turn meets it again.
             log::debug!("Connection {}: {failure:?}", self.admission.id);
         }
-        self.to_guest.written() > before
     }
 
     /// What a release leaves to be done when all connections have asked the guest. Nothing else is
@@ -444,20 +448,10 @@ impl Connection {
         let may_write = self.may_write();
         let rest =
             pending.saturating_sub(usize::try_from(self.to_guest.written() - base).unwrap_or(0));
-        if let Upstream::Open(endpoint) = &mut self.upstream {
-            if may_write && rest > 0 {
-                let mut work = Workspace {
-                    scratch: ctx.scratch,
-                    pool: ctx.pool,
-                    budget: &ctx.shared.budget,
-                    limit: 0,
-                    turn: rest,
-                };
-                if let Err(failure) = self.to_guest.pump(None, Some(endpoint), &mut work) {
-                    // The next turn meets it again.
-                    log::debug!("Connection {}: {failure:?}", self.admission.id);
-                }
-            }
+        if may_write {
+            self.write_queued(rest, ctx);
+        }
+        if let Upstream::Open(endpoint) = &self.upstream {
             let _ = repair::relax(&endpoint.stream, send_buffer);
             let asked = !ctx.limits.keepalive.0.is_zero();
             let _ = SockRef::from(&endpoint.stream).set_keepalive(asked);
