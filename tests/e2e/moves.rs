@@ -164,21 +164,42 @@ fn a_pvh_guest() {
     reboots_after_arrival(row(Hypervisor::Release, Kind::Pvh, (1, 1024), 1, 128, 2));
 }
 
-#[test]
-#[ignore = "hours: make test-full"]
-fn the_whole_matrix() {
-    for hypervisor in [Hypervisor::Release, Hypervisor::Security] {
-        for dom0 in [(1, 1024), (2, 1024), (1, 384), (2, 384)] {
-            for vcpus in [1, 2] {
-                let least = if vcpus == 1 { 96 } else { 128 };
-                for memory_mib in [least, 192, 512] {
-                    eprintln!("{hypervisor:?}, dom0 {dom0:?}, {vcpus} vCPUs, {memory_mib} MiB");
-                    reboots_after_arrival(row(hypervisor, Kind::Pv, dom0, vcpus, memory_mib, 5));
-                }
-                eprintln!("{hypervisor:?}, dom0 {dom0:?}, {vcpus} vCPUs, PVH");
-                reboots_after_arrival(row(hypervisor, Kind::Pvh, dom0, vcpus, 192, 2));
-            }
+/// The rows of the whole matrix that these sites take, all of them one after the other.
+fn all_rows(hypervisor: Hypervisor, dom0: (u32, u32)) {
+    for vcpus in [1, 2] {
+        let least = if vcpus == 1 { 96 } else { 128 };
+        for memory_mib in [least, 192, 512] {
+            eprintln!("{vcpus} vCPUs, {memory_mib} MiB");
+            reboots_after_arrival(row(hypervisor, Kind::Pv, dom0, vcpus, memory_mib, 5));
         }
+        eprintln!("{vcpus} vCPUs, PVH");
+        reboots_after_arrival(row(hypervisor, Kind::Pvh, dom0, vcpus, 192, 2));
+    }
+}
+
+/// The whole matrix, a test for each kind of sites.
+mod whole_matrix {
+    use super::{Hypervisor, all_rows};
+
+    macro_rules! sites {
+        ($($name:ident: $hypervisor:ident, $dom0:expr;)*) => {$(
+            #[test]
+            #[ignore = "half an hour or more: make test-full"]
+            fn $name() {
+                all_rows(Hypervisor::$hypervisor, $dom0);
+            }
+        )*};
+    }
+
+    sites! {
+        log_dirty_dom0_of_one_cpu_1024_mib: Release, (1, 1024);
+        log_dirty_dom0_of_one_cpu_384_mib: Release, (1, 384);
+        log_dirty_dom0_of_two_cpus_1024_mib: Release, (2, 1024);
+        log_dirty_dom0_of_two_cpus_384_mib: Release, (2, 384);
+        scan_dom0_of_one_cpu_1024_mib: Security, (1, 1024);
+        scan_dom0_of_one_cpu_384_mib: Security, (1, 384);
+        scan_dom0_of_two_cpus_1024_mib: Security, (2, 1024);
+        scan_dom0_of_two_cpus_384_mib: Security, (2, 384);
     }
 }
 
