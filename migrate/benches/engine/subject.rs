@@ -49,9 +49,9 @@ fn directory() -> Option<PathBuf> {
     Some(root?.join("recordings"))
 }
 
-/// All that there are.
-pub fn all() -> Result<Vec<Subject>> {
-    let mut subjects = vec![generated(128, 60)];
+/// The one that is generated, and all that were recorded.
+pub fn all(generated: Subject) -> Result<Vec<Subject>> {
+    let mut subjects = vec![generated];
     let Some(directory) = directory().filter(|directory| directory.exists()) else {
         eprintln!("No recordings in the cache: make record");
         return Ok(subjects);

@@ -22,7 +22,8 @@ use super::technique::{PagesByTechnique, Technique};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use nix::time::ClockId;
 use nix::unistd::{SysconfVar, sysconf};
-use std::fs;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread;
@@ -124,6 +125,8 @@ impl Clocks {
 struct ProcessorClock {
     /// All of the host's, as its idle time is.
     count: usize,
+    /// Where that stands. It is looked at for each batch, and so kept open.
+    uptime: Option<File>,
     last: Option<ProcessorTimes>,
 }
 
@@ -140,13 +143,14 @@ impl ProcessorClock {
         let online = sysconf(SysconfVar::_NPROCESSORS_ONLN).ok().flatten();
         ProcessorClock {
             count: online.map_or(1, |count| usize::try_from(count).unwrap_or(1)),
+            uptime: File::open("/proc/uptime").ok(),
             last: None,
         }
     }
 
     /// What they did since it was asked last.
     fn look(&mut self) -> Option<Processors> {
-        let now = ProcessorTimes::now();
+        let now = self.uptime.as_ref().and_then(ProcessorTimes::now);
         let last = std::mem::replace(&mut self.last, now)?;
         let now = now?;
         let count = self.count;
@@ -163,10 +167,13 @@ impl ProcessorClock {
 
 impl ProcessorTimes {
     /// None where this is not told.
-    fn now() -> Option<Self> {
+    fn now(uptime: &File) -> Option<Self> {
+        // Two numbers.
+        let mut text = [0; 64];
+        let length = uptime.read_at(&mut text, 0).ok()?;
         Some(ProcessorTimes {
             wall: Instant::now(),
-            idle: idle_time(&fs::read_to_string("/proc/uptime").ok()?)?,
+            idle: idle_time(str::from_utf8(&text[..length]).ok()?)?,
             own: ClockId::CLOCK_PROCESS_CPUTIME_ID.now().ok()?.into(),
         })
     }

@@ -13,7 +13,8 @@
 //! ```
 //!
 //! The growth is 1 % a window near the rate that held the writer up last: what was tried in vain is
-//! tried again, but seldom. Elsewhere it is 25 %, or less where a window had less than buffers hold.
+//! tried again, but seldom. Elsewhere it is 25 % for each time that a window had what buffers hold,
+//! and 95 % at the most.
 //!
 //! Where the host's processors are never idle, a writer is held up by those that need them too: ssh,
 //! and who compresses. Then it tells nothing about the link. What others than this process take of
@@ -63,8 +64,11 @@ const IDLE: f64 = 0.1;
 /// The weight of a new window.
 const WEIGHT: f64 = 0.3;
 
-/// How much an estimate grows in a window that doesn't contradict it.
+/// How much an estimate grows in a window that doesn't contradict it, and had what buffers hold.
 const GROWTH: f64 = 1.25;
+
+/// How often it grows by that much in a window that had many times what buffers hold.
+const GROWTH_MOST: f64 = 3.0;
 
 /// How much it grows near a rate that was the limit before.
 const GROWTH_NEAR_LIMIT: f64 = 1.01;
@@ -188,18 +192,16 @@ impl LinkRate {
         since.bytes += self.bytes;
         since.elapsed += self.elapsed;
         let slowest = (since.bytes - since.buffered).max(0.0) / since.elapsed;
+        // Buffers that still fill would have held up nobody; the more went through beside what
+        // they hold, the less they explain.
+        let growth = GROWTH.powf((self.bytes / BUFFERS).min(GROWTH_MOST));
         let grown = match self.bytes_per_second() {
             Some(rate) => {
                 let near = self.limit.is_some_and(|limit| rate < NEAR_LIMIT * limit);
-                rate * if near {
-                    GROWTH_NEAR_LIMIT
-                } else {
-                    // Buffers that still fill would have held up nobody.
-                    GROWTH.powf((self.bytes / BUFFERS).min(1.0))
-                }
+                rate * if near { GROWTH_NEAR_LIMIT } else { growth }
             }
             // More than buffers can hold went through without a halt.
-            None if self.unsaturated.bytes > 2.0 * BUFFERS => self.bytes / self.elapsed,
+            None if self.unsaturated.bytes > 2.0 * BUFFERS => self.bytes / self.elapsed * growth,
             None => return,
         };
         let rate = grown.max(slowest).min(fastest).max(1.0);

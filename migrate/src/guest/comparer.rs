@@ -40,14 +40,25 @@ impl Comparer {
         }
     }
 
-    /// Which of `count` pages are as they were, as `same` says of each.
-    pub fn same(&self, count: usize, same: impl Fn(usize) -> bool + Sync) -> Vec<bool> {
+    /// Which of `count` pages are as they were, as `same` says of each of which it is known how it
+    /// was.
+    pub fn same(
+        &self,
+        count: usize,
+        known: impl Fn(usize) -> bool + Sync,
+        same: impl Fn(usize) -> bool + Sync,
+    ) -> Vec<bool> {
+        // A first round most often. Waking the others for nothing costs more than to look.
+        if !(0..count).any(&known) {
+            return vec![false; count];
+        }
+        let same = |at| known(at) && same(at);
         match &self.pool {
             Some(pool) if count > LEAST => pool.install(|| {
                 (0..count)
                     .into_par_iter()
                     .with_min_len(LEAST)
-                    .map(&same)
+                    .map(same)
                     .collect()
             }),
             _ => (0..count).map(same).collect(),
@@ -66,7 +77,11 @@ mod tests {
             assert_eq!(comparer.pool.is_some(), cores > 1);
             for count in [0, 1, LEAST, LEAST + 1, 1000] {
                 let third: Vec<bool> = (0..count).map(|at| at % 3 == 0).collect();
-                assert_eq!(comparer.same(count, |at| at % 3 == 0), third);
+                assert_eq!(comparer.same(count, |_| true, |at| at % 3 == 0), third);
+                let known = comparer.same(count, |at| at % 3 == 0, |_| true);
+                assert_eq!(known, third);
+                let unknown = comparer.same(count, |_| false, |_| true);
+                assert_eq!(unknown, vec![false; count]);
             }
         }
     }

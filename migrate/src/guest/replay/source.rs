@@ -124,7 +124,8 @@ impl Source for ReplaySource {
         self.site.with_guest(|guest| {
             guest.go_on();
             let memory = guest.memory();
-            let same = comparer.same(pfns.len(), |at| {
+            let is_known = |at: usize| known.get(pfns[at]).is_some();
+            let same = comparer.same(pfns.len(), is_known, |at| {
                 let (page, before) = (memory.page(pfns[at]), known.get(pfns[at]));
                 let (Some((page_type, content)), Some(before)) = (page, before) else {
                     return false;

@@ -173,7 +173,8 @@ impl Leaving {
             .context(|| "Can't map the guest's memory")?;
         // In place this can only answer "unchanged": the guest may write while it is read.
         let digester = &self.digester;
-        let same = self.comparer.same(frames.len(), |index| {
+        let is_known = |index: usize| known.get(frames[index].pfn).is_some();
+        let same = self.comparer.same(frames.len(), is_known, |index| {
             let Frame { pfn, page_type, .. } = frames[index];
             page_type.table_level().is_none()
                 && known.get(pfn).is_some_and(|before| {
