@@ -15,6 +15,7 @@ mod hostile;
 mod keeper;
 mod moves;
 mod oracle;
+mod packaged;
 mod refused;
 mod scene;
 mod shadows;
