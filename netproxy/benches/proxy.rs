@@ -5,9 +5,10 @@
 //! ```
 //!
 //! `cargo bench -p netproxy --bench proxy [-- SECONDS [PART] [NAME]]` as root, PART being
-//! `throughput` or `latency`, and NAME one of the peers. Each of them runs on the edge; a direct connection is routed over it. HAProxy is left
-//! out, with a word, where it is not installed. CPU is that of the peer's process alone, and that
-//! of the whole machine, which carries the client and the server too.
+//! `throughput` or `latency`, and NAME one of the peers. Each of them runs on the edge; a direct
+//! connection is routed over it. HAProxy is left out, with a word, where it is not installed. CPU
+//! is that of the peer's process alone, and that of the whole machine, which carries the client
+//! and the server too.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use std::io::{BufRead, BufReader, Read, Write};
@@ -17,6 +18,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+
+/// How often each figure is measured.
+const ROUNDS: usize = 5;
 
 fn namespace(name: &str) -> String {
     format!("npb{}-{name}", std::process::id())
@@ -388,7 +392,7 @@ fn start(name: &'static str, directory: &Path, server: SocketAddr) -> Option<Pro
 
 fn main() {
     let words: Vec<String> = std::env::args().skip(1).collect();
-    let seconds = words.iter().find_map(|word| word.parse().ok()).unwrap_or(5);
+    let seconds = words.iter().find_map(|word| word.parse().ok()).unwrap_or(2);
     let time = Duration::from_secs(seconds);
     let only = PEERS
         .iter()
@@ -430,22 +434,58 @@ fn main() {
     std::fs::remove_dir_all(&directory).unwrap();
 }
 
+/// What each round of a peer measured: rows of figures, all of one length.
+type Rounds = Vec<Vec<f64>>;
+
+/// Each figure's median over the rounds. Who runs on which processor is decided anew in each.
+fn medians(rounds: &Rounds) -> Vec<f64> {
+    let figures = rounds.first().map_or(0, Vec::len);
+    (0..figures)
+        .map(|at| {
+            let mut figures: Vec<f64> = rounds.iter().map(|round| round[at]).collect();
+            figures.sort_by(f64::total_cmp);
+            figures[figures.len() / 2]
+        })
+        .collect()
+}
+
+/// Measures the peers one after the other, `ROUNDS` times, all of them running: each with the
+/// medians of its figures.
+fn by_turns(proxies: &[Proxy], measure: impl Fn(&Proxy) -> Vec<f64>) -> Vec<(&Proxy, Vec<f64>)> {
+    let mut rounds: Vec<Rounds> = vec![Rounds::new(); proxies.len()];
+    for _ in 0..ROUNDS {
+        for (proxy, rounds) in proxies.iter().zip(&mut rounds) {
+            rounds.push(measure(proxy));
+        }
+    }
+    let medians = rounds.iter().map(medians);
+    proxies.iter().zip(medians).collect()
+}
+
 fn throughputs(peers: &[&'static str], directory: &Path, server: SocketAddr, time: Duration) {
     println!(
-        "{} s each. Throughput in Gbit/s; CPU seconds per Gbit of the proxy, and of the whole \
-         machine.\n",
+        "The median of {ROUNDS} times {} s. Throughput in Gbit/s; CPU seconds per Gbit of the \
+         proxy, and of the whole machine.\n",
         time.as_secs()
     );
+    let start = |name: &&'static str| start(name, directory, server);
+    let proxies: Vec<Proxy> = peers.iter().filter_map(start).collect();
+    let measured = by_turns(&proxies, |proxy| {
+        [1, 16, 256]
+            .into_iter()
+            .flat_map(|connections| {
+                let (rate, cpu, all) = throughput(proxy, connections, time);
+                [rate, cpu, all]
+            })
+            .collect()
+    });
     println!("| connections | 1 | | | 16 | | | 256 | | |");
     println!("|---|---|---|---|---|---|---|---|---|---|");
-    for name in peers {
-        let Some(proxy) = start(name, directory, server) else {
-            continue;
-        };
+    for (proxy, figures) in measured {
         print!("| {} |", proxy.name);
-        for connections in [1, 16, 256] {
-            let (rate, cpu, all) = throughput(&proxy, connections, time);
-            print!(" {rate:.2} | {} | {all:.3} |", cell(cpu, 3));
+        for figures in figures.chunks(3) {
+            let (rate, cpu, all) = (figures[0], cell(figures[1], 3), figures[2]);
+            print!(" {rate:.2} | {cpu} | {all:.3} |");
         }
         println!();
     }
@@ -459,23 +499,32 @@ fn latencies(
     idle: usize,
 ) {
     println!(
-        "\n{} s each. Round trips in µs: p50, p99, and the proxy's CPU for one. New connections a \
-         second, one after the other. KiB of the proxy's memory for each of {idle} idle \
-         connections.\n",
+        "\nThe median of {ROUNDS} times {} s. Round trips in µs: p50, p99, and the proxy's CPU for \
+         one. New connections a second, one after the other. KiB of the proxy's memory for each of \
+         {idle} idle connections, once.\n",
         time.as_secs()
     );
+    let start = |name: &&'static str| start(name, directory, server);
+    let proxies: Vec<Proxy> = peers.iter().filter_map(start).collect();
+    let measured = by_turns(&proxies, |proxy| {
+        let mut figures = Vec::new();
+        for size in [64, 1024, 16_384] {
+            let (p50, p99, cpu) = latency(proxy, size, time);
+            figures.extend([p50, p99, cpu]);
+        }
+        figures.push(connects(proxy, time));
+        figures
+    });
     println!("| bytes | 64 | | | 1,024 | | | 16,384 | | | new/s | KiB |");
     println!("|---|---|---|---|---|---|---|---|---|---|---|---|");
-    for name in peers {
-        let Some(proxy) = start(name, directory, server) else {
-            continue;
-        };
+    for (proxy, figures) in measured {
+        let (trips, connects) = figures.split_at(9);
         print!("| {} |", proxy.name);
-        for size in [64, 1024, 16_384] {
-            let (p50, p99, cpu) = latency(&proxy, size, time);
-            print!(" {p50:.0} | {p99:.0} | {} |", cell(cpu, 1));
+        for figures in trips.chunks(3) {
+            let (p50, p99, cpu) = (figures[0], figures[1], cell(figures[2], 1));
+            print!(" {p50:.0} | {p99:.0} | {cpu} |");
         }
-        let rate = connects(&proxy, time);
-        println!(" {rate:.0} | {} |", cell(idle_memory(&proxy, idle), 1));
+        let memory = cell(idle_memory(proxy, idle), 1);
+        println!(" {:.0} | {memory} |", connects[0]);
     }
 }

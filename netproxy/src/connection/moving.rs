@@ -53,6 +53,9 @@ pub(super) struct Proving {
     next_mark: Instant,
     /// What is left to do of the release, when every connection has asked the guest.
     rest: Option<Rest>,
+    /// There was nothing to ask the guest with: its client may send something before this has its
+    /// turn.
+    silent: bool,
     pub(super) next_check: Instant,
 }
 
@@ -94,6 +97,7 @@ impl Proving {
             probe_wait: state.probe_wait.time(),
             next_mark: state.next_mark.ahead(now),
             rest: None,
+            silent: false,
             next_check: now,
         }
     }
@@ -369,13 +373,10 @@ impl Connection {
                 .write_apart(first, &endpoint.stream, &ctx.shared.budget);
         }
         // Data asks as well as a probe: what the guest lacks, or what its client has sent meanwhile.
-        if pending == 0
-            && !(in_flight == 0 && self.write_waiting(ctx))
-            && let Upstream::Open(endpoint) = &self.upstream
-            && let Err(error) = repair::kick(&endpoint.stream)
-        {
-            log::debug!("Connection {}: {}", self.admission.id, error.chain());
+        if pending == 0 && in_flight > 0 {
+            self.kick();
         }
+        let silent = pending == 0 && in_flight == 0 && !self.write_waiting(ctx);
         let rtt = Duration::from_micros(u64::from(snapshot.info.rtt_us));
         self.stage = Stage::Proving(Box::new(Proving {
             released: ctx.now,
@@ -392,9 +393,19 @@ impl Connection {
                 pending,
                 send_buffer,
             }),
+            silent,
             next_check: ctx.now + CHECK,
         }));
         self.last_activity = ctx.now;
+    }
+
+    /// Asks the guest by a probe.
+    fn kick(&self) {
+        if let Upstream::Open(endpoint) = &self.upstream
+            && let Err(error) = repair::kick(&endpoint.stream)
+        {
+            log::debug!("Connection {}: {}", self.admission.id, error.chain());
+        }
     }
 
     /// Writes to the guest what its client sent in the hold; whether there was any.
@@ -425,20 +436,20 @@ impl Connection {
         }
     }
 
-    /// What a release leaves to be done when all connections have asked the guest. Nothing else is
-    /// written before, but for what its client sent in the hold.
-    pub(crate) fn finish(&mut self, ctx: &mut Context<'_>) {
+    /// What a release leaves to be done when all connections that have something to ask the guest
+    /// with have done so. Nothing else is written before, but for what its client sent in the hold.
+    pub(crate) fn finish(&mut self, ctx: &mut Context<'_>) -> Next {
         let Stage::Proving(proving) = &mut self.stage else {
-            return;
+            return self.advance(ctx);
         };
         let Some(Rest {
             pending,
             send_buffer,
         }) = proving.rest.take()
         else {
-            return;
+            return self.advance(ctx);
         };
-        let base = proving.base;
+        let (base, silent) = (proving.base, proving.silent);
         if !proving.covered {
             // Mostly everything that was in flight is so again by now.
             self.check(ctx);
@@ -455,6 +466,20 @@ impl Connection {
             let _ = repair::relax(&endpoint.stream, send_buffer);
             let asked = !ctx.limits.keepalive.0.is_zero();
             let _ = SockRef::from(&endpoint.stream).set_keepalive(asked);
+        }
+        // Its client may have said something since epoll was looked at.
+        self.client.readable |= silent;
+        self.advance(ctx)
+    }
+
+    /// Asks the guest by a probe where nothing else has asked it.
+    pub(crate) fn break_silence(&mut self) {
+        if let Stage::Proving(proving) = &mut self.stage
+            && std::mem::take(&mut proving.silent)
+            && !proving.answered
+            && self.to_guest.written() == proving.base
+        {
+            self.kick();
         }
     }
 

@@ -2,11 +2,13 @@
 //! other guests' connections have their turns between.
 //!
 //! ```text
-//!  release:  what the guest has to hear, of each ─▶ the rest of the work, of each
+//!  release:  what the guest has to hear, of each ─▶ the rest of the work, of each ─▶ probes
 //!                      └───────── on its way meanwhile ──────────┘
 //! ```
-//! A guest is silent until it is asked. So all connections ask first, and what can wait for the
-//! answer does.
+//! A guest is silent until it is asked. So all connections that have something to ask with ask
+//! first, and what can wait for the answer does. The others ask at last, by a probe, if their
+//! clients have sent nothing until then: with a thousand of them, probes and the answers to these
+//! would hold up what somebody waits for.
 
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
@@ -43,7 +45,7 @@ pub(super) struct Job {
     guest: String,
     work: Work,
     keys: Vec<usize>,
-    /// Those that [`Work::Finish`] has to come back to.
+    /// Those that what comes next has to come back to.
     unfinished: Vec<usize>,
     tally: Tally,
     reply: Sender<Tally>,
@@ -56,23 +58,34 @@ enum Work {
         site: String,
         mark: u32,
     },
-    /// Then [`Work::Finish`], for those that took it.
+    /// Then [`Work::Finish`] and [`Work::Ask`].
     Release,
     Finish,
+    Ask,
     Undo,
     Cancel,
 }
 
 impl Work {
+    /// What is done when this is done of all connections.
+    fn next(&self) -> Option<Self> {
+        match self {
+            Self::Release => Some(Self::Finish),
+            Self::Finish => Some(Self::Ask),
+            _ => None,
+        }
+    }
+
     fn one(&self, connection: &mut Connection, ctx: &mut Context<'_>, tally: &mut Tally) -> Next {
         let held = connection.is_held();
         let outcome = match self {
             Self::Freeze => Ok(connection.freeze()),
             Self::Retarget { site, mark } => Ok(connection.retarget(site, *mark, ctx)),
             Self::Release => connection.release(ctx),
-            Self::Finish => {
-                connection.finish(ctx);
-                return connection.advance(ctx);
+            Self::Finish => return connection.finish(ctx),
+            Self::Ask => {
+                connection.break_silence();
+                return Next::Wait;
             }
             Self::Undo => Ok(connection.undo(ctx)),
             Self::Cancel => connection.cancel(ctx),
@@ -102,8 +115,9 @@ impl Work {
             (Err(why), _) => Next::Failed(why),
             (Ok(Step::Gone), _) => Next::Failed("the client has gone".into()),
             (Ok(_), Self::Cancel) => {
-                connection.finish(ctx);
-                connection.advance(ctx)
+                let next = connection.finish(ctx);
+                connection.break_silence();
+                next
             }
             (Ok(_), _) => Next::Wait,
         }
@@ -240,7 +254,7 @@ impl Worker {
                 tally,
                 ..
             } = &mut job;
-            if matches!(work, Work::Release) {
+            if work.next().is_some() {
                 unfinished.push(key);
             }
             self.with(key, |connection, ctx| {
@@ -252,8 +266,10 @@ impl Worker {
                 }
             });
         }
-        if job.keys.is_empty() && matches!(job.work, Work::Release) {
-            job.work = Work::Finish;
+        if job.keys.is_empty()
+            && let Some(next) = job.work.next()
+        {
+            job.work = next;
             job.keys = std::mem::take(&mut job.unfinished);
             // In the same order.
             job.keys.reverse();
