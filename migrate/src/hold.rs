@@ -1,8 +1,8 @@
 //! Stopping at a chosen point, for tests that break a move there.
 //!
 //! With `VMSHADOW_HOLD=POINT:FILE` in its environment a worker that comes to that point makes the
-//! file and waits until it is removed; the first time only. Tests kill processes and cut links meanwhile. Without the
-//! variable nothing happens.
+//! file and waits until it is removed; the first time only. Tests kill processes and cut links
+//! meanwhile. Without the variable nothing happens.
 
 use std::path::Path;
 use std::sync::OnceLock;

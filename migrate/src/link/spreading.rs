@@ -87,7 +87,8 @@ impl Joining {
     }
 
     /// Waits until the other side says of each that it does, for so long all together; with each its
-    /// index. One that takes all that time leaves the others a moment: they may have been answered long ago.
+    /// index. One that takes all that time leaves the others a moment: they may have been answered
+    /// long ago.
     ///
     /// # Errors
     /// Of each: what the other side says else; [`Error::LinkLost`], [`Error::Cancelled`].

@@ -68,7 +68,7 @@ impl Proxy {
                 value(self.hold_for(&guest, term, Some(caller))?)
             }
             Request::Renew { guest, lease_ms } => {
-                self.renew(&guest, Duration::from_millis(lease_ms))?;
+                self.renew_by(&guest, Duration::from_millis(lease_ms), Some(caller))?;
                 nothing()
             }
             Request::Retarget { guest } => value(self.retarget_by(&guest, Some(caller))?),

@@ -289,9 +289,15 @@ impl Proxy {
     /// The move of a held guest may take until `lease` from now.
     ///
     /// # Errors
-    /// When the guest is unknown, or nothing is lent: the move has ended, or its lease has.
+    /// When the guest is unknown, or nothing is lent: the move has ended, or its lease has. When it
+    /// is another caller's.
     pub fn renew(&self, guest: &str, lease: Duration) -> Result<()> {
+        self.renew_by(guest, lease, None)
+    }
+
+    pub(super) fn renew_by(&self, guest: &str, lease: Duration, by: Option<u64>) -> Result<()> {
         self.guest(guest)?;
+        self.refuse_stranger(guest, by)?;
         let (leases, bell) = &*self.leases;
         if !lock(leases).renew(guest, lease, Instant::now()) {
             return Err(Error::LeaseOver(guest.to_owned()));

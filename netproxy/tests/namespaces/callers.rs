@@ -323,9 +323,11 @@ fn a_move_is_its_callers() {
         first.retarget(within).unwrap_err(),
         stranger.retarget("desktop").unwrap_err(),
         stranger.release("desktop", Duration::ZERO).unwrap_err(),
+        stranger.renew("desktop", within).unwrap_err(),
     ] {
         assert!(refused.to_string().contains("another caller"), "{refused}");
     }
+    second.renew(within).unwrap();
     // One who gives up what is no longer its own ends nothing.
     drop(first);
     assert_eq!(second.retarget(within).unwrap().connections, 1);
