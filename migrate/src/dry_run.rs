@@ -19,8 +19,8 @@ use serde::Serialize;
 use crate::costs::Costs;
 use crate::digest::Digester;
 use crate::directories::Directories;
-use crate::error::{Error, Result, chain};
-use crate::group::{Group, group_of};
+use crate::error::{Error, Result};
+use crate::group::{Group, open_group_of};
 use crate::guest;
 use crate::guest::xen::checks::{Layout, hindrances};
 use crate::guest::xen::host::Host;
@@ -141,13 +141,7 @@ pub fn dry_run(
     )?;
     offer.purpose = Purpose::DryRun;
     let mut warnings = Vec::new();
-    let group = group_of(&request.groups, &name).and_then(|group| match group.open() {
-        Ok(group) => Some(group),
-        Err(error) => {
-            warnings.push(chain(&error));
-            None
-        }
-    });
+    let group = open_group_of(&request.groups, &name, |why| warnings.push(why));
     let asked = Asked {
         shadows: &shadows,
         uuid: &uuid,

@@ -20,7 +20,7 @@ use crate::costs::{Costs, Past};
 use crate::digest::{DigestKey, Digester};
 use crate::directories::Directories;
 use crate::error::{Error, IoContext, Result, chain};
-use crate::group::{GroupPolicy, group_of};
+use crate::group::{GroupPolicy, open_group_of};
 use crate::guest::xen::checks::{Allowed, Layout, hindrances};
 use crate::guest::xen::host::Host;
 use crate::guest::{self, Source};
@@ -381,13 +381,8 @@ fn prepare_and_move(
         observer,
         shared: control.clone(),
     };
-    let group = group_of(&request.groups, &name).and_then(|group| match group.open() {
-        Ok(group) => Some(group),
-        Err(error) => {
-            observer.notice(Progress::Warning(chain(&error)));
-            None
-        }
-    });
+    let warn = |why| observer.notice(Progress::Warning(why));
+    let group = open_group_of(&request.groups, &name, warn);
     let mut unchanged = || layout.unchanged(&host, domid);
     let mut keep = || keeper::start(directories, &name, &uuid);
     let run = match request.purpose {

@@ -34,7 +34,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, IoContext, Result, chain};
 use crate::hexadecimal::{self, NotHexadecimal};
 use crate::pages::Page;
 use crate::wire::MoveId;
@@ -62,6 +62,17 @@ pub struct GroupPolicy {
 #[must_use]
 pub fn group_of<'a>(groups: &'a [GroupPolicy], guest: &str) -> Option<&'a GroupPolicy> {
     groups.iter().find(|group| takes(&group.guests, guest))
+}
+
+/// That group, opened. Without its key a guest moves all the same, and `warn` hears why it takes
+/// longer.
+pub fn open_group_of(
+    groups: &[GroupPolicy],
+    guest: &str,
+    warn: impl FnOnce(String),
+) -> Option<Group> {
+    let opened = group_of(groups, guest)?.open();
+    opened.map_err(|error| warn(chain(&error))).ok()
 }
 
 fn takes(guests: &[String], guest: &str) -> bool {
