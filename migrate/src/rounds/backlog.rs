@@ -19,6 +19,7 @@
 //! the log was read. One that is named while it still waits in `now` need not go twice: what is
 //! read later has the change in it.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use crate::pages::{PageSet, Pfn};
@@ -111,6 +112,18 @@ impl Backlog {
         (self.next.len() - hot, hot)
     }
 
+    /// How many pages the guest writes within `over`, at the least: as it was in each of the last
+    /// two such whiles. None where that is not remembered.
+    #[must_use]
+    pub fn rewritten(&self, over: Duration) -> Option<u64> {
+        self.heat.rewritten(over)
+    }
+
+    /// The guest is slower from now on: what it has written in a while tells nothing of the next.
+    pub fn slowed_down(&mut self) {
+        self.heat.telling = 0;
+    }
+
     fn hot(&self) -> PageSet {
         let mut hot = self.heat.hot();
         hot.intersect_with(&self.next);
@@ -119,13 +132,16 @@ impl Backlog {
     }
 }
 
-/// Which pages are written all the time.
+/// So many intervals are remembered.
+const INTERVALS: usize = 16;
+
+/// Which pages were written when.
 #[derive(Debug, Clone)]
 struct Heat {
-    /// Written in the interval before the last one.
-    before: PageSet,
-    /// Written in the last one.
-    last: PageSet,
+    /// What was written in each of the last intervals, and how long it was, the newest last.
+    intervals: VecDeque<(PageSet, Duration)>,
+    /// How many of these tell how fast the guest writes now.
+    telling: usize,
     /// Written since.
     since: PageSet,
     /// How long that is.
@@ -137,8 +153,8 @@ struct Heat {
 impl Heat {
     fn new(pages: u64, shortest: Duration) -> Self {
         Heat {
-            before: PageSet::new(pages),
-            last: PageSet::new(pages),
+            intervals: VecDeque::new(),
+            telling: 0,
             since: PageSet::new(pages),
             length: Duration::ZERO,
             shortest,
@@ -151,16 +167,48 @@ impl Heat {
         if self.length < self.shortest {
             return;
         }
-        std::mem::swap(&mut self.before, &mut self.last);
-        std::mem::swap(&mut self.last, &mut self.since);
-        self.since.clear();
-        self.length = Duration::ZERO;
+        let oldest = match self.intervals.len() < INTERVALS {
+            true => None,
+            false => self.intervals.pop_front(),
+        };
+        let mut empty = match oldest {
+            Some((pages, _)) => pages,
+            None => PageSet::new(self.since.pages()),
+        };
+        empty.clear();
+        let written = std::mem::replace(&mut self.since, empty);
+        let length = std::mem::take(&mut self.length);
+        self.intervals.push_back((written, length));
+        self.telling = self.intervals.len().min(self.telling + 1);
     }
 
+    /// Written in each of the last two intervals.
     fn hot(&self) -> PageSet {
-        let mut hot = self.before.clone();
-        hot.intersect_with(&self.last);
+        let mut newest = self.intervals.iter().rev();
+        let (Some((last, _)), Some((before, _))) = (newest.next(), newest.next()) else {
+            return PageSet::new(self.since.pages());
+        };
+        let mut hot = before.clone();
+        hot.intersect_with(last);
         hot
+    }
+
+    /// The fewer of what was written in each of the last two whiles of `over`, at the least.
+    fn rewritten(&self, over: Duration) -> Option<u64> {
+        let mut intervals = self.intervals.iter().rev().take(self.telling);
+        let mut fewest = u64::MAX;
+        for _ in 0..2 {
+            let (mut all, mut length) = (PageSet::new(self.since.pages()), Duration::ZERO);
+            while length < over {
+                let (written, took) = intervals.next()?;
+                all.union_with(written);
+                length += *took;
+            }
+            // In half of a while at least half as many are written.
+            let part = over.as_secs_f64() / length.max(over).as_secs_f64();
+            fewest = fewest.min((all.len() as f64 * part) as u64);
+        }
+        Some(fewest)
     }
 }
 
@@ -258,6 +306,39 @@ mod tests {
         assert_eq!(backlog.waiting(), (1, 0));
         backlog.written(&set(10, [1]), SECOND);
         assert_eq!(backlog.waiting(), (0, 1));
+    }
+
+    #[test]
+    fn what_is_written_in_a_while_is_known_from_the_last_two() {
+        let mut backlog = after_round_one(100);
+        // Half of ten pages a second.
+        let seconds = |backlog: &mut Backlog, count: u64| {
+            for second in 0..count {
+                let from = second % 2 * 5;
+                backlog.written(&set(100, from..from + 5), SECOND);
+            }
+        };
+        seconds(&mut backlog, 3);
+        assert_eq!(backlog.waiting(), (10, 0));
+        assert_eq!(backlog.rewritten(SECOND), Some(5));
+        // Not known for so long.
+        assert_eq!(backlog.rewritten(SECOND * 2), None);
+        seconds(&mut backlog, 2);
+        assert_eq!(backlog.rewritten(SECOND * 2), Some(10));
+        // Not known so exactly.
+        assert_eq!(backlog.rewritten(SECOND / 2), Some(2));
+        // One that rests now and then may rest again.
+        backlog.written(&set(100, []), SECOND);
+        assert_eq!(backlog.rewritten(SECOND), Some(0));
+        // What is forgotten after a while is not known.
+        seconds(&mut backlog, 100);
+        assert_eq!(backlog.rewritten(SECOND * 8), Some(10));
+        assert_eq!(backlog.rewritten(SECOND * 9), None);
+        backlog.slowed_down();
+        seconds(&mut backlog, 1);
+        assert_eq!(backlog.rewritten(SECOND), None);
+        seconds(&mut backlog, 1);
+        assert_eq!(backlog.rewritten(SECOND), Some(5));
     }
 
     /// A guest, the log of its tracker, and what the destination has.

@@ -11,7 +11,10 @@
 //! [`decide`] suspends when the silence would be as short as was asked for, when there is next to
 //! nothing left, when all that is left is hot, or when further rounds gain nothing (CloudNet's
 //! smart stop, VEE'11: once what is left stops falling below what was sent, the newest minimum is
-//! the moment). Where the operator allows it the guest is slowed down before that is accepted.
+//! the moment). That they would gain nothing is often known before they have gone: where the guest
+//! has written, in each of the last two whiles that a round would take, as much as is left, a round
+//! would leave as much. Where the operator allows it the guest is slowed down before that is
+//! accepted.
 
 mod backlog;
 mod prediction;
@@ -133,6 +136,9 @@ pub struct Left {
     pub cold: u64,
     /// Pages that are.
     pub hot: u64,
+    /// Pages that the guest writes while all of these would cross, where that is known: see
+    /// [`Backlog::rewritten`].
+    pub rewritten: Option<u64>,
 }
 
 /// What comes after a round.
@@ -195,17 +201,34 @@ fn next(history: &[RoundFacts], left: &Left, forecast: &Forecast, limits: &Limit
     if hold && left.cold <= FEW_PAGES.max(left.hot / MOSTLY_HOT) {
         return Next::Suspend(Stop::Hot);
     }
-    if no_longer_falls(history, limits.window) {
+    let in_vain = !limits.downtime.is_zero() && gains_little(left, forecast);
+    if in_vain || no_longer_falls(history, limits.window) {
         return Next::Suspend(Stop::NoProgress);
     }
     Next::Round { hold }
 }
 
+/// Whether it is known that another round would leave about as much, or make the silence hardly
+/// shorter.
+fn gains_little(left: &Left, forecast: &Forecast) -> bool {
+    let all = left.cold.saturating_add(left.hot);
+    let Some(rewritten) = left.rewritten else {
+        return false;
+    };
+    let gain = forecast.sending(all.saturating_sub(rewritten));
+    let silence = forecast.downtime(all);
+    !falls(all, rewritten)
+        || matches!((gain, silence), (Some(gain), Some(silence)) if gain <= silence / HARDLY)
+}
+
+/// A tenth less is progress.
+const fn falls(before: u64, left: u64) -> bool {
+    left.saturating_mul(10) < before.saturating_mul(9)
+}
+
 /// Rounds leave about as much as they had to send, and the newest leaves the least of these, or
 /// has been waited for long enough.
 fn no_longer_falls(history: &[RoundFacts], window: usize) -> bool {
-    // A tenth less is progress.
-    let falls = |before: u64, left: u64| left.saturating_mul(10) < before.saturating_mul(9);
     let mut had = history.first().map_or(0, |round| round.sent);
     let stands = history.iter().position(|round| {
         let before = std::mem::replace(&mut had, round.left);
@@ -274,7 +297,11 @@ mod tests {
             });
             history.push(facts);
             all += sent;
-            let left = Left { cold, hot };
+            let left = Left {
+                cold,
+                hot,
+                rewritten: None,
+            };
             match decide(&history, &left, &forecast, limits, share) {
                 Next::Suspend(stop) => return (number + 1, Some(stop), all),
                 Next::Round { hold: true } => sent = cold,
@@ -412,6 +439,62 @@ mod tests {
     }
 
     #[test]
+    fn what_is_rewritten_while_it_crosses_is_not_sent_again_in_vain() {
+        let mut forecast = free();
+        let first = round(32_768, 2048);
+        forecast.sent(Sent {
+            first: true,
+            pages: first.sent,
+            bytes: first.wire_bytes,
+            took: first.took,
+        });
+        let after = |cold, rewritten, limits: &Limits| {
+            let left = Left {
+                cold,
+                hot: 0,
+                rewritten,
+            };
+            decide(&[first], &left, &forecast, limits, Share::WHOLE)
+        };
+        let limits = Limits::default();
+        assert_eq!(
+            after(2048, Some(1900), &limits),
+            Next::Suspend(Stop::NoProgress)
+        );
+        // Less would be left, by more than an eighth of the silence, or nobody knows.
+        for rewritten in [Some(1780), Some(0), None] {
+            assert_eq!(after(2048, rewritten, &limits), Next::Round { hold: false });
+        }
+        assert_eq!(
+            after(2048, Some(1800), &limits),
+            Next::Suspend(Stop::NoProgress)
+        );
+        // Where the silence is short enough that is the reason.
+        assert_eq!(
+            after(400, Some(400), &limits),
+            Next::Suspend(Stop::DowntimeTarget)
+        );
+        // Whoever asks for the shortest silence has it tried.
+        let shortest = Limits {
+            downtime: Duration::ZERO,
+            ..Limits::default()
+        };
+        assert_eq!(
+            after(2048, Some(2048), &shortest),
+            Next::Round { hold: false }
+        );
+        // Whoever may slow the guest down does so at once.
+        let slower = Limits {
+            least_share: Share::new(5).unwrap(),
+            ..Limits::default()
+        };
+        assert!(matches!(
+            after(2048, Some(2048), &slower),
+            Next::SlowDown(_)
+        ));
+    }
+
+    #[test]
     fn nothing_sent_predicts_nothing() {
         assert_eq!(free().sending(10), None);
         let left = Left {
@@ -448,7 +531,10 @@ mod tests {
                 took: facts.took,
             });
             history.push(facts);
-            let cold = Left { cold: left, hot: 0 };
+            let cold = Left {
+                cold: left,
+                ..Left::default()
+            };
             match decide(&history, &cold, &forecast, &limits, share) {
                 Next::Suspend(stop) => return (history.len(), stop, share),
                 Next::SlowDown(slower) => share = slower,

@@ -135,8 +135,14 @@ impl Session<'_> {
     /// What comes after a round. Where that is to slow the guest down it has been.
     fn decide(&mut self, left: &Left) -> Result<Next> {
         loop {
+            let crossing = self.forecast.sending(left.cold.saturating_add(left.hot));
+            let left = Left {
+                rewritten: crossing.and_then(|over| self.backlog.rewritten(over)),
+                ..*left
+            };
+            log::debug!("{left:?}, which would take {crossing:?}");
             let limits = self.limits();
-            let next = decide(&self.history, left, &self.forecast, &limits, self.share());
+            let next = decide(&self.history, &left, &self.forecast, &limits, self.share());
             match next {
                 // It can't be, and will not be tried again: then what else?
                 Next::SlowDown(share) if !self.slow_down(share)? => {}
@@ -183,11 +189,15 @@ impl Session<'_> {
         if self.scans() {
             return Ok(Left {
                 cold: self.sample(number)?,
-                hot: 0,
+                ..Left::default()
             });
         }
         let (cold, hot) = self.backlog.waiting();
-        Ok(Left { cold, hot })
+        Ok(Left {
+            cold,
+            hot,
+            rewritten: None,
+        })
     }
 
     /// How many pages have changed since they were sent. A scan can't know before it looks again:

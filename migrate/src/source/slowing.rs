@@ -43,6 +43,7 @@ impl Session<'_> {
                     Ok(()) => {
                         let since = self.slowed.as_ref().map_or(since, |slowed| slowed.since);
                         self.slowed = Some(Slowed { cap, share, since });
+                        self.backlog.slowed_down();
                         self.tell(format!(
                             "The guest is slowed down to {share} of its processor time"
                         ));
