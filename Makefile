@@ -66,7 +66,7 @@ test: unit deb
 
 test-full: unit deb
 	$(CARGO) test --release --locked -p netproxy --test namespaces -- --include-ignored --skip be_a_caller
-	$(E2E) --include-ignored
+	$(E2E) --include-ignored $(ONLY)
 
 # Unit, property and documentation tests. Builds the examples too, and so what compares our image of
 # a guest with the stock saver's.

@@ -1,4 +1,4 @@
-//! The proxy's package on a host that systemd runs.
+//! The packages on a host that systemd runs.
 //!
 //! ```text
 //!  this machine
@@ -38,7 +38,7 @@ mount -t sysfs -o ro sysfs "$root/sys"
 mount -t cgroup2 cgroup2 "$root/sys/fs/cgroup"
 mount --rbind /dev "$root/dev"
 for directory in run tmp; do mount -t tmpfs "$directory" "$root/$directory"; done
-cp "$2" "$root/run/netproxy.deb"
+cp "$2" "$root/run/package.deb"
 # No services of this machine.
 rm -rf "$root"/etc/systemd/system/*.wants
 mkdir "$root/old"
@@ -68,6 +68,8 @@ port = 7000
 site_port = 7000
 allow = ["127.0.0.0/8"]
 "#;
+
+const INSTALL: &str = "dpkg --install --force-depends /run/package.deb";
 
 /// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -178,16 +180,20 @@ fn all_are_answered(clients: &mut [TcpStream], when: &str) {
     }
 }
 
+/// The package of this name.
+fn package(name: &str) -> PathBuf {
+    let ours = std::env::var_os("VMSHADOW_DEB").expect("see `make test`");
+    let file = Path::new(&ours).file_name().unwrap().to_str().unwrap();
+    Path::new(&ours).with_file_name(file.replacen("vmshadow", name, 1))
+}
+
 #[test]
 fn connections_outlive_an_upgrade_of_the_package_under_systemd() {
-    let package = std::env::var_os("VMSHADOW_DEB").expect("see `make test`");
-    let name = Path::new(&package).file_name().unwrap().to_str().unwrap();
-    let package: PathBuf =
-        Path::new(&package).with_file_name(name.replacen("vmshadow", "netproxy", 1));
-    let host = Host::start(&package);
+    let host = Host::start(&package("netproxy"));
 
     // Without a configuration it waits for one.
-    host.told("dpkg --install /run/netproxy.deb");
+    host.told(INSTALL);
+    host.told("systemd-analyze verify netproxy.service");
     assert!(!host.run("systemctl is-active netproxy").status.success());
     host.told(&format!(
         "mkdir --parents /etc/netproxy && cat > /etc/netproxy/netproxy.toml <<'.'\n{CONFIGURATION}.\n\
@@ -217,7 +223,7 @@ fn connections_outlive_an_upgrade_of_the_package_under_systemd() {
     let look = "systemctl show --property MainPID,NRestarts,ActiveState netproxy";
     let before = host.told(look);
     assert!(before.contains("ActiveState=active"), "{before}");
-    host.told("dpkg --install /run/netproxy.deb");
+    host.told(INSTALL);
     // The new file's program, in the same process.
     let deadline = Instant::now() + PATIENCE;
     let program = "readlink /proc/$(systemctl show --property MainPID --value netproxy)/exe";
@@ -236,4 +242,41 @@ fn connections_outlive_an_upgrade_of_the_package_under_systemd() {
     host.told("dpkg --remove netproxy");
     let said = host.run("ls /run/netproxy; pidof netproxy");
     assert!(!said.status.success(), "It is still there: {said:?}");
+}
+
+/// Here nothing is to settle, as this is no Xen host: it does not fail for that.
+#[test]
+fn open_moves_are_settled_at_the_next_boot_of_a_xen_host() {
+    let host = Host::start(&package("vmshadow"));
+    host.told(INSTALL);
+    host.told("systemd-analyze verify vmshadow-settle.service");
+    let enabled = host.told("systemctl is-enabled vmshadow-settle");
+    assert_eq!(enabled.trim(), "enabled");
+    let property = |name: &str| {
+        let command = format!("systemctl show --value --property {name} vmshadow-settle");
+        host.told(&command).trim().to_owned()
+    };
+    assert!(property("Before").contains("xendomains.service"));
+    let journal = "/var/lib/vmshadow/moves/x.journal";
+    host.told(&format!(
+        "mkdir --parents $(dirname {journal}) && echo '{{\"record\":\"begin\"}}' > {journal} &&
+         systemctl start vmshadow-settle"
+    ));
+    assert_eq!(property("ConditionResult"), "no");
+    assert_eq!(property("ActiveState"), "inactive");
+    // An operator's choice outlives an upgrade.
+    host.told("systemctl disable vmshadow-settle");
+    host.told(INSTALL);
+    assert_eq!(property("UnitFileState"), "disabled");
+    // Whose guest it is has to be known before the record of it may go.
+    let refused = host.run("dpkg --purge vmshadow");
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(
+        !refused.status.success() && said.contains("still open"),
+        "{said}"
+    );
+    host.told(&format!("echo '{{\"record\":\"end\"}}' >> {journal}"));
+    host.told(
+        "dpkg --purge vmshadow && ! test -e /var/lib/vmshadow && ! test -e /var/log/vmshadow",
+    );
 }
