@@ -227,20 +227,30 @@ impl Connection {
         let Upstream::Open(endpoint) = &mut self.upstream else {
             return Ok(Step::Waits);
         };
+        let (to_guest, to_client) = (self.to_guest.queued(), self.to_client.queued());
+        let refuse_more = |unacknowledged: usize, unread: usize| {
+            let (to_guest, to_client) = (unacknowledged + to_guest, unread + to_client);
+            match to_guest + to_client > ctx.limits.carry.0 {
+                true => Err(Error::TooMuch {
+                    to_guest,
+                    to_client,
+                }),
+                false => Ok(()),
+            }
+        };
+        let unread = repair::unread(&endpoint.stream)?;
+        refuse_more(0, unread)?;
+        // As if it had been read before. Its client may have it now.
+        let taken = repair::drain(&endpoint.stream)?;
+        self.to_client.push_back(&taken, &ctx.shared.budget);
         let snapshot = repair::dump(&endpoint.stream)?;
-        let carried = snapshot.send.len() + snapshot.receive.len();
-        if carried + self.to_guest.queued() + self.to_client.queued() > ctx.limits.carry.0 {
-            return Err(Error::TooMuch {
-                to_guest: snapshot.send.len() + self.to_guest.queued(),
-                to_client: snapshot.receive.len() + self.to_client.queued(),
-            });
-        }
+        refuse_more(snapshot.send.len(), taken.len() + snapshot.receive.len())?;
         let mark = ctx
             .shared
             .mark
             .load(std::sync::atomic::Ordering::Acquire)
             .then_some(mark);
-        let waiting = self.to_client.queued() + snapshot.receive.len();
+        let waiting = to_client + snapshot.receive.len();
         let options = RestoreOptions {
             remote,
             mark,

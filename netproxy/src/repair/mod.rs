@@ -1,9 +1,10 @@
 //! Taking a live connection out of one socket and putting it into another.
 //!
 //! ```text
-//!  old socket ── freeze ── dump ─────────────────────────────┬── close_silently
-//!                            │                               │      (moved)
-//!                            ▼                               └── thaw (cancelled)
+//!  old socket ── freeze ── drain ── dump ────────────────────┬── close_silently
+//!                                     │                      │      (moved)
+//!                            ┌────────┘                      └── thaw (cancelled)
+//!                            ▼
 //!  new socket             restore ── kick ── write ── covers? ── goes on
 //!                        (sends nothing)                │no
 //!                                                  mark_as_sent
@@ -43,8 +44,8 @@ pub struct RestoreOptions {
     pub remote: SocketAddr,
     /// The mark (SO_MARK) by which routing gives a large initial congestion window.
     pub mark: Option<u32>,
-    /// Bytes of the peer that wait for the client outside the socket. The new receive buffer is
-    /// so much smaller: else a client that does not read would gain a buffer with every move.
+    /// Bytes of the peer that waited for the client outside the socket before, and those that were
+    /// only looked at. The new receive buffer is so much smaller, as after [`drain`].
     pub waiting: usize,
 }
 
@@ -126,6 +127,55 @@ fn peek(fd: &impl AsFd, length: usize) -> Result<Vec<u8>> {
         Err(error) => return Err(step("read the queues of")(error.into())),
     }
     Ok(buffer)
+}
+
+/// The bytes that the peer has sent and nobody has read.
+///
+/// # Errors
+/// What the kernel answered.
+pub fn unread(socket: &impl AsFd) -> Result<usize> {
+    let unread = sys::unread(socket.as_fd()).map_err(step("read the queues of"))?;
+    Ok(unread as usize)
+}
+
+/// Takes what the peer of a frozen connection has sent and nobody has read. It is offered nothing
+/// for it, and the receive buffer is so much smaller afterwards: else one whose client does not
+/// read could send another window with every move, or with every one that is cancelled.
+///
+/// [`dump`] would only look at it, which is no way for much: the kernel walks the queue from its
+/// head for each segment then. A hundred megabytes take a minute, in which that processor does
+/// nothing else.
+///
+/// # Errors
+/// What the kernel answered before anything was taken.
+pub fn drain(socket: &impl AsFd) -> Result<Vec<u8>> {
+    use nix::sys::socket::{setsockopt, sockopt};
+    let unread = unread(socket)?;
+    if unread == 0 {
+        return Ok(Vec::new());
+    }
+    let fd = socket.as_fd();
+    let queues = || step("read the queues of");
+    let size = SockRef::from(socket).recv_buffer_size().map_err(queues())?;
+    // Without a buffer there is no room to offer.
+    setsockopt(&fd, sockopt::RcvBufForce, &0).map_err(|error| queues()(error.into()))?;
+    let (mut bytes, mut length) = (vec![0; unread], 0);
+    while let Some(rest) = bytes.get_mut(length..).filter(|rest| !rest.is_empty()) {
+        match recv(fd.as_raw_fd(), rest, MsgFlags::MSG_DONTWAIT) {
+            Ok(more @ 1..) => length += more,
+            Err(nix::Error::EINTR) => {}
+            // An end, or an error: whoever looks at it next learns that.
+            Ok(0) | Err(_) => break,
+        }
+    }
+    bytes.truncate(length);
+    let _ = setsockopt(
+        &fd,
+        sockopt::RcvBufForce,
+        &(size / 2).saturating_sub(length),
+    );
+    let _ = sys::unlock_buffers(fd);
+    Ok(bytes)
 }
 
 /// Takes the state of a frozen connection. The socket stays in repair mode: closing it tells the
@@ -250,13 +300,16 @@ pub fn clock(socket: &impl AsFd) -> Result<u32> {
 }
 
 /// Makes room for the bytes that will be written at once, and for all that the peer may still
-/// send into the window it was offered. The kernel doubles the figures for its own accounting.
+/// send into the window it was offered: that had room in the old receive buffer. A larger one would
+/// be filled as well, and the next one be larger again. The kernel doubles the figures for its own
+/// accounting.
 fn force_buffers(socket: &Socket, snapshot: &Snapshot, waiting: usize) -> Result<()> {
     use nix::sys::socket::{setsockopt, sockopt};
     let restore = |error: nix::Error| step("restore")(error.into());
-    let receive = (snapshot.receive_buffer / 2)
+    let before = snapshot.receive_buffer / 2;
+    let receive = before
         .saturating_sub(waiting)
-        .max(snapshot.offered() as usize)
+        .max(before.min(snapshot.offered() as usize))
         .max(4096);
     setsockopt(socket, sockopt::RcvBufForce, &receive).map_err(restore)?;
     let send = (snapshot.send_buffer / 2).max(snapshot.send.len().saturating_add(64 * 1024));

@@ -10,6 +10,9 @@ use crate::streams::{all_kinds, one_of_each};
 use crate::traffic::{Noise, Running, serve};
 use crate::world::{SITES, World};
 
+/// After so many moves every stream is seen to go on.
+const BREATH: u64 = 20;
+
 /// What one round was to be, and became.
 #[derive(Debug, Default)]
 struct Tale {
@@ -86,6 +89,9 @@ fn a_thousand_random_moves() {
         let sites = (SITES[at].0, SITES[1 - at].0);
         if one_move(&world, &mut control, sites, &mut dice, &mut tale) {
             at = 1 - at;
+            if tale.moves % BREATH == 0 {
+                streams.iter().for_each(Running::goes_on);
+            }
         }
         let guest = control.list().unwrap().guests.remove(0);
         assert_eq!(

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::edge::{Edge, LEASE, echoing, exchange, exchange_all, listen, many_echoing};
 use crate::traffic::{Kind, Noise, Reads, Running, Sends, serve, start};
-use crate::world::{SITES, World};
+use crate::world::{SITES, World, run};
 
 /// Starts a stream of each of the kinds.
 pub fn one_of_each(world: &World, kinds: &[Kind]) -> Vec<Running> {
@@ -349,4 +349,40 @@ fn a_smaller_path_mtu_at_the_new_site() {
     exchange(&mut stream, &[1; 10_000]);
     edge.migrate(&world);
     exchange(&mut stream, &[2; 10_000]);
+}
+
+/// The largest receive buffer towards the guest, in bytes.
+fn largest_receive_buffer(world: &World) -> u64 {
+    let edge = world.ns("edge");
+    let filter = "dport = :15900";
+    let said = run("ip", &["netns", "exec", &edge, "ss", "-tmnH", filter]);
+    // skmem:(r0,rb131072,t0,...)
+    let sizes = said
+        .split([',', '('])
+        .filter_map(|part| part.strip_prefix("rb"));
+    sizes.map(|size| size.parse().unwrap()).max().unwrap()
+}
+
+/// What a guest was offered has room in a socket that is made anew. If that made the room larger,
+/// and the room what it is offered next, some moves later one connection would have it all.
+#[test]
+fn no_buffer_grows_with_each_move() {
+    const LARGEST: u64 = 1 << 20;
+    let world = World::new(Duration::from_millis(6));
+    world.sysctl("edge", "tcp_rmem", "4096 131072 1048576");
+    serve(&world, 5900);
+    let mut edge = Edge::new(&world, "");
+    let kind = Kind {
+        client: (Sends::Nothing, FAST),
+        guest: (Sends::Bulk, FAST),
+    };
+    let stream = start(&world, listen(), kind);
+    for _ in 0..12 {
+        stream.goes_on();
+        std::thread::sleep(Duration::from_millis(150));
+        assert_eq!(edge.migrate(&world).connections, 1);
+        let largest = largest_receive_buffer(&world);
+        assert!(largest <= LARGEST, "{largest}");
+    }
+    assert!(stream.finish() > 0);
 }
