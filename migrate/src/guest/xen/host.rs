@@ -177,7 +177,8 @@ impl Host {
     }
 
     /// As [`Host::set_cpu_cap`], of the guest in whichever domain it is by now. One that reboots
-    /// takes what is set along: its toolstack reads that with the configuration.
+    /// takes what is set along: its toolstack reads that with the configuration, and sets it while
+    /// it builds the new domain, which is paused until that is done.
     ///
     /// # Errors
     /// What Xen refuses.
@@ -185,20 +186,22 @@ impl Host {
         let start = Instant::now();
         loop {
             if let Some(domid) = self.find(uuid)? {
-                self.set_cpu_cap(domid, percent)?;
                 let info = self
                     .ctl
                     .domain_info(domid)
                     .context(|| "Can't read about the domain")?;
                 let stays = |info: DomainInfo| {
-                    !info.dying && (info.shutdown.is_none() || info.is_suspended())
+                    let ended = info.shutdown.is_some() && !info.is_suspended();
+                    !info.dying && !info.paused && !ended
                 };
+                // Only what is set after it was seen so is the last to be set.
+                self.set_cpu_cap(domid, percent)?;
                 if info.is_some_and(stays) {
                     return Ok(());
                 }
             }
             if start.elapsed() > RESTARTING {
-                log::info!("The guest has stopped; nothing is left to be sped up");
+                log::info!("The guest has stopped, or is paused; nothing is left to be sped up");
                 return Ok(());
             }
             thread::sleep(Duration::from_millis(100));
