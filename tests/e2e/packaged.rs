@@ -180,16 +180,14 @@ fn all_are_answered(clients: &mut [TcpStream], when: &str) {
     }
 }
 
-/// The package of this name.
-fn package(name: &str) -> PathBuf {
-    let ours = std::env::var_os("VMSHADOW_DEB").expect("see `make test`");
-    let file = Path::new(&ours).file_name().unwrap().to_str().unwrap();
-    Path::new(&ours).with_file_name(file.replacen("vmshadow", name, 1))
+/// The package vmshadow.
+fn package() -> PathBuf {
+    PathBuf::from(std::env::var_os("VMSHADOW_DEB").expect("see `make test`"))
 }
 
 #[test]
 fn connections_outlive_an_upgrade_of_the_package_under_systemd() {
-    let host = Host::start(&package("netproxy"));
+    let host = Host::start(&testbed::proxy_package(&package()).unwrap());
 
     // Without a configuration it waits for one.
     host.told(INSTALL);
@@ -247,7 +245,7 @@ fn connections_outlive_an_upgrade_of_the_package_under_systemd() {
 /// Here nothing is to settle, as this is no Xen host: it does not fail for that.
 #[test]
 fn open_moves_are_settled_at_the_next_boot_of_a_xen_host() {
-    let host = Host::start(&package("vmshadow"));
+    let host = Host::start(&package());
     host.told(INSTALL);
     host.told("systemd-analyze verify vmshadow-settle.service");
     let enabled = host.told("systemctl is-enabled vmshadow-settle");

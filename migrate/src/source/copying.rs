@@ -134,13 +134,14 @@ impl Session<'_> {
 
     /// What comes after a round. Where that is to slow the guest down it has been.
     fn decide(&mut self, left: &Left) -> Result<Next> {
+        // Only now: how long it takes to cross is known of the round that left it.
+        let crossing = self.forecast.sending(left.cold.saturating_add(left.hot));
+        let left = Left {
+            rewritten: crossing.and_then(|over| self.backlog.rewritten(over)),
+            ..*left
+        };
+        log::debug!("{left:?}, which would take {crossing:?}");
         loop {
-            let crossing = self.forecast.sending(left.cold.saturating_add(left.hot));
-            let left = Left {
-                rewritten: crossing.and_then(|over| self.backlog.rewritten(over)),
-                ..*left
-            };
-            log::debug!("{left:?}, which would take {crossing:?}");
             let limits = self.limits();
             let next = decide(&self.history, &left, &self.forecast, &limits, self.share());
             match next {
@@ -196,7 +197,7 @@ impl Session<'_> {
         Ok(Left {
             cold,
             hot,
-            rewritten: None,
+            ..Left::default()
         })
     }
 

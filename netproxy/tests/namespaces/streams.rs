@@ -386,3 +386,54 @@ fn no_buffer_grows_with_each_move() {
     }
     assert!(stream.finish() > 0);
 }
+
+/// What a client has not read is taken out of the old socket once, and its client has it while the
+/// guest is held. A move that is given up offers the guest no more for it.
+#[test]
+fn what_a_client_has_not_read_is_taken_along_once() {
+    let world = World::new(Duration::from_millis(2));
+    world.sysctl("edge", "tcp_rmem", "4096 131072 1048576");
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    // Everything comes back, until nothing has room for it any more.
+    let mut stream = echoing(&world);
+    stream.set_nonblocking(true).unwrap();
+    let text: Vec<u8> = (0..1 << 20).map(|at: u32| (at % 251) as u8).collect();
+    let (mut written, mut full) = (0, 0);
+    while full < 100 {
+        match stream.write(&text[written % text.len()..]) {
+            Ok(length) => (written, full) = (written + length, 0),
+            Err(_) => full += 1,
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let mut control = edge.client();
+    let held =
+        |control: &mut netproxy::control::Client| control.list().unwrap().connections[0].held;
+    let before = held(&mut control);
+    let mut after = Vec::new();
+    for _ in 0..8 {
+        control.prepare("desktop", "b").unwrap();
+        world.place(None);
+        control.hold("desktop", LEASE).unwrap();
+        assert_eq!(control.retarget("desktop").unwrap().failed, 0);
+        after.push(held(&mut control) - before);
+        world.place(Some("a"));
+        assert_eq!(control.cancel("desktop").unwrap().failed, 0);
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    // All of one receive buffer, at once, and of no second one.
+    assert!(after[0] > 200_000, "{after:?}");
+    assert!(after.iter().all(|more| *more < 2 << 20), "{after:?}");
+
+    stream.set_nonblocking(false).unwrap();
+    let (mut read, mut buffer) = (0, vec![0; 65_536]);
+    while read < written {
+        let length = stream.read(&mut buffer).unwrap();
+        assert!(length > 0);
+        for byte in &buffer[..length] {
+            assert_eq!(*byte, text[read % text.len()], "byte {read} of {written}");
+            read += 1;
+        }
+    }
+}

@@ -52,7 +52,7 @@ pub use image::Hypervisor;
 pub use link::Link;
 pub use pause::Pause;
 pub use run::{RunDirectory, sweep};
-pub use site::{Site, SiteName};
+pub use site::{Site, SiteName, proxy_package};
 pub use sites::{Options, Testbed};
 pub use testbed_guest as protocol;
 pub use watch::Watching;

@@ -9,7 +9,7 @@ use serde_json::json;
 use std::fmt;
 use std::fs::{self, File};
 use std::net::Ipv4Addr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::str::FromStr;
 
@@ -279,10 +279,7 @@ impl Site {
             return self.put(file, &format!("/usr/local/bin/{name}"), 0o755);
         }
         let mut packages = vec![file.to_owned()];
-        if let Some(rest) = name.strip_prefix("vmshadow_") {
-            let proxy = file.with_file_name(format!("netproxy_{rest}"));
-            packages.extend(proxy.exists().then_some(proxy));
-        }
+        packages.extend(proxy_package(file).filter(|proxy| proxy.exists()));
         let mut there = Vec::new();
         for package in &packages {
             let name = package.file_name().unwrap_or_default().to_string_lossy();
@@ -303,4 +300,11 @@ impl Site {
             .execute("system_reset", &json!({}))
             .map(drop)
     }
+}
+
+/// Where the proxy's package is built, beside that of vmshadow. None beside any other file.
+#[must_use]
+pub fn proxy_package(vmshadow: &Path) -> Option<PathBuf> {
+    let rest = vmshadow.file_name()?.to_str()?.strip_prefix("vmshadow_")?;
+    Some(vmshadow.with_file_name(format!("netproxy_{rest}")))
 }
