@@ -121,8 +121,9 @@ pub struct Limits {
     pub buffer: ByteSize,
     /// Bytes that all connections together may hold so.
     pub buffer_total: ByteSize,
-    /// Bytes that one connection may take over from the kernel at a re-target.
-    pub carry: ByteSize,
+    /// Bytes that one connection may take along at a re-target; one that holds more is closed. What
+    /// it can hold at all is what the kernel lets its buffers grow to, and `buffer` each way.
+    pub carry: Option<ByteSize>,
     /// How long a connection to a guest may take to open.
     pub connect: Period,
     /// How long a connection may carry nothing.
@@ -146,7 +147,7 @@ impl Default for Limits {
             connections_per_client: 1_000,
             buffer: ByteSize(256 << 10),
             buffer_total: ByteSize(512 << 20),
-            carry: ByteSize(16 << 20),
+            carry: None,
             connect: Period(Duration::from_secs(10)),
             idle: Period(Duration::from_secs(24 * 3600)),
             half_closed: Period(Duration::from_secs(3600)),

@@ -230,12 +230,12 @@ impl Connection {
         let (to_guest, to_client) = (self.to_guest.queued(), self.to_client.queued());
         let refuse_more = |unacknowledged: usize, unread: usize| {
             let (to_guest, to_client) = (unacknowledged + to_guest, unread + to_client);
-            match to_guest + to_client > ctx.limits.carry.0 {
-                true => Err(Error::TooMuch {
+            match ctx.limits.carry {
+                Some(carry) if to_guest + to_client > carry.0 => Err(Error::TooMuch {
                     to_guest,
                     to_client,
                 }),
-                false => Ok(()),
+                _ => Ok(()),
             }
         };
         let unread = repair::unread(&endpoint.stream)?;
