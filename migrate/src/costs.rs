@@ -43,6 +43,9 @@ pub struct Past {
     pub downtime: f64,
     /// Of that, what is spent whatever is left to send.
     pub fixed: FixedCost,
+    /// What the link carried, bytes a second, if that was found out.
+    #[serde(default)]
+    pub link: Option<f64>,
 }
 
 impl Past {
@@ -66,6 +69,7 @@ impl Past {
         Past {
             peer: report.destination.clone(),
             uuid: report.uuid.clone(),
+            link: report.link.carries_mbit.map(|mbit| mbit * 125_000.0),
             guest_bytes: report.guest_bytes,
             wire_bytes: report.wire_bytes,
             seconds: report.took.as_secs_f64(),
@@ -88,6 +92,8 @@ pub struct Earlier {
     pub fixed: FixedCost,
     /// What all of it will take, where one like it is known.
     pub prediction: Option<Prediction>,
+    /// What the link to that site carries, bytes a second, where a move has found that out.
+    pub link: Option<f64>,
 }
 
 /// The moves of one host.
@@ -149,12 +155,20 @@ impl Costs {
         })
     }
 
-    /// Both, of a guest that is to go to `peer`.
+    /// What the link to `peer` carried in the newest move that found it out, bytes a second.
+    #[must_use]
+    pub fn link(&self, peer: &str) -> Option<f64> {
+        let mut there = self.moves.iter().rev().filter(|past| past.peer == peer);
+        there.find_map(|past| past.link)
+    }
+
+    /// All of it, of a guest that is to go to `peer`.
     #[must_use]
     pub fn earlier(&self, uuid: &str, peer: &str, guest_bytes: u64) -> Earlier {
         Earlier {
             fixed: self.fixed(peer).unwrap_or_default(),
             prediction: self.predict(uuid, peer, guest_bytes),
+            link: self.link(peer),
         }
     }
 
@@ -232,6 +246,7 @@ mod tests {
                 commit: 0.1,
                 clean_up: 0.5,
             },
+            link: None,
         }
     }
 
@@ -264,6 +279,30 @@ mod tests {
         // Another guest of twice the memory.
         let predicted = costs.predict("w", "b", 200 << 20).unwrap();
         assert_eq!((predicted.seconds, predicted.bytes), (20.0, 50 << 20));
+    }
+
+    #[test]
+    fn the_newest_that_is_known_of_a_link_counts() {
+        let (_root, directories) = host();
+        let mut costs = Costs::read(&directories);
+        for (peer, link) in [
+            ("b", Some(6e6)),
+            ("b", Some(5e6)),
+            ("b", None),
+            ("c", Some(9e6)),
+        ] {
+            let past = past(peer, "u", 1, 0.1);
+            costs.note(Past { link, ..past }).unwrap();
+        }
+        let costs = Costs::read(&directories);
+        assert_eq!(costs.link("b"), Some(5e6));
+        assert_eq!(costs.link("d"), None);
+        assert_eq!(costs.earlier("u", "c", 1).link, Some(9e6));
+        // What was written before it was looked at.
+        let old = serde_json::to_string(&past("b", "u", 1, 0.1)).unwrap();
+        let old = old.replace(",\"link\":null", "");
+        assert!(!old.contains("link"));
+        assert_eq!(serde_json::from_str::<Past>(&old).unwrap().link, None);
     }
 
     #[test]

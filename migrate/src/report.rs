@@ -112,6 +112,9 @@ pub struct Link {
     pub rtt_ms: f64,
     /// The rate at which the first round crossed, Mbit/s.
     pub mbit: f64,
+    /// What it carries, as far as that was found out, Mbit/s; none where it was not, and where there
+    /// was a limit.
+    pub carries_mbit: Option<f64>,
     /// The connections that pages went by; besides them there is one for all else, where there are
     /// more than one.
     pub connections: u32,

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use migrate::costs::Earlier;
 use migrate::guest::replay::{Clock, Crossing, Guest, Shape, Site, cross, pair};
 use migrate::rounds::Limits;
 
@@ -32,7 +33,15 @@ pub fn run() -> Result<()> {
             );
         };
         let limits = Limits::default();
-        row("VMShadow", &ours(&subject)?);
+        row("VMShadow", &ours(&subject, Earlier::default())?);
+        let known = Earlier {
+            link: Some(RATE as f64),
+            ..Earlier::default()
+        };
+        row(
+            "VMShadow, over a link that it knows",
+            &ours(&subject, known)?,
+        );
         let others = [
             ("raw pages", Way::Raw),
             ("LZ4 of each page", Way::lz4()),
@@ -51,7 +60,7 @@ pub fn run() -> Result<()> {
     Ok(())
 }
 
-fn ours(subject: &Subject) -> Result<Taken> {
+fn ours(subject: &Subject, earlier: Earlier) -> Result<Taken> {
     let root = tempfile::tempdir()?;
     let near = Site::new(&root.path().join("near"))?;
     let far = Site::new(&root.path().join("far"))?;
@@ -63,7 +72,11 @@ fn ours(subject: &Subject) -> Result<Taken> {
         latency: LATENCY,
         cut_after: None,
     });
-    let crossed = cross(&near, &far, (here, there), Crossing::default())?;
+    let crossing = Crossing {
+        earlier,
+        ..Crossing::default()
+    };
+    let crossed = cross(&near, &far, (here, there), crossing)?;
     let report = crossed
         .report
         .ok_or_else(|| io::Error::other("No report"))?;

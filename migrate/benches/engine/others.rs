@@ -2,10 +2,12 @@
 //!
 //! Their work costs no time here: the link alone holds them up.
 
+use std::collections::vec_deque;
+use std::iter::Peekable;
 use std::time::Duration;
 
 use lz4_flex::block::{compress_into, get_maximum_output_size};
-use migrate::guest::replay::Memory;
+use migrate::guest::replay::{Memory, Step};
 use migrate::pages::{PAGE_SIZE, Page, PageSet};
 use migrate::rounds::{FixedCost, Forecast, Left, Limits, Next, RoundFacts, Sent, Share, decide};
 use zstd_safe::zstd_sys::ZSTD_EndDirective;
@@ -94,10 +96,13 @@ pub struct Taken {
 
 /// Moves the subject over a link of `rate` bytes a second, by the same rules as ours.
 pub fn simulate(subject: &Subject, mut way: Way, rate: u64, limits: &Limits) -> Taken {
-    let mut memory = subject.memory.clone();
-    let mut steps = subject.history.steps.iter().peekable();
+    let mut guest = Guest {
+        memory: subject.memory.clone(),
+        steps: subject.history.steps.iter().peekable(),
+        written: PageSet::new(subject.memory.pages()),
+    };
     let mut now = Duration::ZERO;
-    let mut dirty = PageSet::full(memory.pages());
+    let mut dirty = PageSet::full(subject.memory.pages());
     let mut history: Vec<RoundFacts> = Vec::new();
     let mut forecast = Forecast::new(NO_COST);
     // Only ours knows hot pages.
@@ -109,8 +114,9 @@ pub fn simulate(subject: &Subject, mut way: Way, rate: u64, limits: &Limits) -> 
             decide(&history, &left, &forecast, limits, Share::WHOLE),
             Next::Suspend(_)
         );
-        let (sent, bytes) = send(&memory, &dirty, &mut way);
-        let took = Duration::from_secs_f64(bytes as f64 / rate as f64);
+        let link = Link { began: now, rate };
+        let (sent, bytes) = send(&mut guest, &dirty, &mut way, (!suspended).then_some(link));
+        let took = link.takes(bytes);
         now += took;
         whole += bytes;
         if history.is_empty() {
@@ -124,14 +130,7 @@ pub fn simulate(subject: &Subject, mut way: Way, rate: u64, limits: &Limits) -> 
                 seconds: now.as_secs_f64(),
             };
         }
-        dirty.clear();
-        while let Some(step) = steps.next_if(|step| step.at <= now) {
-            for write in &step.writes {
-                if memory.apply(write) {
-                    dirty.insert(write.pfn);
-                }
-            }
-        }
+        dirty = guest.take_written();
         forecast.sent(Sent {
             first: history.is_empty(),
             pages: sent,
@@ -148,15 +147,63 @@ pub fn simulate(subject: &Subject, mut way: Way, rate: u64, limits: &Limits) -> 
     }
 }
 
-fn send(memory: &Memory, dirty: &PageSet, way: &mut Way) -> (u64, u64) {
+/// A guest that writes as its history says.
+struct Guest<'a> {
+    memory: Memory,
+    steps: Peekable<vec_deque::Iter<'a, Step>>,
+    /// Pages that it has written since they were taken last.
+    written: PageSet,
+}
+
+impl Guest<'_> {
+    /// Writes what it has written by then.
+    fn run(&mut self, until: Duration) {
+        while let Some(step) = self.steps.next_if(|step| step.at <= until) {
+            for write in &step.writes {
+                if self.memory.apply(write) {
+                    self.written.insert(write.pfn);
+                }
+            }
+        }
+    }
+
+    fn take_written(&mut self) -> PageSet {
+        let none = PageSet::new(self.memory.pages());
+        std::mem::replace(&mut self.written, none)
+    }
+}
+
+/// A link with a rate in bytes a second, by which a round began to be sent then.
+#[derive(Clone, Copy)]
+struct Link {
+    began: Duration,
+    rate: u64,
+}
+
+impl Link {
+    fn takes(self, bytes: u64) -> Duration {
+        Duration::from_secs_f64(bytes as f64 / self.rate as f64)
+    }
+}
+
+/// Sends pages, each as it is when the link has come to it; over no `link` while the guest is
+/// suspended. How many had content, and the bytes.
+fn send(guest: &mut Guest<'_>, dirty: &PageSet, way: &mut Way, link: Option<Link>) -> (u64, u64) {
     let (mut sent, mut bytes) = (0, 0);
     for pfn in dirty.iter() {
-        if let Some((page_type, content)) = memory.page(pfn)
+        if let Some((page_type, content)) = guest.memory.page(pfn)
             && page_type.has_data()
         {
             sent += 1;
             bytes += HEAD + content.look(|page| way.page(page));
+            if let Some(link) = link {
+                guest.run(link.began + link.takes(bytes));
+            }
         }
     }
-    (sent, bytes + way.flush())
+    bytes += way.flush();
+    if let Some(link) = link {
+        guest.run(link.began + link.takes(bytes));
+    }
+    (sent, bytes)
 }

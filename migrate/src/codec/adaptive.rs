@@ -306,6 +306,11 @@ impl AdaptiveEncoder {
         &self.choice
     }
 
+    /// Begins with what is believed of the link, bytes a second, before anything is sent.
+    pub fn expect(&mut self, link: f64) {
+        self.choice.expect(link);
+    }
+
     /// Goes on after a pause in which nothing was produced, with what the link has taken so far.
     pub fn resume(&mut self, sent: Sent) {
         self.choice.resume(sent);

@@ -25,7 +25,8 @@
 //! and what one of these takes the others miss.
 //!
 //! The cheapest technique within 2 % of the highest rate is taken, and the one in use is kept
-//! within 4 %. Until the link is known zstd at level 1 is used: on a slow link it is not far from
+//! within 4 %. Where nothing is known of the link, neither by earlier moves nor from a limit or a
+//! round trip that is none, zstd at level 1 is used until it is: on a slow link that is not far from
 //! the best, and on a fast one there is little time to lose.
 //!
 //! **What is measured.** Each batch gives the ratio and the cost of the technique that wrote it;
@@ -250,6 +251,11 @@ impl Choice {
     #[must_use]
     pub const fn link(&self) -> &LinkRate {
         &self.link
+    }
+
+    /// Begins with what is believed of the link, bytes a second.
+    pub fn expect(&mut self, link: f64) {
+        self.link.expect(link);
     }
 
     /// Goes on after a pause in which nothing was produced.

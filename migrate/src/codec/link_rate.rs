@@ -80,6 +80,8 @@ const NEAR_LIMIT: f64 = 1.5;
 #[derive(Debug, Clone, Default)]
 pub struct LinkRate {
     seconds_per_byte: Option<f64>,
+    /// It is what was expected, and nothing has been seen yet.
+    expected: bool,
     last: Option<Sent>,
     bytes: f64,
     held_up: f64,
@@ -122,6 +124,25 @@ impl LinkRate {
     #[must_use]
     pub const fn waits_for_processors(&self) -> bool {
         self.busy
+    }
+
+    /// What is believed of the link until it shows otherwise, bytes a second.
+    pub fn expect(&mut self, bytes_per_second: f64) {
+        if bytes_per_second.is_finite() && bytes_per_second >= 1.0 {
+            self.seconds_per_byte = Some(bytes_per_second.recip());
+            self.expected = true;
+        }
+    }
+
+    /// Bytes a second, where that was seen, and not only expected.
+    #[must_use]
+    pub fn seen(&self) -> Option<f64> {
+        self.bytes_per_second().filter(|_| !self.expected)
+    }
+
+    fn see(&mut self, seconds_per_byte: f64) {
+        self.seconds_per_byte = Some(seconds_per_byte);
+        self.expected = false;
     }
 
     /// Begins to look, after a pause in which nothing was produced.
@@ -184,7 +205,7 @@ impl LinkRate {
                 Some(old) => old + WEIGHT * (new - old),
                 None => new,
             };
-            self.seconds_per_byte = Some(smoothed);
+            self.see(smoothed);
             self.limit = Some(smoothed.recip());
             return;
         }
@@ -205,7 +226,7 @@ impl LinkRate {
             None => return,
         };
         let rate = grown.max(slowest).min(fastest).max(1.0);
-        self.seconds_per_byte = Some(rate.recip());
+        self.see(rate.recip());
     }
 }
 
@@ -319,6 +340,25 @@ mod tests {
         // What it took is proof.
         writer.run(&mut link, 500e6, 200e6, 1.0);
         assert!(link.bytes_per_second().unwrap() > 150e6, "{link:?}");
+    }
+
+    #[test]
+    fn what_was_expected_is_believed_until_the_link_shows_otherwise() {
+        for (expected, rate) in [(12.5e6, 12.5e6), (500e6, 12.5e6), (1.25e6, 12.5e6)] {
+            let (mut link, mut writer) = start();
+            link.expect(expected);
+            assert!(near(&link, expected) && link.seen().is_none(), "{link:?}");
+            writer.run(&mut link, rate, rate * 4.0, 3.0);
+            assert!(
+                near(&link, rate) && link.seen().is_some(),
+                "{expected} {link:?}"
+            );
+        }
+        let (mut link, _) = start();
+        for nonsense in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+            link.expect(nonsense);
+            assert_eq!(link.bytes_per_second(), None);
+        }
     }
 
     #[test]

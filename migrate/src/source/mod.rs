@@ -268,6 +268,9 @@ impl<'a> Session<'a> {
             Ok(()) => done.into(),
             Err(error) => format!("failed: {}", chain(error)),
         };
+        let carries = self.encoder.choice().link().seen();
+        let carries = carries.filter(|_| self.go.peer.limit().is_none());
+        self.report.link.carries_mbit = carries.map(|bytes| (bytes * 8e-6 * 10.0).round() / 10.0);
         let (written, read) = self.go.peer.bytes();
         self.report.wire_bytes = written + read;
         self.report.took = self.watch.total();

@@ -21,6 +21,23 @@ const ACCEPTING: Duration = Duration::from_secs(240);
 /// How long connections for pages may take to join: as the first one, and they start at once.
 const JOINING: Duration = Duration::from_secs(60);
 
+/// Who answers as soon as this is not far: in the same building, mostly.
+const NEAR: Duration = Duration::from_millis(1);
+
+/// What a link within a building is expected to carry, bytes a second: about as much as ssh
+/// encrypts.
+const NEAR_CARRIES: f64 = 500e6;
+
+/// What is expected of a link before anything was sent by it, bytes a second: what it carried in
+/// `earlier` moves, else that it is fast where the other site is near; no more than the `limit`.
+fn expected_link(earlier: Option<f64>, limit: Option<u64>, round_trip: Duration) -> Option<f64> {
+    let carries = earlier.or_else(|| (round_trip < NEAR).then_some(NEAR_CARRIES));
+    let limit = limit.map(|limit| limit as f64);
+    carries.map_or(limit, |carries| {
+        Some(limit.map_or(carries, |limit| carries.min(limit)))
+    })
+}
+
 impl Session<'_> {
     pub(super) fn greet(&mut self) -> Result<Greeted> {
         self.phase("connecting");
@@ -34,7 +51,12 @@ impl Session<'_> {
             ToSource::Pong(1) => {}
             other => return Err(self.unexpected(&other)),
         }
-        self.report.link.rtt_ms = rounded(start.elapsed()) * 1e3;
+        let round_trip = start.elapsed();
+        self.report.link.rtt_ms = rounded(round_trip) * 1e3;
+        let (earlier, limit) = (self.go.earlier.link, self.go.peer.limit());
+        if let Some(link) = expected_link(earlier, limit, round_trip) {
+            self.encoder.expect(link);
+        }
         Ok(Greeted)
     }
 
@@ -154,5 +176,28 @@ impl Session<'_> {
         self.report.shareable = learned.shareable.unwrap_or(0);
         self.held = learned.held;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_is_expected_to_be_as_it_was() {
+        let far = Duration::from_millis(40);
+        let near = Duration::from_micros(200);
+        for (earlier, limit, round_trip, expected) in [
+            (None, None, far, None),
+            (None, Some(1_000_000), far, Some(1e6)),
+            (Some(6e6), None, far, Some(6e6)),
+            (Some(6e6), Some(1_000_000), far, Some(1e6)),
+            (Some(6e6), Some(9_000_000), far, Some(6e6)),
+            (None, None, near, Some(NEAR_CARRIES)),
+            (None, Some(1_000_000), near, Some(1e6)),
+            (Some(6e6), None, near, Some(6e6)),
+        ] {
+            assert_eq!(expected_link(earlier, limit, round_trip), expected);
+        }
     }
 }

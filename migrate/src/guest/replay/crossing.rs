@@ -68,6 +68,8 @@ pub struct Crossing {
     pub at_destination: Arc<Watch>,
     /// Is told how far the move is.
     pub observer: Box<dyn Observer>,
+    /// What earlier moves tell of it.
+    pub earlier: Earlier,
     /// More connections, for pages: the source's ends, and the destination's.
     pub data: (Vec<Link>, Vec<Link>),
 }
@@ -84,6 +86,7 @@ impl Default for Crossing {
             at_source: Arc::new(|_| Ok(())),
             at_destination: Arc::new(|_| Ok(())),
             observer: Box::new(Nobody),
+            earlier: Earlier::default(),
             data: (Vec::new(), Vec::new()),
         }
     }
@@ -247,7 +250,7 @@ pub fn leave(
                 shadows: &shadows,
                 group: from.group(),
                 control,
-                earlier: Earlier::default(),
+                earlier: crossing.earlier,
                 reached: &mut || Ok(None),
                 open: &mut || {
                     data.pop()
