@@ -129,8 +129,9 @@ pub struct Migrate {
     /// where a link without --bandwidth counts as 1 Gbit/s; no more than cores
     #[arg(long, value_name = "N", default_value = "auto", value_parser = parse_connections)]
     pub connections: Connections,
-    /// Send by this congestion control of the kernel's, such as bbr: where a link loses packets, it
-    /// says how full the link gets. By default this host's own (net.ipv4.tcp_congestion_control)
+    /// Send by this congestion control of the kernel's: where a link loses packets, it says how full
+    /// the link gets. By default this host's own (net.ipv4.tcp_congestion_control), and bbr from
+    /// when on packets are seen to be lost all the time, if this host has it
     #[arg(long, value_name = "NAME")]
     pub congestion: Option<String>,
     /// Encode on N cores; by default on all that this host's dom0 has

@@ -361,7 +361,7 @@ fn prepare_and_move(
         let guardian = Guardian::start(directories, &journal.entry().path, &name)?;
         Ok((server, guardian, request.remote.connect()?))
     });
-    let (server, guardian, (link, mut session)) = match begun {
+    let (server, guardian, (link, session)) = match begun {
         Ok(begun) => begun,
         Err(error) => {
             // Nothing was touched.
@@ -389,6 +389,7 @@ fn prepare_and_move(
         Purpose::Move | Purpose::DryRun => run,
         Purpose::Shadow => run_shadow,
     };
+    let session = RefCell::new(session);
     let beside: RefCell<Vec<Session>> = RefCell::default();
     let mut open = || {
         let (link, session) = request.remote.join(move_id)?;
@@ -396,7 +397,7 @@ fn prepare_and_move(
         Ok(link)
     };
     let mut reached = || {
-        let used = session.follow_congestion()?;
+        let used = session.borrow().follow_congestion()?;
         // One that could not join has none, and is not needed.
         for session in &*beside.borrow() {
             if let Err(error) = session.follow_congestion() {
@@ -404,6 +405,13 @@ fn prepare_and_move(
             }
         }
         Ok(used)
+    };
+    let mut tend = || {
+        let mut followed = session.borrow_mut().follow_losses();
+        for session in &mut *beside.borrow_mut() {
+            followed = session.follow_losses().or(followed);
+        }
+        followed.map(str::to_owned)
     };
     let (report, result) = run(
         Move {
@@ -419,6 +427,7 @@ fn prepare_and_move(
             group,
             earlier: costs.earlier(&uuid, &request.remote.host, guest_bytes),
             reached: &mut reached,
+            tend: &mut tend,
             open: &mut open,
             unchanged: &mut unchanged,
             keep: &mut keep,
@@ -426,6 +435,7 @@ fn prepare_and_move(
         },
         offer,
     );
+    let mut session = session.into_inner();
     // What ssh says of its end tells more than that the connection was closed.
     let result = result.map_err(|error| match error {
         Error::LinkLost { peer, reason } => Error::LinkLost {

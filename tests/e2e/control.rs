@@ -1,10 +1,11 @@
 //! A move that is watched, steered and given up from another terminal.
 
 use serde_json::Value;
-use testbed::{Guest, Hypervisor, SiteName, Testbed};
+use testbed::{Guest, Hypervisor, Link, SiteName, Testbed};
 
 use crate::scene::{
-    hold_at, migrate, said, settled, sites, sites_with_small_guest, small_guest, wait_until, with,
+    hold_at, migrate, move_guest, said, settled, sites, sites_with_small_guest, small_guest,
+    wait_until, with,
 };
 
 /// Where the source can be stopped while its move can still be given up, in the order of a move.
@@ -245,4 +246,28 @@ fn a_guest_that_is_slowed_down() {
     });
     assert_eq!(testbed.where_is("g1").unwrap(), [SiteName::B]);
     assert_eq!(cap(&testbed, SiteName::B), "90");
+}
+
+/// Where packets are lost all the time pages cross by what fills such a link, though the host's own
+/// congestion control does not.
+#[test]
+fn a_link_that_loses_packets() {
+    let (testbed, guest) = sites_with_small_guest();
+    for site in testbed.sites() {
+        site.run("vmshadow shadows --drop-all").unwrap();
+        let own = site.run("sysctl -n net.ipv4.tcp_congestion_control");
+        assert_eq!(own.unwrap().trim(), "cubic");
+    }
+    testbed
+        .set_link(&Link {
+            rtt_ms: 40.0,
+            mbit: Some(20.0),
+            loss_percent: 2.0,
+        })
+        .unwrap();
+    let text = move_guest(&testbed, SiteName::A, "--json");
+    let report: Value = serde_json::from_str(&text[text.find('{').unwrap()..]).unwrap();
+    assert_eq!(report["link"]["congestion"], "bbr", "{text}");
+    testbed.set_link(&Link::default()).unwrap();
+    assert_eq!(settled(&testbed, &guest, "lost packets"), SiteName::B);
 }

@@ -7,16 +7,22 @@
 //!
 //! ssh opens the connection, and has no option for this. So its socket is asked for from outside, and
 //! told. It says how this end sends, and most of a move is sent from here.
+//!
+//! Where nobody chose one, a connection goes by the host's own, until packets are lost all the time
+//! and that takes each loss for a full link: then it goes by [`BBR`] (Cardwell et al., "BBR:
+//! Congestion-Based Congestion Control", 2016), if the host has it.
 
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::time::Instant;
 
 use rustix::io::Errno;
 use rustix::net::ipproto;
 use rustix::net::sockopt::{set_tcp_congestion, socket_protocol, tcp_congestion};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
+use super::loss::{Losses, Segments};
 use crate::error::{Error, IoContext, Result};
 
 /// Which congestion control the TCP connection of a process goes by; from now on by `wanted`, if that
@@ -43,6 +49,36 @@ pub(super) fn of_process(id: u32, wanted: Option<&str>) -> Result<Option<String>
         ))),
         Err(error) => Err(error).context(|| format!("Can't set congestion control {name}")),
     }
+}
+
+/// What fills a link that loses packets.
+const BBR: &str = "bbr";
+
+/// Where the TCP connection of a process loses packets all the time, lets it go by [`BBR`]: the name of
+/// that then.
+///
+/// # Errors
+/// What the kernel answered; [`io::ErrorKind::NotFound`] where it has none of that name.
+pub(super) fn follow_losses(id: u32, losses: &mut Losses) -> io::Result<Option<&'static str>> {
+    // One that forwards something else is none of ours, and sends less.
+    let mut most = None;
+    for socket in sockets(id)? {
+        let segments = Segments::of(&socket)?;
+        if most
+            .as_ref()
+            .is_none_or(|(most, _): &(Segments, _)| most.sent <= segments.sent)
+        {
+            most = Some((segments, socket));
+        }
+    }
+    let Some((segments, socket)) = most else {
+        return Ok(None);
+    };
+    if !losses.note(Instant::now(), segments) || tcp_congestion(&socket)? == BBR {
+        return Ok(None);
+    }
+    set_tcp_congestion(&socket, BBR)?;
+    Ok(Some(BBR))
 }
 
 /// The process's TCP sockets, shared with it.

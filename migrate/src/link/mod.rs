@@ -8,6 +8,7 @@ mod congestion;
 mod conversation;
 pub mod door;
 mod gathering;
+mod loss;
 mod order;
 mod pacing;
 mod said;

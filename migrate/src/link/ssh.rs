@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, bounded};
 
+use super::loss::Losses;
 use super::said::{LastLines, read_lines};
 use super::{Link, congestion};
 use crate::error::{Error, IoContext, Result};
@@ -44,7 +45,8 @@ pub struct Remote {
     pub host: String,
     /// The command line up to and including `vmshadow` at the other site.
     pub command: Vec<String>,
-    /// The congestion control that connections are to go by; by default the host's own.
+    /// The congestion control that connections are to go by; by default the host's own, see
+    /// [`Session::follow_losses`].
     pub congestion: Option<String>,
 }
 
@@ -150,6 +152,7 @@ impl Remote {
                 said,
                 heard_all,
                 congestion: self.congestion.clone(),
+                losses: Some(Losses::default()),
             },
         ))
     }
@@ -184,6 +187,7 @@ impl Remote {
                     said,
                     heard_all,
                     congestion: None,
+                    losses: None,
                 }
             }
             // Dropped, a child is neither ended nor reaped.
@@ -255,6 +259,8 @@ pub struct Session {
     heard_all: Receiver<()>,
     /// What it is to go by.
     congestion: Option<String>,
+    /// What its connection loses; none where that is looked at no more.
+    losses: Option<Losses>,
 }
 
 impl Session {
@@ -271,6 +277,28 @@ impl Session {
     /// [`Error::Refused`] and [`Error::Io`], only where one was asked for.
     pub fn follow_congestion(&self) -> Result<Option<String>> {
         congestion::of_process(self.child.id(), self.congestion.as_deref())
+    }
+
+    /// Where nobody chose how the connection is to send, and packets are lost all the time, lets it
+    /// go by what fills such a link, if this host has that. To be asked each second or so; the
+    /// congestion control that it goes by from now on, if that is another one.
+    pub fn follow_losses(&mut self) -> Option<&'static str> {
+        let (None, Some(losses)) = (&self.congestion, &mut self.losses) else {
+            return None;
+        };
+        match congestion::follow_losses(self.child.id(), losses) {
+            Ok(None) => None,
+            Ok(Some(name)) => {
+                log::info!("Packets are lost on the way: ssh's connection goes by {name}");
+                self.losses = None;
+                Some(name)
+            }
+            Err(error) => {
+                log::info!("ssh's connection goes on as it is where packets are lost: {error}");
+                self.losses = None;
+                None
+            }
+        }
     }
 
     /// The last of what ssh, or the other site's program, wrote to its standard error, oldest

@@ -56,6 +56,9 @@ const READ_BATCH: usize = 1024;
 /// How long the destination may take to handle a round that has crossed, or to look at what it has.
 const HANDLING: Duration = Duration::from_secs(300);
 
+/// How often the connections are seen to.
+const TENDING: Duration = Duration::from_secs(1);
+
 /// What the operator asked for.
 #[derive(Debug, Clone, Default)]
 pub struct Plan {
@@ -127,6 +130,9 @@ pub struct Move<'a> {
     /// Called once the other site has answered, and again when more connections have: does what can
     /// be done for them, and says which congestion control they go by, if that is known.
     pub reached: &'a mut dyn FnMut() -> Result<Option<String>>,
+    /// Called each second or so while pages are sent: sees to the connections, and says which
+    /// congestion control they go by from now on, if that has changed.
+    pub tend: &'a mut dyn FnMut() -> Option<String>,
     /// Opens one more connection to the destination's worker, for pages.
     pub open: &'a mut dyn FnMut() -> Result<Link>,
     /// Checks, right before and after the suspend, that the guest still is what was offered.
@@ -148,6 +154,8 @@ struct Session<'a> {
     /// When the log of dirty pages was read last, and how long to wait until it is read again.
     looked: Instant,
     look_after: Duration,
+    /// When the connections were seen to last.
+    tended: Instant,
     /// What the destination was told last of where the p2m is.
     told_frames: (u64, Vec<u64>),
     /// What reading the guest's pages took in this round, or the last one.
@@ -244,6 +252,7 @@ impl<'a> Session<'a> {
             backlog: Backlog::new(PageSet::new(facts.pages), go.plan.limits.looking),
             looked: Instant::now(),
             look_after: go.plan.limits.looking,
+            tended: Instant::now(),
             told_frames: (0, Vec::new()),
             reading: Duration::ZERO,
             behind: 0,
@@ -296,6 +305,21 @@ impl<'a> Session<'a> {
     fn phase(&mut self, name: &'static str) {
         log::debug!("{name}");
         self.go.observer.notice(Progress::Phase(name));
+    }
+
+    /// Sees to the connections, where it is time.
+    fn tend(&mut self) {
+        if self.tended.elapsed() < TENDING {
+            return;
+        }
+        if let Some(congestion) = (self.go.tend)() {
+            self.go.observer.notice(Progress::Warning(format!(
+                "Packets are lost on the way to {}: sending by {congestion} from now on",
+                self.go.peer.peer()
+            )));
+            self.report.link.congestion = Some(congestion);
+        }
+        self.tended = Instant::now();
     }
 
     /// Fails once somebody has asked to give the move up: not all that takes its time is a wait

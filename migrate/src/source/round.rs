@@ -38,6 +38,7 @@ impl Session<'_> {
         self.reading = Duration::ZERO;
         loop {
             self.check_cancelled()?;
+            self.tend();
             if moment == Moment::Live {
                 self.check_time(number, round.pages - done)?;
                 if self.time_is_up {

@@ -252,6 +252,7 @@ pub fn leave(
                 control,
                 earlier: crossing.earlier,
                 reached: &mut || Ok(None),
+                tend: &mut || None,
                 open: &mut || {
                     data.pop()
                         .ok_or_else(|| Error::Refused("There is no other link".into()))
