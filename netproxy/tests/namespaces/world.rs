@@ -13,6 +13,7 @@
 //! netem.
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::net::IpAddr;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -123,6 +124,33 @@ pub struct Wire {
     /// Packets lost of a thousand.
     pub loss: AtomicU32,
     pub passed: AtomicU64,
+}
+
+/// Takes the packets of a device until it is gone. Where one has come more are looked for now and
+/// then: whoever sends by a real link wakes nobody for each packet, and here it would cost the sender
+/// as much as the packet does.
+fn each_packet(device: &tun_rs::SyncDevice, mut take: impl FnMut(&[u8])) {
+    const LOOK: Duration = Duration::from_micros(100);
+    const QUIET: Duration = Duration::from_millis(20);
+    let mut buffer = vec![0; 65_536];
+    // The next one wakes this thread.
+    while device.set_nonblocking(false).is_ok()
+        && let Ok(length) = device.recv(&mut buffer)
+        && device.set_nonblocking(true).is_ok()
+    {
+        take(&buffer[..length]);
+        let mut last = Instant::now();
+        while last.elapsed() < QUIET {
+            match device.recv(&mut buffer) {
+                Ok(length) => {
+                    take(&buffer[..length]);
+                    last = Instant::now();
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => std::thread::sleep(LOOK),
+                Err(_) => return,
+            }
+        }
+    }
 }
 
 pub struct World {
@@ -294,23 +322,17 @@ impl World {
             let delay = Arc::clone(&wire);
             // Ends when the device goes with its namespace.
             self.threads.push(std::thread::spawn(move || {
-                let mut buffer = vec![0; 65_536];
                 let mut dice: u32 = 12345;
-                while let Ok(length) = from.recv(&mut buffer) {
+                each_packet(&from, |packet| {
                     dice = dice.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
                     let lost = (dice >> 16) % 1000 < delay.loss.load(Ordering::Relaxed);
                     if lost || delay.cut.load(Ordering::Relaxed) {
-                        continue;
+                        return;
                     }
                     let wait = Duration::from_micros(delay.delay_us.load(Ordering::Relaxed));
                     // A full queue loses packets, as any link does.
-                    if sender
-                        .try_send((Instant::now() + wait, buffer[..length].to_vec()))
-                        .is_err()
-                    {
-                        continue;
-                    }
-                }
+                    let _ = sender.try_send((Instant::now() + wait, packet.to_vec()));
+                });
             }));
             self.threads.push(std::thread::spawn(move || {
                 while let Ok((due, packet)) = receiver.recv() {
