@@ -126,7 +126,8 @@ pub struct Migrate {
     pub bandwidth: Option<u64>,
     /// Send the guest's memory by N connections, and all else by another one; 1: everything by one.
     /// auto: as many as fill the link, which is its bandwidth times its round trip over 2 MiB,
-    /// where a link without --bandwidth counts as 1 Gbit/s; no more than cores
+    /// where a link without --bandwidth counts as 1 Gbit/s; no more than cores, or than 4 where a
+    /// round trip takes 100 ms
     #[arg(long, value_name = "N", default_value = "auto", value_parser = parse_connections)]
     pub connections: Connections,
     /// Send by this congestion control of the kernel's: where a link loses packets, it says how full

@@ -1,6 +1,7 @@
 //! The engine beside others, over guests that are replayed.
 //!
-//! `cargo bench -p migrate --bench engine [-- SECTION ...]`: bytes, cpu, unchanged, memory, wire.
+//! `cargo bench -p migrate --bench engine [-- SECTION ...]`: bytes, cpu, unchanged, memory,
+//! wire, tcp.
 //! Without a section: all. Recordings are taken from the cache, where `make record` puts them; a
 //! guest that is generated comes besides. Where QEMU is not installed its rows are left out.
 //!
@@ -14,6 +15,7 @@ mod others;
 mod processes;
 mod qemu;
 mod subject;
+mod tcp;
 mod unchanged;
 mod wire;
 
@@ -30,12 +32,13 @@ fn main() -> Result<()> {
         return processes::end(&arguments[1..]);
     }
     type Section = (&'static str, fn() -> Result<()>);
-    const SECTIONS: [Section; 5] = [
+    const SECTIONS: [Section; 6] = [
         ("bytes", bytes::run),
         ("cpu", cpu::run),
         ("unchanged", unchanged::run),
         ("memory", memory::run),
         ("wire", wire::run),
+        ("tcp", tcp::run),
     ];
     if let Some(unknown) = arguments
         .iter()

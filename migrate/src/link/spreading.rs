@@ -35,14 +35,25 @@ const FAST: f64 = 125e6;
 /// How long at least each connection that joins is listened to.
 const HEARD: Duration = Duration::from_secs(1);
 
+/// Over a round trip of so much a connection needs seconds to become fast, and after a lost packet
+/// to become so again.
+const FAR: Duration = Duration::from_millis(100);
+
+/// So many that share a link that is [`FAR`] are slow for clearly less long.
+const SHARING: usize = 4;
+
 /// How many connections fill a link with that round trip, where no more than `limit` bytes a second
 /// are sent: its bandwidth times its delay over what one of them has on its way. More than there
-/// are cores to encrypt are of no use.
+/// are cores to encrypt are of no use, but where they are slow for other reasons.
 #[must_use]
 pub fn connections_for(limit: Option<u64>, round_trip: Duration, cores: usize) -> usize {
     let rate = limit.map_or(FAST, |bytes| (bytes as f64).min(FAST));
     let wanted = (rate * round_trip.as_secs_f64() / WINDOW).ceil() as usize;
-    wanted.clamp(1, cores.clamp(1, MAX_CONNECTIONS))
+    let most = match round_trip >= FAR {
+        true => cores.max(SHARING),
+        false => cores,
+    };
+    wanted.clamp(1, most.clamp(1, MAX_CONNECTIONS))
 }
 
 /// The bit of a connection in [`ToDestination::Spread`].
@@ -245,6 +256,8 @@ mod tests {
         assert_eq!(connections_for(None, ms(1), 8), 1);
         assert_eq!(connections_for(None, ms(40), 8), 3);
         assert_eq!(connections_for(None, ms(40), 2), 2);
+        assert_eq!(connections_for(None, ms(99), 1), 1);
+        assert_eq!(connections_for(None, ms(100), 1), SHARING);
         assert_eq!(connections_for(None, ms(10_000), 64), MAX_CONNECTIONS);
         // 50 Mbit/s are filled by one.
         assert_eq!(connections_for(Some(6_250_000), ms(200), 8), 1);
