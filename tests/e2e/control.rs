@@ -4,7 +4,7 @@ use serde_json::Value;
 use testbed::{Guest, Hypervisor, Link, SiteName, Testbed};
 
 use crate::scene::{
-    hold_at, migrate, move_guest, said, settled, sites, sites_with_small_guest, small_guest,
+    hold_at, migrate, report_of, said, settled, sites, sites_with_small_guest, small_guest,
     wait_until, with,
 };
 
@@ -266,10 +266,9 @@ fn a_long_link_that_loses_packets() {
             loss_percent: 2.0,
         })
         .unwrap();
-    let text = move_guest(&testbed, SiteName::A, "--json");
-    let report: Value = serde_json::from_str(&text[text.find('{').unwrap()..]).unwrap();
-    assert_eq!(report["link"]["congestion"], "bbr", "{text}");
-    assert_eq!(report["link"]["connections"], 4, "{text}");
+    let report = report_of(&testbed, SiteName::A, "");
+    assert_eq!(report["link"]["congestion"], "bbr", "{report}");
+    assert_eq!(report["link"]["connections"], 4, "{report}");
     testbed.set_link(&Link::default()).unwrap();
     assert_eq!(settled(&testbed, &guest, "lost packets"), SiteName::B);
 }

@@ -3,10 +3,9 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
 use testbed::{Guest, Hypervisor, Kind, SiteName, Testbed};
 
-use crate::scene::{migrate, move_guest, said, settled, sites, with};
+use crate::scene::{migrate, report_of, said, settled, sites, with};
 
 /// Waits until the guest has been resumed so often since its boot.
 fn wait_until_resumed(testbed: &Testbed, guest: &Guest, times: u32) {
@@ -52,18 +51,16 @@ fn goes_by(moves: &[(&str, SiteName)]) {
     testbed.start_guest(SiteName::A, &guest).unwrap();
     let mut resumed = 0;
     for &(tracker, from) in moves {
-        let text = move_guest(&testbed, from, &format!("--json --tracker {tracker}"));
-        // Warnings come before it.
-        let report: Value = serde_json::from_str(&text[text.find('{').unwrap()..]).unwrap();
-        assert_eq!(report["tracker"], tracker, "{text}");
-        assert_eq!(report["verified"], true, "{text}");
+        let report = report_of(&testbed, from, &format!("--tracker {tracker}"));
+        assert_eq!(report["tracker"], tracker, "{report}");
+        assert_eq!(report["verified"], true, "{report}");
         let first = &report["rounds"][0];
         let count = |class: &str| first[class].as_u64().unwrap();
         // All but the image, the p2m of 64 pages, page tables and rings. A site that has a
         // shadow of it has its zeros.
         assert!(
             count("zero") + count("same") + 256 > count("pages"),
-            "{text}"
+            "{report}"
         );
         let at = settled(&testbed, &guest, &format!("{tracker} from {from:?}"));
         assert_eq!(at, from.other());

@@ -3,10 +3,11 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
 use testbed::{Guest, Hypervisor, Kind, Options, SiteName, Testbed};
 
-use crate::scene::{Sites, alive, migrate, move_guest, said, settled, sites, small_guest, with};
+use crate::scene::{
+    Sites, alive, migrate, move_guest, report_of, said, settled, sites, small_guest, with,
+};
 
 /// There and back while a client watches: its connection lives, the counter never repeats, and
 /// memory is right.
@@ -19,14 +20,12 @@ fn there_and_back(testbed: &Testbed, guest: &Guest, trips: u32, tracker: &str) {
             // One way to cross is as good as the other.
             let connections = if trip == 2 { 3 } else { 1 };
             let congestion = if trip == 2 { "reno" } else { "cubic" };
-            let more = format!("--json --connections {connections} --congestion {congestion}");
-            let text = move_guest(testbed, from, &more);
-            // Warnings come before it.
-            let report: Value = serde_json::from_str(&text[text.find('{').unwrap()..]).unwrap();
-            assert_eq!(report["tracker"], tracker, "{text}");
-            assert_eq!(report["verified"], true, "{text}");
-            assert_eq!(report["link"]["connections"], connections, "{text}");
-            assert_eq!(report["link"]["congestion"], congestion, "{text}");
+            let more = format!("--connections {connections} --congestion {congestion}");
+            let report = report_of(testbed, from, &more);
+            assert_eq!(report["tracker"], tracker, "{report}");
+            assert_eq!(report["verified"], true, "{report}");
+            assert_eq!(report["link"]["connections"], connections, "{report}");
+            assert_eq!(report["link"]["congestion"], congestion, "{report}");
             let crossed = |class: &str| -> u64 {
                 let rounds = report["rounds"].as_array().unwrap();
                 rounds
@@ -36,14 +35,14 @@ fn there_and_back(testbed: &Testbed, guest: &Guest, trips: u32, tracker: &str) {
             };
             let recalled = report["recalled"].as_u64().unwrap();
             if trip == 1 && from == SiteName::A {
-                assert_eq!(recalled, 0, "{text}");
+                assert_eq!(recalled, 0, "{report}");
                 // A running system has pages twice, and changes some a little while they cross.
                 for class in ["zero", "reference", "delta", "raw"] {
-                    assert!(crossed(class) > 0, "No {class}: {text}");
+                    assert!(crossed(class) > 0, "No {class}: {report}");
                 }
             } else {
                 // From then on each site has a shadow of it.
-                assert!(recalled > 0 && crossed("same") > 0, "{text}");
+                assert!(recalled > 0 && crossed("same") > 0, "{report}");
             }
             let at = settled(testbed, guest, &format!("trip {trip} from {from:?}"));
             assert_eq!(at, from.other());

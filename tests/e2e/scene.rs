@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use testbed::{Guest, Hypervisor, Kind, Link, Options, SiteName, Testbed};
 
 /// What both sites take of each other's guests.
@@ -206,6 +207,13 @@ pub fn move_guest(testbed: &Testbed, from: SiteName, more: &str) -> String {
         .site(from)
         .run(&format!("{} 2>&1", migrate(from, more)))
         .unwrap()
+}
+
+/// The report of such a move, which options are added to.
+pub fn report_of(testbed: &Testbed, from: SiteName, more: &str) -> Value {
+    let text = move_guest(testbed, from, &format!("--json {more}"));
+    // Warnings come before it.
+    serde_json::from_str(&text[text.find('{').unwrap()..]).unwrap()
 }
 
 /// Both streams of a command's output, for messages.

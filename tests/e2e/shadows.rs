@@ -4,14 +4,8 @@ use serde_json::Value;
 use testbed::{Guest, Hypervisor, SiteName, Testbed};
 
 use crate::scene::{
-    alive, go_on, hold_with, move_guest, said, settled, sites, small_guest, wait_until, with,
+    alive, go_on, hold_with, report_of, said, settled, sites, small_guest, wait_until, with,
 };
-
-/// The report of a move, which `more` is added to.
-fn report_of(testbed: &Testbed, from: SiteName, more: &str) -> Value {
-    let text = move_guest(testbed, from, &format!("--json {more}"));
-    serde_json::from_str(&text[text.find('{').unwrap()..]).unwrap()
-}
 
 fn number(report: &Value, field: &str) -> u64 {
     report[field].as_u64().unwrap()

@@ -10,7 +10,7 @@ use serde_json::Value;
 use testbed::{Edge, Guest, Hypervisor, SERVER, SiteName, Testbed};
 
 use crate::scene::{
-    alive, hold_at, move_guest, said, settled, sites_to_change, small_guest, wait_until, with,
+    alive, hold_at, report_of, said, settled, sites_to_change, small_guest, wait_until, with,
 };
 
 /// Two sites, the edge, and a guest behind it at site a.
@@ -73,11 +73,10 @@ fn calls_go_on(testbed: &Testbed, guest: &Guest, known_as: &[String]) {
 /// One move of a guest behind the edge: a client's connections were kept, and its path is where it
 /// is.
 fn moves_with_its_connections(testbed: &Testbed, guest: &Guest, from: SiteName) {
-    let text = move_guest(testbed, from, "--json");
-    let report: Value = serde_json::from_str(&text[text.find('{').unwrap()..]).unwrap();
+    let report = report_of(testbed, from, "");
     let connections = &report["connections"];
-    assert!(connections["kept"].as_u64() >= Some(1), "{text}");
-    assert_eq!(connections["closed"], 0, "{text}");
+    assert!(connections["kept"].as_u64() >= Some(1), "{report}");
+    assert_eq!(connections["closed"], 0, "{report}");
     let at = settled(testbed, guest, &format!("a move from {from:?}"));
     assert_eq!(at, from.other());
     only_path_is_at(testbed, at);

@@ -18,13 +18,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use migrate::guest::replay::generated::Random;
-use migrate::guest::replay::{Crossing, Guest, Restored, Site, cross};
 use migrate::link::Link;
 use nix::sched::{CloneFlags, setns};
 use rustix::net::sockopt::set_tcp_congestion;
 use tun_rs::{DeviceBuilder, SyncDevice};
 
 use crate::subject::{Subject, generated};
+use crate::wire::{beside_ideal, first_round};
 use crate::{Result, io};
 
 /// How long a packet may wait for the wire before it is lost: a router's queue.
@@ -98,32 +98,14 @@ fn row(subject: &Subject, mbit: u64, rtt: u64, lost: u64, way: Way) -> Result<()
             data.1.push(link(there)?);
         }
     }
-    let root = tempfile::tempdir()?;
-    let near = Site::new(&root.path().join("near"))?;
-    let far = Site::new(&root.path().join("far"))?;
-    near.start(Guest::idle("subject", subject.memory.clone()));
-    let crossing = Crossing {
-        restored: Restored::Dropped,
-        data,
-        ..Crossing::default()
-    };
-    let crossed = cross(&near, &far, (link(here)?, link(there)?), crossing)?;
-    let report = crossed
-        .report
-        .ok_or_else(|| io::Error::other("No report"))?;
-    let first = report
-        .rounds
-        .first()
-        .ok_or_else(|| io::Error::other(report.outcome.clone()))?;
-    let took = first.took.as_secs_f64();
+    let round = first_round(subject, (link(here)?, link(there)?), data)?;
     println!(
-        "| {} | {mbit} | {rtt} | {} % | {} {} | {:.1} | {took:.2} | {:+.1} % |",
+        "| {} | {mbit} | {rtt} | {} % | {} {} | {} |",
         subject.mib(),
         lost as f64 / 10.0,
         way.connections,
         way.congestion,
-        first.wire_bytes as f64 / 1e6,
-        (took / (first.wire_bytes as f64 / rate as f64) - 1.0) * 100.0
+        beside_ideal(&round, rate)
     );
     Ok(())
 }

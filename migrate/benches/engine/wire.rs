@@ -1,11 +1,10 @@
 //! How full a link is: the first round's time against its bytes over the link's rate.
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use migrate::guest::replay::{
-    Content, Crossing, Guest, Memory, Restored, Shape, Site, cross, pair,
-};
+use migrate::guest::replay::{Crossing, Guest, Restored, Shape, Site, cross, pair};
+use migrate::link::Link;
+use migrate::report::Round;
 
 use crate::subject::{Subject, generated};
 use crate::{Result, io};
@@ -25,39 +24,50 @@ pub fn run() -> Result<()> {
 }
 
 fn row(subject: &Subject, mbit: u64, rtt: u64) -> Result<()> {
-    let contents = (0..subject.memory.pages()).map(|pfn| match subject.memory.page(pfn) {
-        Some((_, Content::Bytes(page))) => Content::Bytes(Arc::clone(page)),
-        _ => Content::Zero,
-    });
-    let root = tempfile::tempdir()?;
-    let near = Site::new(&root.path().join("near"))?;
-    let far = Site::new(&root.path().join("far"))?;
-    near.start(Guest::idle("subject", Memory::of(contents.collect())));
     let rate = mbit * 125_000;
     let (here, there, _cut) = pair(Shape {
         rate: Some(rate),
         latency: Duration::from_micros(rtt * 500),
         cut_after: None,
     });
-    let crossing = Crossing {
-        restored: Restored::Dropped,
-        ..Crossing::default()
-    };
-    let crossed = cross(&near, &far, (here, there), crossing)?;
-    let report = crossed
-        .report
-        .ok_or_else(|| io::Error::other("No report"))?;
-    let first = report
-        .rounds
-        .first()
-        .ok_or_else(|| io::Error::other(report.outcome.clone()))?;
-    let ideal = first.wire_bytes as f64 / rate as f64;
-    let took = first.took.as_secs_f64();
+    let round = first_round(subject, (here, there), Default::default())?;
     println!(
-        "| {} | {mbit} | {rtt} | {:.1} | {took:.2} | {:+.1} % |",
+        "| {} | {mbit} | {rtt} | {} |",
         subject.mib(),
-        first.wire_bytes as f64 / 1e6,
-        (took / ideal - 1.0) * 100.0
+        beside_ideal(&round, rate)
     );
     Ok(())
+}
+
+/// Moves the subject over a link, with more connections for pages in `data`: the first round.
+pub fn first_round(
+    subject: &Subject,
+    link: (Link, Link),
+    data: (Vec<Link>, Vec<Link>),
+) -> Result<Round> {
+    let root = tempfile::tempdir()?;
+    let near = Site::new(&root.path().join("near"))?;
+    let far = Site::new(&root.path().join("far"))?;
+    near.start(Guest::idle("subject", subject.memory.clone()));
+    let crossing = Crossing {
+        restored: Restored::Dropped,
+        data,
+        ..Crossing::default()
+    };
+    let report = cross(&near, &far, link, crossing)?
+        .report
+        .ok_or_else(|| io::Error::other("No report"))?;
+    let first = report.rounds.first().copied();
+    Ok(first.ok_or_else(|| io::Error::other(report.outcome))?)
+}
+
+/// Columns: MB, seconds, and how much longer it took than its bytes at `rate` bytes a second.
+pub fn beside_ideal(round: &Round, rate: u64) -> String {
+    let took = round.took.as_secs_f64();
+    let ideal = round.wire_bytes as f64 / rate as f64;
+    format!(
+        "{:.1} | {took:.2} | {:+.1} %",
+        round.wire_bytes as f64 / 1e6,
+        (took / ideal - 1.0) * 100.0
+    )
 }

@@ -25,9 +25,9 @@
 //! and what one of these takes the others miss.
 //!
 //! The cheapest technique within 2 % of the highest rate is taken, and the one in use is kept
-//! within 4 %. Where nothing is known of the link, neither by earlier moves nor from a limit or a
-//! round trip that is none, zstd at level 1 is used until it is: on a slow link that is not far from
-//! the best, and on a fast one there is little time to lose.
+//! within 4 %. It begins with what was expected of the link. Where nothing was, zstd at level 1 is
+//! used until the link is known: on a slow link that is not far from the best, and on a fast one
+//! there is little time to lose.
 //!
 //! **What is measured.** Each batch gives the ratio and the cost of the technique that wrote it;
 //! half of what was known is forgotten after 4 MiB. Of the others' ratios it tells only indirectly:

@@ -8,9 +8,9 @@
 //! ssh opens the connection, and has no option for this. So its socket is asked for from outside, and
 //! told. It says how this end sends, and most of a move is sent from here.
 //!
-//! Where nobody chose one, a connection goes by the host's own, until packets are lost all the time
-//! and that takes each loss for a full link: then it goes by [`BBR`] (Cardwell et al., "BBR:
-//! Congestion-Based Congestion Control", 2016), if the host has it.
+//! Where nobody chose one, a connection goes by the host's own. Most of them take each lost packet for
+//! a full link. So once packets are seen to be lost all the time it goes by [`BBR`], if the host has
+//! it: Cardwell et al., "BBR: Congestion-Based Congestion Control" (2016).
 
 use std::fs;
 use std::io;
@@ -24,6 +24,9 @@ use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open}
 
 use super::loss::{Losses, Segments};
 use crate::error::{Error, IoContext, Result};
+
+/// What fills a link that loses packets.
+const BBR: &str = "bbr";
 
 /// Which congestion control the TCP connection of a process goes by; from now on by `wanted`, if that
 /// is given. None where it has no such connection, or nothing is asked for and it can't be looked at.
@@ -51,11 +54,8 @@ pub(super) fn of_process(id: u32, wanted: Option<&str>) -> Result<Option<String>
     }
 }
 
-/// What fills a link that loses packets.
-const BBR: &str = "bbr";
-
-/// Where the TCP connection of a process loses packets all the time, lets it go by [`BBR`]: the name of
-/// that then.
+/// Where the TCP connection of a process loses packets all the time, lets it go by [`BBR`], and returns
+/// that name. The connection is found anew each time: a socket that is kept here would outlive ssh.
 ///
 /// # Errors
 /// What the kernel answered; [`io::ErrorKind::NotFound`] where it has none of that name.

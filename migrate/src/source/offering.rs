@@ -33,9 +33,7 @@ const NEAR_CARRIES: f64 = 500e6;
 fn expected_link(earlier: Option<f64>, limit: Option<u64>, round_trip: Duration) -> Option<f64> {
     let carries = earlier.or_else(|| (round_trip < NEAR).then_some(NEAR_CARRIES));
     let limit = limit.map(|limit| limit as f64);
-    carries.map_or(limit, |carries| {
-        Some(limit.map_or(carries, |limit| carries.min(limit)))
-    })
+    [carries, limit].into_iter().flatten().reduce(f64::min)
 }
 
 impl Session<'_> {

@@ -126,14 +126,15 @@ pub struct Wire {
     pub passed: AtomicU64,
 }
 
-/// Takes the packets of a device until it is gone. Where one has come more are looked for now and
-/// then: whoever sends by a real link wakes nobody for each packet, and here it would cost the sender
-/// as much as the packet does.
+/// Calls `take` with each packet that a device sends, until the device is gone.
+///
+/// While packets come, this thread polls. To be woken for each of them would cost the sender as much
+/// as the packet does, and on a real link a sender wakes nobody.
 fn each_packet(device: &tun_rs::SyncDevice, mut take: impl FnMut(&[u8])) {
     const LOOK: Duration = Duration::from_micros(100);
     const QUIET: Duration = Duration::from_millis(20);
     let mut buffer = vec![0; 65_536];
-    // The next one wakes this thread.
+    // After a silence the first packet wakes this thread.
     while device.set_nonblocking(false).is_ok()
         && let Ok(length) = device.recv(&mut buffer)
         && device.set_nonblocking(true).is_ok()
