@@ -9,21 +9,18 @@
 //! ```
 //!
 //! The sites have the same gateway address and MAC towards the guest. The guest "is" where the
-//! hub's port is open. The relay is a pair of TUN devices and two threads, for kernels without
-//! netem.
+//! hub's port is open. The relays are those of `wires`.
 
-use std::fs::File;
-use std::io::ErrorKind;
 use std::net::IpAddr;
-use std::process::Command;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use netproxy::site::{Forward, Neighbour, Translation};
+pub use wires::run;
+use wires::{Hosts, PREFIX, Wire};
 
-const PREFIX: &str = "npx";
 pub const SITES: [(&str, &str); 2] = [("a", "198.51.100.1"), ("b", "203.0.113.1")];
 pub const EDGE: &str = "192.0.2.1";
 pub const GUEST: &str = "10.7.0.5";
@@ -31,53 +28,6 @@ pub const GUEST: &str = "10.7.0.5";
 pub const PROBE_PORT: u16 = 7;
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-
-pub fn run(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program)
-        .args(arguments)
-        .output()
-        .unwrap_or_else(|error| panic!("{program}: {error}"));
-    assert!(
-        output.status.success(),
-        "{program} {}: {}",
-        arguments.join(" "),
-        String::from_utf8_lossy(&output.stderr)
-    );
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-fn ip(line: &str) {
-    run("ip", &line.split(' ').collect::<Vec<_>>());
-}
-
-/// These tests can't do anything without privileges, and say so instead of passing.
-fn require_root() {
-    assert!(
-        nix::unistd::geteuid().is_root(),
-        "The tests in network namespaces need root (CAP_SYS_ADMIN and CAP_NET_ADMIN): run them \
-         as root, or leave them out with `cargo test --lib`"
-    );
-}
-
-/// Namespaces of test runs that were killed.
-fn remove_stale() {
-    let Ok(names) = std::fs::read_dir("/run/netns") else {
-        return;
-    };
-    for name in names
-        .flatten()
-        .filter_map(|entry| entry.file_name().into_string().ok())
-    {
-        let Some(rest) = name.strip_prefix(PREFIX) else {
-            continue;
-        };
-        let pid = rest.split('-').next().unwrap_or_default();
-        let own = std::process::id().to_string() == pid;
-        if !own && !std::path::Path::new(&format!("/proc/{pid}")).exists() {
-            let _ = Command::new("ip").args(["netns", "del", &name]).output();
-        }
-    }
-}
 
 /// Prints all that the kernel knows of the connections, when something went wrong with one.
 pub fn show_sockets() {
@@ -116,47 +66,8 @@ fn neighbour() -> Neighbour {
     }
 }
 
-/// A connection between edge and site, with delay, and faults when asked for.
-#[derive(Default)]
-pub struct Wire {
-    pub delay_us: AtomicU64,
-    pub cut: AtomicBool,
-    /// Packets lost of a thousand.
-    pub loss: AtomicU32,
-    pub passed: AtomicU64,
-}
-
-/// Calls `take` with each packet that a device sends, until the device is gone.
-///
-/// While packets come, this thread polls. To be woken for each of them would cost the sender as much
-/// as the packet does, and on a real link a sender wakes nobody.
-fn each_packet(device: &tun_rs::SyncDevice, mut take: impl FnMut(&[u8])) {
-    const LOOK: Duration = Duration::from_micros(100);
-    const QUIET: Duration = Duration::from_millis(20);
-    let mut buffer = vec![0; 65_536];
-    // After a silence the first packet wakes this thread.
-    while device.set_nonblocking(false).is_ok()
-        && let Ok(length) = device.recv(&mut buffer)
-        && device.set_nonblocking(true).is_ok()
-    {
-        take(&buffer[..length]);
-        let mut last = Instant::now();
-        while last.elapsed() < QUIET {
-            match device.recv(&mut buffer) {
-                Ok(length) => {
-                    take(&buffer[..length]);
-                    last = Instant::now();
-                }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => std::thread::sleep(LOOK),
-                Err(_) => return,
-            }
-        }
-    }
-}
-
 pub struct World {
-    names: Vec<String>,
-    tag: String,
+    hosts: Hosts,
     pub wires: [Arc<Wire>; 2],
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
@@ -165,29 +76,14 @@ pub struct World {
 
 impl World {
     pub fn new(rtt: Duration) -> Self {
-        require_root();
         let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-        remove_stale();
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let tag = format!(
-            "{PREFIX}{}-{}",
-            std::process::id(),
-            COUNT.fetch_add(1, Ordering::Relaxed)
-        );
         let mut world = Self {
-            names: Vec::new(),
-            tag,
+            hosts: Hosts::new(&["client", "edge", "a", "b", "lan", "guest"]),
             wires: [Arc::default(), Arc::default()],
             stop: Arc::default(),
             threads: Vec::new(),
             _turn: turn,
         };
-        for name in ["client", "edge", "a", "b", "lan", "guest"] {
-            let name = world.ns(name);
-            ip(&format!("netns add {name}"));
-            world.names.push(name.clone());
-            ip(&format!("-n {name} link set lo up"));
-        }
         world.veth("client", "c0", "edge", "e0");
         world.ip("client", "address add 10.1.0.2/24 dev c0");
         world.ip("client", "-6 address add fd00:1::2/64 dev c0 nodad");
@@ -202,19 +98,15 @@ impl World {
                 u64::try_from(rtt.as_micros() / 2).unwrap(),
                 Ordering::Relaxed,
             );
-            world.relay(site, wire);
             let (edge_device, net) = (format!("to-{site}"), index + 1);
+            world
+                .hosts
+                .connect(("edge", &edge_device), (site, "up0"), &wire);
             world.ip(
                 "edge",
                 &format!("address add 10.2.{net}.1/24 dev {edge_device}"),
             );
-            // A thousand connections at once fill the queue that a TUN device has by default.
-            world.ip(
-                "edge",
-                &format!("link set {edge_device} txqueuelen 10000 up"),
-            );
             world.ip(site, &format!("address add 10.2.{net}.2/24 dev up0"));
-            world.ip(site, "link set up0 txqueuelen 10000 up");
             world.ip(site, &format!("address add {address}/32 dev lo"));
             world.ip(site, &format!("route add {EDGE}/32 via 10.2.{net}.1"));
             world.ip(
@@ -253,11 +145,11 @@ impl World {
     }
 
     pub fn ns(&self, name: &str) -> String {
-        format!("{}-{name}", self.tag)
+        self.hosts.namespace(name)
     }
 
     pub fn ip(&self, name: &str, line: &str) {
-        ip(&format!("-n {} {line}", self.ns(name)));
+        self.hosts.ip(name, line);
     }
 
     fn veth(&self, one: &str, one_device: &str, two: &str, two_device: &str) {
@@ -278,15 +170,7 @@ impl World {
         name: &str,
         what: impl FnOnce() -> T + Send + 'static,
     ) -> JoinHandle<T> {
-        let path = format!("/run/netns/{}", self.ns(name));
-        std::thread::Builder::new()
-            .stack_size(256 * 1024)
-            .spawn(move || {
-                let file = File::open(path).unwrap();
-                nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-                what()
-            })
-            .unwrap()
+        self.hosts.spawn(name, what)
     }
 
     pub fn in_namespace<T: Send + 'static>(
@@ -294,7 +178,7 @@ impl World {
         name: &str,
         what: impl FnOnce() -> T + Send + 'static,
     ) -> T {
-        self.spawn(name, what).join().unwrap()
+        self.hosts.inside(name, what)
     }
 
     /// Sets a sysctl of a namespace: a path below /proc/sys/net/ipv4.
@@ -302,51 +186,6 @@ impl World {
         self.in_namespace(name, move || {
             std::fs::write(format!("/proc/sys/net/ipv4/{key}"), value).unwrap();
         });
-    }
-
-    fn tun(&self, name: &str, device: String) -> Arc<tun_rs::SyncDevice> {
-        Arc::new(self.in_namespace(name, move || {
-            tun_rs::DeviceBuilder::new()
-                .name(device)
-                .mtu(1500)
-                .build_sync()
-                .unwrap()
-        }))
-    }
-
-    fn relay(&mut self, site: &str, wire: Arc<Wire>) {
-        let near = self.tun("edge", format!("to-{site}"));
-        let far = self.tun(site, "up0".into());
-        for (from, to) in [(&near, &far), (&far, &near)] {
-            let (from, to, wire) = (Arc::clone(from), Arc::clone(to), Arc::clone(&wire));
-            let (sender, receiver) = std::sync::mpsc::sync_channel::<(Instant, Vec<u8>)>(20_000);
-            let delay = Arc::clone(&wire);
-            // Ends when the device goes with its namespace.
-            self.threads.push(std::thread::spawn(move || {
-                let mut dice: u32 = 12345;
-                each_packet(&from, |packet| {
-                    dice = dice.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                    let lost = (dice >> 16) % 1000 < delay.loss.load(Ordering::Relaxed);
-                    if lost || delay.cut.load(Ordering::Relaxed) {
-                        return;
-                    }
-                    let wait = Duration::from_micros(delay.delay_us.load(Ordering::Relaxed));
-                    // A full queue loses packets, as any link does.
-                    let _ = sender.try_send((Instant::now() + wait, packet.to_vec()));
-                });
-            }));
-            self.threads.push(std::thread::spawn(move || {
-                while let Ok((due, packet)) = receiver.recv() {
-                    let wait = due.saturating_duration_since(Instant::now());
-                    if !wait.is_zero() {
-                        std::thread::sleep(wait);
-                    }
-                    if to.send(&packet).is_ok() {
-                        wire.passed.fetch_add(1, Ordering::Relaxed);
-                    }
-                }
-            }));
-        }
     }
 
     fn accept_probes(&mut self, site: &str, address: &str) {
@@ -423,8 +262,5 @@ impl World {
 impl Drop for World {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        for name in &self.names {
-            let _ = Command::new("ip").args(["netns", "del", name]).output();
-        }
     }
 }
