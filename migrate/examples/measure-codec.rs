@@ -140,7 +140,8 @@ fn measure(rounds: &[Memory], technique: Technique, name: &str) -> anyhow::Resul
             let written = encoder.finish(&mut bytes);
             by_held.encoding += start.elapsed();
             by_held.bytes += bytes.len();
-            let classes = [written.zero, written.reference, written.delta, written.raw];
+            let raw = written.raw + written.noise;
+            let classes = [written.zero, written.reference, written.delta, raw];
             for (count, pages) in counts.iter_mut().zip(classes) {
                 *count += pages;
             }

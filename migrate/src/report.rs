@@ -70,7 +70,7 @@ impl Round {
         let count = match class {
             Class::None => &mut self.no_data,
             Class::Zero => &mut self.zero,
-            Class::Raw => &mut self.raw,
+            Class::Raw | Class::Noise => &mut self.raw,
             Class::Same => &mut self.retyped,
             Class::Reference => &mut self.reference,
             Class::Delta => &mut self.delta,

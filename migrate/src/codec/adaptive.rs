@@ -15,7 +15,7 @@
 //! filled. Their memory is bounded: there are two batches more than workers.
 
 use super::PREFIX_LEAST;
-use super::choice::{Choice, Encoded, HARDLY, Order, Probed, Produced};
+use super::choice::{Choice, Encoded, Order, Probed, Produced};
 use super::encode::{BatchEncoder, BatchStatistics, Compressor};
 use super::link_rate::{Processors, Sent};
 use super::technique::{PagesByTechnique, Technique};
@@ -49,7 +49,7 @@ pub struct AdaptiveEncoder {
     workers: Option<Workers>,
     compressed: PagesByTechnique,
     /// When the last batch was done, or production went on.
-    last: Instant,
+    last: Clocks,
     processors: ProcessorClock,
     waiting: Duration,
 }
@@ -77,14 +77,15 @@ struct Done {
 struct Work {
     statistics: BatchStatistics,
     technique: Technique,
+    /// Bytes of its content, and what they came to.
     raw: usize,
+    block: usize,
     cpu: Duration,
     took: Duration,
-    /// The ratio of a sample, where that hardly shrank.
-    sample: Option<f64>,
     probed: Option<Probed>,
-    /// Elapsed time for what was compressed for the comparison alone.
+    /// Elapsed time for what was compressed for the comparison alone, and CPU time.
     probing: Duration,
+    probing_cpu: Duration,
 }
 
 impl Default for AdaptiveEncoder {
@@ -187,18 +188,9 @@ fn idle_time(uptime: &str) -> Option<Duration> {
 
 /// Compresses a batch as `order` says, appends it to `to`, and empties it.
 fn work(batch: &mut BatchEncoder, order: Order, to: &mut Vec<u8>) -> Work {
-    let raw = batch.block_bytes();
-    let mut technique = order.technique;
-    let mut sample = None;
-    if order.sample && raw > 0 {
-        let (from, block) = batch.sample();
-        let ratio = block as f64 / from.max(1) as f64;
-        if ratio > HARDLY {
-            technique = Technique::Stored;
-            sample = Some(ratio);
-        }
-    }
-    let sampled = Clocks::now();
+    let (raw, noise) = (batch.content_bytes(), batch.noise_bytes());
+    let technique = order.technique;
+    let begun = Clocks::now();
     let probe_block = order
         .probe
         .map(|probe| (probe, batch.block_length_with(probe)));
@@ -206,23 +198,24 @@ fn work(batch: &mut BatchEncoder, order: Order, to: &mut Vec<u8>) -> Work {
     batch.set_technique(technique);
     let statistics = batch.finish(to);
     let (took, cpu) = probed.until(&Clocks::now());
-    let (probing, probing_cpu) = sampled.until(&probed);
+    let (probing, probing_cpu) = begun.until(&probed);
     Work {
         statistics,
         technique,
         raw,
+        block: statistics.block + noise,
         cpu,
         took,
-        sample,
         probed: probe_block.map(|(probe, probe_block)| Probed {
             technique,
             probe,
             raw,
-            block: statistics.block,
-            probe_block,
+            block: statistics.block + noise,
+            probe_block: probe_block + noise,
             cpu: probing_cpu,
         }),
         probing,
+        probing_cpu,
     }
 }
 
@@ -289,7 +282,7 @@ impl AdaptiveEncoder {
             spare: (0..=workers).map(|_| BatchEncoder::new()).collect(),
             workers: (workers > 0).then(|| Workers::start(workers)),
             compressed: PagesByTechnique::default(),
-            last: Instant::now(),
+            last: Clocks::now(),
             processors: ProcessorClock::new(),
             waiting: Duration::ZERO,
         }
@@ -315,7 +308,7 @@ impl AdaptiveEncoder {
     pub fn resume(&mut self, sent: Sent) {
         self.choice.resume(sent);
         self.waiting = Duration::ZERO;
-        self.last = Instant::now();
+        self.last = Clocks::now();
         self.processors.look();
     }
 
@@ -336,12 +329,13 @@ impl AdaptiveEncoder {
             return encoding;
         }
         self.take_done(false);
-        let raw = self.batch.block_bytes();
-        let order = self.choice.next(raw);
+        let order = self.choice.next(self.batch.block_bytes());
+        let raw = self.batch.content_bytes();
         self.look_back(order);
-        let next = self.next_batch();
+        let mut next = self.next_batch();
+        next.set_technique(order.technique);
         let batch = std::mem::replace(&mut self.batch, next);
-        self.produced(raw, Duration::ZERO, sent);
+        self.produced(raw, None, sent);
         if let Some(workers) = &mut self.workers
             && workers
                 .jobs
@@ -363,7 +357,9 @@ impl AdaptiveEncoder {
         let order = self.choice.next(self.batch.block_bytes());
         self.look_back(order);
         let work = work(&mut self.batch, order, to);
-        self.produced(work.raw, work.took + work.probing, sent);
+        // What this one goes by is what the next is filled for.
+        self.batch.set_technique(order.technique);
+        self.produced(work.raw, Some(&work), sent);
         self.learn(&work);
         work.statistics
     }
@@ -385,15 +381,20 @@ impl AdaptiveEncoder {
         std::mem::take(&mut self.compressed)
     }
 
-    /// Notes how long it took to produce a batch: what was neither `compressing` nor waiting.
-    fn produced(&mut self, raw: usize, compressing: Duration, sent: Sent) {
-        let now = Instant::now();
-        let elapsed = now - std::mem::replace(&mut self.last, now);
+    /// Notes how long it took to produce a batch of so much content, without what was waited, and
+    /// without the `work` of compressing it, where this thread did that.
+    fn produced(&mut self, raw: usize, work: Option<&Work>, sent: Sent) {
+        let now = Clocks::now();
+        let (elapsed, cpu) = self.last.until(&now);
+        self.last = now;
         let waiting = std::mem::take(&mut self.waiting);
-        let reading = elapsed.saturating_sub(compressing).saturating_sub(waiting);
+        let (took, took_cpu) = work.map_or_else(Default::default, |work| {
+            (work.took + work.probing, work.cpu + work.probing_cpu)
+        });
         let produced = Produced {
             raw,
-            reading,
+            reading: elapsed.saturating_sub(took).saturating_sub(waiting),
+            reading_cpu: cpu.saturating_sub(took_cpu),
             elapsed,
             processors: self.processors.look(),
         };
@@ -402,14 +403,13 @@ impl AdaptiveEncoder {
 
     fn learn(&mut self, work: &Work) {
         let in_block = (work.statistics.raw + work.statistics.delta) as u64;
+        let noise = work.statistics.noise as u64;
         self.compressed.add(work.statistics.technique, in_block);
-        if let Some(ratio) = work.sample {
-            self.choice.sampled(work.raw, ratio);
-        }
+        self.compressed.add(Technique::Stored, noise);
         self.choice.encoded(Encoded {
             technique: work.technique,
             raw: work.raw,
-            block: work.statistics.block,
+            block: work.block,
             cpu: work.cpu,
             took: work.took,
         });
@@ -526,7 +526,9 @@ mod tests {
             }
             bytes.clear();
             let written = encoder.finish(&mut bytes, sent);
-            assert_eq!((written.raw, written.bytes), (64, bytes.len()));
+            assert_eq!(written.raw + written.noise, 64);
+            assert!(written.noise == 0 || !shrinks);
+            assert_eq!(written.bytes, bytes.len());
             let batch = decoder.decode(&bytes, 64).unwrap();
             assert!(
                 batch
@@ -534,9 +536,6 @@ mod tests {
                     .zip(&pages)
                     .all(|(it, page)| it.content == Content::Raw(page))
             );
-            if !shrinks {
-                assert_eq!(written.technique, Technique::Stored);
-            }
             // A link of 100 Mbit/s that holds the writer up, and then one that takes everything.
             sent.bytes += bytes.len() as u64;
             if at < 30 {

@@ -10,19 +10,26 @@
 //!
 //!   rate(technique) = min( 1 / (reading + slowdown * cost),  link / ratio )
 //!
-//!   and no more than   processors / (reading + cost + ratio * others)
-//!
-//!   reading    seconds per raw byte that the producer spends on anything but compressing
+//!   reading    seconds per byte that the producer spends on anything but compressing
 //!   workers    threads that compress
-//!   cost       CPU seconds per raw byte of the technique
+//!   cost       CPU seconds per byte of the technique
 //!   slowdown   elapsed seconds per CPU second: others want the CPU too
 //!   link       bytes a second, see `LinkRate`
-//!   ratio      bytes of the block per raw byte
-//!   others     seconds of a processor that ssh, and who else works, take for a byte that is sent
+//!   ratio      bytes to be sent per byte
 //! ```
 //!
-//! The last one is what counts in a small dom0: one processor reads, compresses, encrypts and sends,
-//! and what one of these takes the others miss.
+//! In a small dom0 it is another thing that counts. One processor reads, compresses, encrypts and
+//! sends, and what one of these takes the others miss. Where no processor is ever idle, how long
+//! reading and compressing take says more about ssh than about themselves:
+//!
+//! ```text
+//!   rate(technique) = min( processors / (reading' + cost + ratio * others),  link / ratio )
+//!
+//!   and elsewhere no more than that
+//!
+//!   reading'   CPU seconds per byte that the producer spends on anything but compressing
+//!   others     seconds of a processor that ssh, and who else works, take for a byte that is sent
+//! ```
 //!
 //! The cheapest technique within 2 % of the highest rate is taken, and the one in use is kept
 //! within 4 %. It begins with what was expected of the link. Where nothing was, zstd at level 1 is
@@ -37,15 +44,16 @@
 //! and the exponent changes less with content than either ratio. Costs that were not measured yet
 //! are typical ones, scaled by how this machine does with what was measured.
 //!
-//! **What doesn't shrink** must not cost. When the ratio comes above 0.97, a sample of each batch
-//! is compressed by LZ4 first, and the batch is stored where the sample hardly shrinks either.
+//! **Noise** is a part of the content that costs nothing, where it goes beside the block
+//! ([`is_noise`](super::is_noise)). What is stored tells nothing of how it would shrink, so that one
+//! probe is enough to be believed then.
 
 use super::link_rate::{LinkRate, Processors, Sent};
 use super::technique::Technique;
 use std::time::Duration;
 
-/// Batches that shrink to more than this hardly shrink.
-pub(super) const HARDLY: f64 = 0.97;
+/// Content that shrinks to more than this hardly shrinks.
+const HARDLY: f64 = 0.97;
 
 /// A technique this close to the best one is as good, if it is cheaper.
 const AS_GOOD: f64 = 0.98;
@@ -85,8 +93,6 @@ const TYPICAL: [(f64, f64); TECHNIQUES] = [
 pub struct Order {
     /// The technique.
     pub technique: Technique,
-    /// Look at a sample first, and store the batch if it hardly shrinks.
-    pub sample: bool,
     /// Compress the batch by this one as well, to learn.
     pub probe: Option<Technique>,
 }
@@ -94,10 +100,12 @@ pub struct Order {
 /// A batch that was produced: read, and put together.
 #[derive(Debug, Clone, Copy)]
 pub struct Produced {
-    /// Bytes of raw pages.
+    /// Bytes of its content: of noise as well.
     pub raw: usize,
     /// What the producer spent on it, but for compressing and waiting.
     pub reading: Duration,
+    /// The CPU time in that.
+    pub reading_cpu: Duration,
     /// Elapsed time since the last batch was.
     pub elapsed: Duration,
     /// What the host's processors did in that time, if that is known.
@@ -109,9 +117,9 @@ pub struct Produced {
 pub struct Encoded {
     /// What was asked for, also where the block was stored in the end because it grew.
     pub technique: Technique,
-    /// Bytes of raw pages.
+    /// Bytes of its content: of noise as well.
     pub raw: usize,
-    /// Bytes of the block.
+    /// Bytes that these came to: those of noise, and of the block.
     pub block: usize,
     /// CPU time for compressing.
     pub cpu: Duration,
@@ -126,11 +134,11 @@ pub struct Probed {
     pub technique: Technique,
     /// What was tried.
     pub probe: Technique,
-    /// Bytes of raw pages.
+    /// Bytes of its content: of noise as well.
     pub raw: usize,
-    /// Bytes of the block that was written.
+    /// Bytes that these came to.
     pub block: usize,
-    /// Bytes that it would have had.
+    /// Bytes that they would have come to.
     pub probe_block: usize,
     /// CPU time for the second time.
     pub cpu: Duration,
@@ -155,9 +163,14 @@ impl Smoothed {
     }
 
     fn add(&mut self, value: f64, bytes: f64) {
-        let kept = self.bytes * (-bytes / HALF_LIFE).exp2();
-        self.value = (self.value * kept + value * bytes) / (kept + bytes);
-        self.bytes = kept + bytes;
+        self.fade(bytes);
+        self.value = (self.value * self.bytes + value * bytes) / (self.bytes + bytes);
+        self.bytes += bytes;
+    }
+
+    /// So many bytes passed of which nothing was measured.
+    fn fade(&mut self, bytes: f64) {
+        self.bytes *= (-bytes / HALF_LIFE).exp2();
     }
 }
 
@@ -198,11 +211,14 @@ pub struct Choice {
     ratio_of: Technique,
     costs: [Smoothed; TECHNIQUES],
     reading: Smoothed,
+    /// In CPU time.
+    reading_cpu: Smoothed,
     slowdown: Smoothed,
     /// The pair of LZ4 and what comes after it, and so on.
     pairs: [Pair; TECHNIQUES - 2],
-    /// Time for reading that no raw byte was found for yet.
+    /// Time for reading that no raw byte was found for yet, and CPU time.
     unpaid: f64,
+    unpaid_cpu: f64,
     elapsed: f64,
     probing: f64,
     probe_stronger: bool,
@@ -228,6 +244,7 @@ impl Choice {
             ratio_of: Technique::Lz4,
             costs: TYPICAL.map(|(cost, _)| Smoothed::assumed(cost)),
             reading: Smoothed::assumed(0.5e-9),
+            reading_cpu: Smoothed::assumed(0.5e-9),
             slowdown: Smoothed::assumed(1.0),
             pairs: std::array::from_fn(|at| Pair {
                 raw: PROBE_BYTES as f64,
@@ -235,6 +252,7 @@ impl Choice {
                 stronger: typical(at + 2),
             }),
             unpaid: 0.0,
+            unpaid_cpu: 0.0,
             elapsed: 0.0,
             probing: 0.0,
             probe_stronger: true,
@@ -265,20 +283,9 @@ impl Choice {
 
     /// How to encode a batch that has `raw` bytes of raw pages.
     pub fn next(&mut self, raw: usize) -> Order {
-        if self.ratio.is_measured() && self.ratio.value > HARDLY {
-            // Storing everything would never show that it shrinks again.
-            self.current = self.current.max(Technique::Lz4);
-            return Order {
-                technique: self.current,
-                sample: true,
-                // Every technique would tell the same.
-                probe: None,
-            };
-        }
         self.decide();
         Order {
             technique: self.current,
-            sample: false,
             probe: self.next_probe(raw),
         }
     }
@@ -300,22 +307,29 @@ impl Choice {
             .zip(rates)
             .find(|(_, rate)| *rate >= AS_GOOD * best)
         {
-            self.current = technique;
+            // What a stronger one costs is a guess until it has been tried: one step at a time.
+            let next = self.current.stronger().unwrap_or(self.current);
+            self.current = technique.min(next);
         }
     }
 
     /// Bytes of the guest per second.
     fn rate(&self, technique: Technique, link: f64) -> f64 {
-        let compressing = self.slowdown.value * self.cost(technique);
+        let cost = self.cost(technique);
+        let ratio = self.ratio(technique);
+        let carried = link / ratio;
+        let together = self.link.others().map_or(f64::INFINITY, |(count, others)| {
+            count as f64 / (self.reading_cpu.value + cost + ratio * others)
+        });
+        if self.link.waits_for_processors() {
+            return carried.min(together);
+        }
+        let compressing = self.slowdown.value * cost;
         let encoding = match self.workers {
             0 => self.reading.value + compressing,
             workers => self.reading.value.max(compressing / workers as f64),
         };
-        let ratio = self.ratio(technique);
-        let together = self.link.others().map_or(f64::INFINITY, |(count, others)| {
-            count as f64 / (self.reading.value + self.cost(technique) + ratio * others)
-        });
-        (link / ratio).min(encoding.recip()).min(together)
+        carried.min(encoding.recip()).min(together)
     }
 
     /// CPU seconds per raw byte.
@@ -376,12 +390,15 @@ impl Choice {
         self.link.note(sent, batch.elapsed, batch.processors);
         self.elapsed += batch.elapsed.as_secs_f64();
         self.unpaid += batch.reading.as_secs_f64();
+        self.unpaid_cpu += batch.reading_cpu.as_secs_f64();
         if batch.raw == 0 {
             return;
         }
         let bytes = batch.raw as f64;
-        self.reading.add(self.unpaid / bytes, bytes);
-        self.unpaid = 0.0;
+        self.reading
+            .add(std::mem::take(&mut self.unpaid) / bytes, bytes);
+        self.reading_cpu
+            .add(std::mem::take(&mut self.unpaid_cpu) / bytes, bytes);
     }
 
     /// Learns from a batch that was encoded.
@@ -396,14 +413,12 @@ impl Choice {
             let slowdown = batch.took.as_secs_f64() / cpu;
             self.slowdown.add(slowdown.clamp(1.0, 20.0), bytes);
         }
-        if batch.technique != Technique::Stored {
+        if batch.technique == Technique::Stored {
+            // It tells nothing of how far such content shrinks, and what did before tells less.
+            self.ratio.fade(bytes);
+        } else {
             self.shrunk(batch.technique, batch.block as f64 / bytes, bytes);
         }
-    }
-
-    /// Learns from a batch that was stored because a sample of it shrank to `ratio`.
-    pub fn sampled(&mut self, raw: usize, ratio: f64) {
-        self.shrunk(Technique::Lz4, ratio, raw as f64);
     }
 
     fn shrunk(&mut self, technique: Technique, ratio: f64, bytes: f64) {

@@ -90,6 +90,7 @@ pub struct BatchPage<'a> {
 pub struct Batch<'a> {
     runs: &'a [Run],
     raw: &'a [Page],
+    noise: &'a [Page],
     rest: &'a [u8],
     references: &'a [Pfn],
     places: &'a [u64],
@@ -109,7 +110,11 @@ impl BatchDecoder {
     ///
     /// # Errors
     /// Fails when the bytes are not exactly one batch, and when a page is outside the memory.
-    pub fn decode(&mut self, payload: &[u8], pages: u64) -> Result<Batch<'_>, CodecError> {
+    pub fn decode<'a>(
+        &'a mut self,
+        payload: &'a [u8],
+        pages: u64,
+    ) -> Result<Batch<'a>, CodecError> {
         let mut from = Bytes::new(payload);
         let compression = from.u8()?;
         if from.u8()? != 0 {
@@ -150,18 +155,22 @@ impl BatchDecoder {
             .ok_or(CodecError::Rest)?;
 
         let raw = counts[Class::Raw as usize] * PAGE_SIZE;
+        let noise = counts[Class::Noise as usize] * PAGE_SIZE;
+        let block = from.rest().len().checked_sub(noise).ok_or(Malformed)?;
+        let (block, noise) = from.rest().split_at(block);
         let before = std::mem::take(&mut self.length);
         if before >= PREFIX_LEAST {
             std::mem::swap(&mut self.raw, &mut self.before);
             self.before_length = before;
         }
-        self.read_block(compression, from.rest(), raw + rest)?;
+        self.read_block(compression, block, raw + rest)?;
         self.read_rest(raw..raw + rest, pages)?;
         self.length = raw + rest;
         let (raw, rest) = self.raw[..raw + rest].split_at(raw);
         Ok(Batch {
             runs: &self.runs,
             raw: raw.as_chunks().0,
+            noise: noise.as_chunks().0,
             rest,
             references: &self.references,
             places: &self.places,
@@ -210,7 +219,7 @@ impl BatchDecoder {
                         expected_place = place + 1;
                     }
                 }
-                Class::None | Class::Zero | Class::Raw | Class::Same => {}
+                Class::None | Class::Zero | Class::Raw | Class::Noise | Class::Same => {}
             }
         }
         if from.is_empty() {
@@ -329,6 +338,7 @@ impl<'a> Batch<'a> {
     /// The pages, in ascending order, each once.
     pub fn iter(&self) -> impl Iterator<Item = BatchPage<'a>> + use<'a> {
         let mut raw = self.raw.iter();
+        let mut noise = self.noise.iter();
         let mut references = self.references.iter();
         let mut places = self.places.iter();
         let mut deltas = self.deltas.iter();
@@ -342,6 +352,7 @@ impl<'a> Batch<'a> {
                     Class::None => Content::None,
                     Class::Zero => Content::Zero,
                     Class::Raw => Content::Raw(raw.next()?),
+                    Class::Noise => Content::Raw(noise.next()?),
                     Class::Same => Content::Same,
                     Class::Reference => Content::Reference(*references.next()?),
                     Class::Shared => Content::Shared(*places.next()?),
@@ -369,6 +380,11 @@ impl fmt::Debug for BatchDecoder {
 
 impl fmt::Debug for Batch<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Batch({} pages, {} raw)", self.pages, self.raw.len())
+        write!(
+            f,
+            "Batch({} pages, {} raw)",
+            self.pages,
+            self.raw.len() + self.noise.len()
+        )
     }
 }

@@ -1,19 +1,13 @@
 //! Writing batches.
 
 use super::{Class, HEADER_SIZE, LZ4, MAX_BATCH_PAGES, STORED, Technique, ZSTD, ZSTD_AFTER};
-use super::{delta, is_prefix};
+use super::{delta, is_noise, is_prefix};
 use crate::bytes::{push_signed, push_varint};
 use crate::pages::{MAX_PAGES, PAGE_SIZE, Page, PageType, Pfn, is_zero};
 use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
 use std::fmt;
 use std::sync::Arc;
 use zstd_safe::{CCtx, CParameter};
-
-/// The pieces of a batch that are looked at to see whether it shrinks at all.
-const SAMPLE_PIECES: usize = 4;
-
-/// The length of each.
-const SAMPLE_PIECE: usize = 2 * PAGE_SIZE;
 
 /// Collects pages and writes them as one batch. It keeps its buffers from one batch to the next:
 /// the content of the largest batch so far, once plain and once compressed, and the tables of the
@@ -46,6 +40,8 @@ pub struct BatchEncoder {
     raw: Vec<u8>,
     /// References and deltas, by ascending pfn.
     rest: Vec<u8>,
+    /// The content of pages of noise.
+    noise: Vec<u8>,
     /// The page that the next reference is expected to be to.
     expected: Pfn,
     /// The place at which the next shared page is expected.
@@ -90,6 +86,8 @@ pub struct BatchStatistics {
     pub shared: usize,
     /// Pages whose content is in the block.
     pub raw: usize,
+    /// Pages whose content is behind the block, as it is.
+    pub noise: usize,
     /// Bytes of the whole batch.
     pub bytes: usize,
     /// Bytes of the block.
@@ -137,6 +135,7 @@ impl BatchEncoder {
             next_pfn: 0,
             raw: Vec::new(),
             rest: Vec::new(),
+            noise: Vec::new(),
             expected: 0,
             expected_place: 0,
             counts: [0; Class::COUNT],
@@ -146,7 +145,8 @@ impl BatchEncoder {
         }
     }
 
-    /// How this batch and the next ones are compressed.
+    /// How this batch and the next ones are compressed. It may be set anew when the batch is full;
+    /// until then it says what is left to noise.
     pub fn set_technique(&mut self, technique: Technique) {
         self.technique = technique;
     }
@@ -192,6 +192,18 @@ impl BatchEncoder {
         self.raw_bytes() + self.rest.len()
     }
 
+    /// Bytes of raw pages and changes, noise among them.
+    #[must_use]
+    pub const fn content_bytes(&self) -> usize {
+        self.block_bytes() + self.noise_bytes()
+    }
+
+    /// Bytes of pages that no compressor gets to see.
+    #[must_use]
+    pub const fn noise_bytes(&self) -> usize {
+        self.noise.len()
+    }
+
     const fn count(&self, class: Class) -> usize {
         self.counts[class as usize]
     }
@@ -211,7 +223,8 @@ impl BatchEncoder {
         &mut slots[0]
     }
 
-    /// Adds the page whose content is in the slot: as zeros if it is all zeros, else raw.
+    /// Adds the page whose content is in the slot: as zeros if it is all zeros, as noise if
+    /// nothing makes it smaller and the technique would not look, else raw.
     ///
     /// # Errors
     /// Fails when the batch is full, the pfn is not above the last one, or the type has no
@@ -219,10 +232,17 @@ impl BatchEncoder {
     pub fn keep(&mut self, pfn: Pfn, page_type: PageType) -> Result<Class, EncodeError> {
         let class = if is_zero(self.slot()) {
             Class::Zero
+        } else if self.technique.leaves_noise() && is_noise(self.slot()) {
+            Class::Noise
         } else {
             Class::Raw
         };
         self.add(pfn, page_type, class)?;
+        if class == Class::Noise {
+            let start = self.raw_bytes();
+            let slot = &self.raw[start..start + PAGE_SIZE];
+            self.noise.extend_from_slice(slot);
+        }
         Ok(class)
     }
 
@@ -378,6 +398,7 @@ impl BatchEncoder {
             delta: self.count(Class::Delta),
             shared: self.count(Class::Shared),
             raw: self.count(Class::Raw),
+            noise: self.count(Class::Noise),
             bytes: to.len() - start,
             block,
             technique,
@@ -392,6 +413,7 @@ impl BatchEncoder {
         self.pages = 0;
         self.next_pfn = 0;
         self.rest.clear();
+        self.noise.clear();
         self.expected = 0;
         self.expected_place = 0;
         self.counts = [0; Class::COUNT];
@@ -422,23 +444,6 @@ impl BatchEncoder {
         compressor.compress(technique, content, prefix).1.len()
     }
 
-    /// Compresses a small part of the batch by LZ4: the bytes of the part, and the bytes that
-    /// became of them.
-    pub fn sample(&mut self) -> (usize, usize) {
-        let (content, _, compressor) = self.content();
-        if content.len() <= SAMPLE_PIECES * SAMPLE_PIECE {
-            let (_, block) = compressor.compress(Technique::Lz4, content, None);
-            return (content.len(), block.len());
-        }
-        let stride = content.len() / SAMPLE_PIECES;
-        let pieces = content.chunks(stride).take(SAMPLE_PIECES);
-        pieces.fold((0, 0), |(from, to), piece| {
-            let piece = &piece[..SAMPLE_PIECE.min(piece.len())];
-            let (_, block) = compressor.compress(Technique::Lz4, piece, None);
-            (from + piece.len(), to + block.len())
-        })
-    }
-
     /// Writes the batch; what compressed the block, and its length.
     fn write(&mut self, to: &mut Vec<u8>) -> (Technique, usize) {
         let wanted = self.technique;
@@ -452,7 +457,7 @@ impl BatchEncoder {
             _ if technique.looks_back() && prefix.is_some() => ZSTD_AFTER,
             Technique::Zstd1 | Technique::Zstd3 | Technique::Zstd6 => ZSTD,
         };
-        to.reserve(HEADER_SIZE + self.runs.len() * 4 + block.len());
+        to.reserve(HEADER_SIZE + self.runs.len() * 4 + block.len() + self.noise.len());
         to.extend([compression, 0]);
         // There are no more runs than pages, and 1,024 of these at most.
         to.extend((self.runs.len() as u16).to_le_bytes());
@@ -465,6 +470,7 @@ impl BatchEncoder {
             end = run.first + run.length;
         }
         to.extend_from_slice(block);
+        to.extend_from_slice(&self.noise);
         (technique, block.len())
     }
 }

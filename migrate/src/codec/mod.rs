@@ -1,18 +1,19 @@
 //! How a batch of pages is written: pure functions over bytes.
 //!
 //! ```text
-//!   u8 compression | u8 0 | u16 runs | varint rest | run ... run | block
+//!   u8 compression | u8 0 | u16 runs | varint rest | run ... run | block | noise
 //!
 //!   run    u8 class << 4 | type          class: what stands for the pages' content
 //!          varint gap                    pfns between the end of the last run and this one
 //!          varint length - 1             pages in the run
 //!   block  the content of all raw pages, one after the other, and then references, places and
 //!          deltas, `rest` bytes, in the order of their pages: all compressed as one
+//!   noise  the content of all pages of noise, one after the other, as it is
 //! ```
 //!
 //! Numbers are little-endian; a varint is made of groups of seven bits, the lowest first, in its
 //! shortest form. A batch holds 1 to [`MAX_BATCH_PAGES`] pages in ascending order, each once. The
-//! block ends where the batch ends.
+//! batch's last bytes are those of its pages of noise, and the block ends before them.
 //!
 //! | class | content |
 //! |---|---|
@@ -23,6 +24,7 @@
 //! | 4 | reference: what the destination has at another pfn, when it has come to this page |
 //! | 5 | delta: in the block, what changed in what the destination has at this pfn (`delta`) |
 //! | 6 | shared: what the destination has of other guests of the trust group, at a place of its [`Library`](crate::group::Library) |
+//! | 7 | noise: behind the block, not compressed |
 //!
 //! A reference is a signed varint (zigzag): the pfn less the one after the pfn of the reference
 //! before it in the batch, at first less 0. So a run of pages that is elsewhere as well costs a
@@ -52,6 +54,7 @@ mod decode;
 pub mod delta;
 mod encode;
 mod link_rate;
+mod noise;
 mod technique;
 
 pub use adaptive::{AdaptiveEncoder, Encoding, MAX_WORKERS};
@@ -59,6 +62,7 @@ pub use choice::{Choice, Encoded, Order, Probed, Produced};
 pub use decode::{Batch, BatchDecoder, BatchPage, Content};
 pub use encode::{BatchEncoder, BatchStatistics, EncodeError};
 pub use link_rate::{LinkRate, Sent};
+pub use noise::is_noise;
 pub use technique::{PagesByTechnique, Technique};
 
 use crate::bytes::Malformed;
@@ -98,10 +102,12 @@ pub enum Class {
     Delta = 5,
     /// The place of the content among what the destination shares.
     Shared = 6,
+    /// The content itself, which no technique makes smaller ([`is_noise`]).
+    Noise = 7,
 }
 
 impl Class {
-    const COUNT: usize = 7;
+    const COUNT: usize = 8;
 
     const fn from_bits(bits: u8) -> Option<Self> {
         Some(match bits {
@@ -112,6 +118,7 @@ impl Class {
             4 => Self::Reference,
             5 => Self::Delta,
             6 => Self::Shared,
+            7 => Self::Noise,
             _ => return None,
         })
     }

@@ -45,6 +45,13 @@ impl Technique {
         matches!(self, Self::Zstd3 | Self::Zstd6)
     }
 
+    /// Whether noise goes beside its blocks. zstd may find a part of it that is somewhere else in
+    /// the block as well, as of a file that is just read; and loses little time where it finds
+    /// none.
+    pub(super) const fn leaves_noise(self) -> bool {
+        matches!(self, Self::Stored | Self::Lz4)
+    }
+
     /// The next stronger one.
     pub(super) fn stronger(self) -> Option<Self> {
         Self::ALL.get(self as usize + 1).copied()

@@ -138,7 +138,10 @@ impl Held {
             Some(content) => self.send_content(batch, pfn, state, content)?,
         };
         match (class, content) {
-            (Class::Raw | Class::Reference | Class::Delta | Class::Shared, Some(content)) => {
+            (
+                Class::Raw | Class::Noise | Class::Reference | Class::Delta | Class::Shared,
+                Some(content),
+            ) => {
                 let again = self.content_at(pfn).is_some();
                 self.hot.keep(pfn, content, again);
             }
@@ -146,7 +149,10 @@ impl Held {
             _ => self.hot.forget(pfn),
         }
         self.table.set(pfn, state);
-        if matches!(class, Class::Raw | Class::Delta | Class::Shared) {
+        if matches!(
+            class,
+            Class::Raw | Class::Noise | Class::Delta | Class::Shared
+        ) {
             let digest = self.digester.content(page_type, state.digest);
             self.index.insert(digest, pfn, |pfn| {
                 content_at(&self.table, &self.digester, pfn)

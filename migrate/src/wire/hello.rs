@@ -17,9 +17,9 @@ use std::io::{self, Read, Write};
 /// connections that a guest has begun itself; version 4 had one connection for everything,
 /// version 5 no trust groups, and version 6 no batches that build upon the block before,
 /// nor did its sources say which connections they use.
-pub const MIN_PROTOCOL: u16 = 8;
+pub const MIN_PROTOCOL: u16 = 9;
 /// The highest version of the protocol that this program speaks.
-pub const MAX_PROTOCOL: u16 = 8;
+pub const MAX_PROTOCOL: u16 = 9;
 
 const MAGIC: &[u8; 8] = b"VMSHADOW";
 const HEADER_SIZE: usize = 16;

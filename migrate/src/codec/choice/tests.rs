@@ -10,8 +10,8 @@ const IDLE: Ratios = [1.0, 0.341, 0.242, 0.2245, 0.217];
 /// Programs, libraries and their documentation, as measured.
 const FILES: Ratios = [1.0, 0.538, 0.403, 0.364, 0.335];
 
-/// What is encrypted or compressed already.
-const NOISE: Ratios = [1.0; TECHNIQUES];
+/// What doesn't shrink, and is not seen to be noise.
+const RIGID: Ratios = [1.0; TECHNIQUES];
 
 const BATCH: usize = 1 << 20;
 
@@ -26,6 +26,8 @@ struct World {
     reading: f64,
     slowdown: f64,
     ratios: Ratios,
+    /// The part of each batch that is noise; the rest has those ratios.
+    noise: f64,
     link: f64,
 
     now: f64,
@@ -59,6 +61,7 @@ impl World {
             reading: 0.6e-9,
             slowdown: 1.0,
             ratios,
+            noise: 0.0,
             link: mbit * MBIT,
             now: 0.0,
             written_at: 0.0,
@@ -106,17 +109,15 @@ impl World {
             self.ratios = self.mixture[at.min(self.mixture.len() - 1)];
         }
         let jitter = 1.0 + self.jitter * (2.0 * self.random() - 1.0);
+        let content = BATCH as f64;
+        let noise = content * self.noise;
+        let raw = content - noise;
         let order = self.choice.next(BATCH);
         let ratios = self.ratios;
         let ratio = |technique: Technique| ratios[technique as usize];
-        let mut technique = order.technique;
-        if order.sample && ratio(Technique::Lz4) > HARDLY {
-            technique = Technique::Stored;
-            self.choice.sampled(BATCH, ratio(Technique::Lz4));
-        }
-        let raw = BATCH as f64;
+        let technique = order.technique;
         let cpu = raw * self.costs[technique as usize] * jitter;
-        let block = raw * ratio(technique);
+        let block = raw * ratio(technique) + noise;
         let mut probing = 0.0;
         let probed = order.probe.map(|probe| {
             let cpu = raw * self.costs[probe as usize] / jitter;
@@ -126,17 +127,18 @@ impl World {
                 probe,
                 raw: BATCH,
                 block: block as usize,
-                probe_block: (raw * ratio(probe)) as usize,
+                probe_block: (raw * ratio(probe) + noise) as usize,
                 cpu: Duration::from_secs_f64(cpu),
             }
         });
         let took = cpu * self.slowdown;
         let sent = self.sent();
-        self.now += raw * self.reading + took + probing;
-        let reading = raw * self.reading;
+        let reading = content * self.reading;
+        self.now += reading + took + probing;
         let produced = Produced {
             raw: BATCH,
             reading: Duration::from_secs_f64(reading),
+            reading_cpu: Duration::from_secs_f64(reading),
             elapsed: Duration::from_secs_f64(reading + took + self.waited + probing),
             processors: None,
         };
@@ -152,7 +154,7 @@ impl World {
             self.choice.probed(probed);
         }
         self.send(block);
-        self.raw += raw;
+        self.raw += content;
         self.used[technique as usize] += 1;
         technique
     }
@@ -200,8 +202,10 @@ impl World {
     fn best(&self) -> f64 {
         (0..TECHNIQUES)
             .map(|at| {
-                let encoding = self.reading + self.slowdown * self.costs[at];
-                (self.link / self.ratios[at]).min(encoding.recip())
+                let shrinks = 1.0 - self.noise;
+                let encoding = self.reading + self.slowdown * self.costs[at] * shrinks;
+                let ratio = self.noise + self.ratios[at] * shrinks;
+                (self.link / ratio).min(encoding.recip())
             })
             .fold(0.0, f64::max)
     }
@@ -222,7 +226,6 @@ fn it_begins_with_zstd_and_without_experiments() {
             world.choice.next(BATCH),
             Order {
                 technique: Technique::Zstd1,
-                sample: false,
                 probe: None
             }
         );
@@ -250,8 +253,7 @@ fn each_situation_has_its_techniques() {
         (FILES, 10.0, 25.0, &[Zstd6, Zstd3]),
         (FILES, 50.0, 25.0, &[Zstd1, Lz4]),
         (FILES, 1000.0, 25.0, &[Stored]),
-        (NOISE, 10.0, 1.0, &[Stored]),
-        (NOISE, 10_000.0, 1.0, &[Stored]),
+        (RIGID, 10_000.0, 1.0, &[Stored]),
     ] {
         let mut world = World::new(ratios, mbit);
         world.costs = world.costs.map(|cost| cost * speed);
@@ -268,14 +270,14 @@ fn each_situation_has_its_techniques() {
 
 #[test]
 fn it_comes_near_the_best_rate_anywhere() {
-    // What was measured, mostly noise, one where zstd is far ahead of LZ4, next to nothing, noise.
+    // What was measured, one that hardly shrinks, one where zstd is far ahead of LZ4, next to nothing, rigid.
     let contents = [
         IDLE,
         FILES,
         [1.0, 0.93, 0.91, 0.9, 0.9],
         [1.0, 0.8, 0.35, 0.3, 0.25],
         [1.0, 0.05, 0.02, 0.018, 0.017],
-        NOISE,
+        RIGID,
     ];
     for ratios in contents {
         for mbit in [5.0, 30.0, 200.0, 800.0, 3000.0, 10_000.0] {
@@ -299,12 +301,11 @@ fn it_comes_near_the_best_rate_anywhere() {
 }
 
 #[test]
-fn what_does_not_shrink_costs_nothing() {
+fn what_does_not_shrink_holds_nothing_up() {
     for mbit in [10.0, 1000.0, 10_000.0] {
-        let mut world = World::new(NOISE, mbit);
+        let mut world = World::new(RIGID, mbit);
         world.run(5.0);
         let rate = world.run(10.0);
-        assert_eq!(world.mostly(), Technique::Stored, "{mbit} Mbit/s");
         assert!(rate > 0.97 * world.best(), "{mbit} Mbit/s: {rate:.3e}");
         // What comes behind it shrinks again.
         world.ratios = IDLE;
@@ -314,12 +315,35 @@ fn what_does_not_shrink_costs_nothing() {
     }
 }
 
+/// Half of a batch, or nearly all, is noise: what is left is compressed by what pays for it.
 #[test]
-fn noise_on_a_fast_link_is_no_reason_to_store_for_ever() {
+fn noise_is_no_reason_not_to_compress_the_rest() {
+    for noise in [0.3, 0.6, 0.9] {
+        for mbit in [5.0, 30.0, 200.0, 800.0, 3000.0] {
+            for speed in [1.0, 25.0] {
+                let mut world = World::new(IDLE, mbit);
+                world.noise = noise;
+                world.costs = world.costs.map(|cost| cost * speed);
+                world.reading *= speed;
+                world.run(30.0 * speed);
+                let rate = world.run(30.0 * speed);
+                assert!(
+                    rate > 0.9 * world.best(),
+                    "{noise}, {mbit} Mbit/s, {speed}: {rate:.3e} of {:.3e}, {:?}",
+                    world.best(),
+                    world.used
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_fast_link_is_no_reason_to_store_for_ever() {
     let mut world = World::new(IDLE, 40_000.0);
     world.run(10.0);
     assert_eq!(world.mostly(), Technique::Stored);
-    world.ratios = NOISE;
+    world.ratios = RIGID;
     world.run(10.0);
     assert_eq!(world.mostly(), Technique::Stored);
     world.ratios = IDLE;
@@ -364,6 +388,7 @@ fn batches_without_raw_pages_change_nothing() {
         let produced = Produced {
             raw: 0,
             reading: Duration::ZERO,
+            reading_cpu: Duration::ZERO,
             elapsed: Duration::ZERO,
             processors: None,
         };
@@ -381,7 +406,7 @@ fn batches_without_raw_pages_change_nothing() {
 
 #[test]
 fn content_that_is_mixed_and_measurements_that_waver_do_not_confuse_it() {
-    let mixture = [IDLE, FILES, FILES, NOISE, [1.0, 0.05, 0.02, 0.018, 0.017]];
+    let mixture = [IDLE, FILES, FILES, RIGID, [1.0, 0.05, 0.02, 0.018, 0.017]];
     let mean: Ratios = std::array::from_fn(|at| mixture.iter().map(|it| it[at]).sum::<f64>() / 5.0);
     for mbit in [10.0, 100.0, 500.0, 1500.0, 10_000.0] {
         let mut world = World::new(mean, mbit);
@@ -416,6 +441,7 @@ fn more_workers_afford_a_stronger_technique() {
             let produced = Produced {
                 raw: BATCH,
                 reading: Duration::from_secs_f64(raw * 0.3e-9),
+                reading_cpu: Duration::from_secs_f64(raw * 0.3e-9),
                 elapsed: Duration::from_secs_f64(took),
                 processors: None,
             };
@@ -463,7 +489,9 @@ fn a_small_host_does_not_take_itself_for_a_slow_link() {
             sent.held_up += Duration::from_secs_f64(elapsed * 0.9);
             let produced = Produced {
                 raw: BATCH,
-                reading: Duration::from_secs_f64(raw * reading),
+                // Others have the processor while this one reads.
+                reading: Duration::from_secs_f64(elapsed - cpu),
+                reading_cpu: Duration::from_secs_f64(raw * reading),
                 elapsed: Duration::from_secs_f64(elapsed),
                 processors: Some(Processors {
                     count: 1,
@@ -481,6 +509,6 @@ fn a_small_host_does_not_take_itself_for_a_slow_link() {
             });
         }
         let mean = used.iter().sum::<f64>() / used.len() as f64;
-        assert!(mean < 1.35 * best, "{mean:.2e}, {best:.2e}");
+        assert!(mean < 1.1 * best, "{mean:.2e}, {best:.2e}");
     }
 }
