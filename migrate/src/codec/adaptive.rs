@@ -275,9 +275,12 @@ impl AdaptiveEncoder {
             0 | 1 => 0,
             more => more,
         };
+        let choice = Choice::new(workers);
+        let mut batch = BatchEncoder::new();
+        batch.set_technique(choice.technique());
         AdaptiveEncoder {
-            choice: Choice::new(workers),
-            batch: BatchEncoder::new(),
+            choice,
+            batch,
             before: None,
             spare: (0..=workers).map(|_| BatchEncoder::new()).collect(),
             workers: (workers > 0).then(|| Workers::start(workers)),
