@@ -202,12 +202,7 @@ fn each_page_goes_by_the_shortest_way() {
     // In one batch: 3 is as 2 is, before that is anywhere else.
     go(
         vec![(2, Act::Write(1)), (3, Act::Copy(2)), (40, Act::Balloon)],
-        &[
-            ("Zero", all - 3),
-            ("Raw", 1),
-            ("Reference", 1),
-            ("None", 1),
-        ],
+        &[("Zero", all - 3), ("Raw", 1), ("Reference", 1), ("None", 1)],
     );
     go(vec![], &[]);
     go(
