@@ -19,8 +19,8 @@
 //! ```
 //!
 //! In a small dom0 it is another thing that counts. One processor reads, compresses, encrypts and
-//! sends, and what one of these takes the others miss. Where no processor is ever idle, how long
-//! reading and compressing take says more about ssh than about themselves:
+//! sends, and what one of these takes the others miss. Where it is never idle, how long reading and
+//! compressing take says more about ssh than about themselves:
 //!
 //! ```text
 //!   rate(technique) = min( processors / (reading' + cost + ratio * others),  link / ratio )
@@ -318,10 +318,12 @@ impl Choice {
         let cost = self.cost(technique);
         let ratio = self.ratio(technique);
         let carried = link / ratio;
-        let together = self.link.others().map_or(f64::INFINITY, |(count, others)| {
+        let others = self.link.others();
+        let together = others.map_or(f64::INFINITY, |(count, others)| {
             count as f64 / (self.reading_cpu.value + cost + ratio * others)
         });
-        if self.link.waits_for_processors() {
+        // With several processors threads work side by side, and the slowest one counts.
+        if self.link.waits_for_processors() && others.is_some_and(|(count, _)| count == 1) {
             return carried.min(together);
         }
         let compressing = self.slowdown.value * cost;
