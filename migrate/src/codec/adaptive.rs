@@ -275,12 +275,9 @@ impl AdaptiveEncoder {
             0 | 1 => 0,
             more => more,
         };
-        let choice = Choice::new(workers);
-        let mut batch = BatchEncoder::new();
-        batch.set_technique(choice.technique());
         AdaptiveEncoder {
-            choice,
-            batch,
+            choice: Choice::new(workers),
+            batch: BatchEncoder::new(),
             before: None,
             spare: (0..=workers).map(|_| BatchEncoder::new()).collect(),
             workers: (workers > 0).then(|| Workers::start(workers)),
@@ -291,8 +288,10 @@ impl AdaptiveEncoder {
         }
     }
 
-    /// The batch, to add pages to. Finishing it sets its technique.
+    /// The batch, to add pages to. It is filled for the technique in use; finishing it sets the one
+    /// that it is written by.
     pub fn batch(&mut self) -> &mut BatchEncoder {
+        self.batch.set_technique(self.choice.technique());
         &mut self.batch
     }
 
@@ -335,8 +334,7 @@ impl AdaptiveEncoder {
         let order = self.choice.next(self.batch.block_bytes());
         let raw = self.batch.content_bytes();
         self.look_back(order);
-        let mut next = self.next_batch();
-        next.set_technique(order.technique);
+        let next = self.next_batch();
         let batch = std::mem::replace(&mut self.batch, next);
         self.produced(raw, None, sent);
         if let Some(workers) = &mut self.workers
@@ -360,8 +358,6 @@ impl AdaptiveEncoder {
         let order = self.choice.next(self.batch.block_bytes());
         self.look_back(order);
         let work = work(&mut self.batch, order, to);
-        // What this one goes by is what the next is filled for.
-        self.batch.set_technique(order.technique);
         self.produced(work.raw, Some(&work), sent);
         self.learn(&work);
         work.statistics
@@ -482,6 +478,7 @@ impl std::fmt::Debug for AdaptiveEncoder {
 mod tests {
     use super::*;
 
+    use crate::codec::tests::has_contents;
     use crate::codec::{BatchDecoder, Content};
     use crate::pages::{PAGE_SIZE, Page, PageType};
 
@@ -533,12 +530,7 @@ mod tests {
             assert!(written.noise == 0 || !shrinks);
             assert_eq!(written.bytes, bytes.len());
             let batch = decoder.decode(&bytes, 64).unwrap();
-            assert!(
-                batch
-                    .iter()
-                    .zip(&pages)
-                    .all(|(it, page)| it.content == Content::Raw(page))
-            );
+            assert!(has_contents(batch, &pages));
             // A link of 100 Mbit/s that holds the writer up, and then one that takes everything.
             sent.bytes += bytes.len() as u64;
             if at < 30 {

@@ -19,6 +19,15 @@ fn noise(seed: u64) -> Box<Page> {
     }))
 }
 
+/// Whether a batch's pages have the first of these contents, in their order.
+pub(super) fn has_contents<P: std::borrow::Borrow<Page>>(batch: Batch<'_>, pages: &[P]) -> bool {
+    batch.len() <= pages.len()
+        && batch
+            .iter()
+            .zip(pages)
+            .all(|(it, page)| matches!(it.content, Content::Raw(raw) if raw == page.borrow()))
+}
+
 /// A page in which nothing is repeated, of letters that take seven bits each.
 fn letters(seed: u64) -> Box<Page> {
     let mut page = noise(seed);
@@ -199,12 +208,7 @@ fn strong_techniques_find_what_the_batch_before_had() {
         let mut decoder = BatchDecoder::new();
         for bytes in [&first, &second, &small, &second] {
             let batch = decoder.decode(bytes, 32).unwrap();
-            assert!(
-                batch
-                    .iter()
-                    .zip(&pages)
-                    .all(|(it, page)| it.content == Content::Raw(page))
-            );
+            assert!(has_contents(batch, &pages));
         }
         let error = BatchDecoder::new().decode(&second, 32).map(|_| ());
         assert_eq!(error, Err(CodecError::NoPrefix));
@@ -270,12 +274,7 @@ fn noise_is_beside_the_block_or_costs_no_bytes_in_it() {
         );
         let mut decoder = BatchDecoder::new();
         let batch = decoder.decode(&bytes, 40).unwrap();
-        assert!(
-            batch
-                .iter()
-                .zip(&pages)
-                .all(|(it, page)| it.content == Content::Raw(page))
-        );
+        assert!(has_contents(batch, &pages));
         // Fewer bytes than there are pages.
         assert!(decoder.decode(&bytes[..30 * PAGE_SIZE], 40).is_err());
     }
@@ -687,7 +686,7 @@ proptest! {
                 before = keeps.then_some(block);
             }
             let batch = decoder.decode(&bytes, 40).unwrap();
-            prop_assert!(batch.iter().zip(&pages).all(|(it, page)| it.content == Content::Raw(page)));
+            prop_assert!(has_contents(batch, &pages));
         }
     }
 

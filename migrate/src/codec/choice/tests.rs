@@ -198,6 +198,33 @@ impl World {
         (self.raw - raw) / (self.now - start)
     }
 
+    /// The same on a machine that takes so many times as long for everything but the link, and
+    /// shares its processors.
+    fn on(mut self, speed: f64, slowdown: f64) -> Self {
+        self.costs = self.costs.map(|cost| cost * speed);
+        self.reading *= speed;
+        self.slowdown = slowdown;
+        self
+    }
+
+    /// Goes on until it has learnt what it can, and longer: its rate is then near the highest.
+    fn comes_near_the_best(&mut self) {
+        // A batch takes a slow machine longer.
+        let seconds = 30.0 * (self.reading / 0.6e-9);
+        self.run(seconds);
+        let rate = self.run(seconds);
+        assert!(
+            rate > 0.9 * self.best(),
+            "{:?}, {} of it noise, {} Mbit/s, {} s a GB read: {rate:.3e} of {:.3e}, {:?}",
+            self.ratios,
+            self.noise,
+            self.link / MBIT,
+            self.reading * 1e9,
+            self.best(),
+            self.used
+        );
+    }
+
     /// The highest rate that any technique has.
     fn best(&self) -> f64 {
         (0..TECHNIQUES)
@@ -270,7 +297,8 @@ fn each_situation_has_its_techniques() {
 
 #[test]
 fn it_comes_near_the_best_rate_anywhere() {
-    // What was measured, one that hardly shrinks, one where zstd is far ahead of LZ4, next to nothing, rigid.
+    // What was measured, one that hardly shrinks, one where zstd is far ahead of LZ4, one that
+    // shrinks to next to nothing, and one that doesn't.
     let contents = [
         IDLE,
         FILES,
@@ -283,18 +311,9 @@ fn it_comes_near_the_best_rate_anywhere() {
         for mbit in [5.0, 30.0, 200.0, 800.0, 3000.0, 10_000.0] {
             // The machine: a fast one, one that is emulated, one that is shared.
             for (speed, slowdown) in [(1.0, 1.0), (25.0, 1.0), (1.5, 3.0)] {
-                let mut world = World::new(ratios, mbit);
-                world.costs = world.costs.map(|cost| cost * speed);
-                world.reading *= speed;
-                world.slowdown = slowdown;
-                world.run(30.0 * speed);
-                let rate = world.run(30.0 * speed);
-                assert!(
-                    rate > 0.9 * world.best(),
-                    "{ratios:?} {mbit} Mbit/s, {speed} x {slowdown}: {rate:.3e} of {:.3e}, {:?}",
-                    world.best(),
-                    world.used
-                );
+                World::new(ratios, mbit)
+                    .on(speed, slowdown)
+                    .comes_near_the_best();
             }
         }
     }
@@ -321,18 +340,9 @@ fn noise_is_no_reason_not_to_compress_the_rest() {
     for noise in [0.3, 0.6, 0.9] {
         for mbit in [5.0, 30.0, 200.0, 800.0, 3000.0] {
             for speed in [1.0, 25.0] {
-                let mut world = World::new(IDLE, mbit);
+                let mut world = World::new(IDLE, mbit).on(speed, 1.0);
                 world.noise = noise;
-                world.costs = world.costs.map(|cost| cost * speed);
-                world.reading *= speed;
-                world.run(30.0 * speed);
-                let rate = world.run(30.0 * speed);
-                assert!(
-                    rate > 0.9 * world.best(),
-                    "{noise}, {mbit} Mbit/s, {speed}: {rate:.3e} of {:.3e}, {:?}",
-                    world.best(),
-                    world.used
-                );
+                world.comes_near_the_best();
             }
         }
     }
