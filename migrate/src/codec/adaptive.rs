@@ -52,6 +52,8 @@ pub struct AdaptiveEncoder {
     last: Clocks,
     processors: ProcessorClock,
     waiting: Duration,
+    /// CPU time of workers that was not counted yet.
+    worked: Duration,
 }
 
 /// Threads that compress. They end when this is dropped.
@@ -131,12 +133,11 @@ struct ProcessorClock {
     last: Option<ProcessorTimes>,
 }
 
-/// Since the host was started, and of this process.
+/// Since the host was started.
 #[derive(Clone, Copy)]
 struct ProcessorTimes {
     wall: Instant,
     idle: Duration,
-    own: Duration,
 }
 
 impl ProcessorClock {
@@ -149,19 +150,18 @@ impl ProcessorClock {
         }
     }
 
-    /// What they did since it was asked last.
-    fn look(&mut self) -> Option<Processors> {
+    /// What they did since it was asked last, while `encoding` took so much CPU time.
+    fn look(&mut self, encoding: Duration) -> Option<Processors> {
         let now = self.uptime.as_ref().and_then(ProcessorTimes::now);
         let last = std::mem::replace(&mut self.last, now)?;
         let now = now?;
         let count = self.count;
         let idle = now.idle.saturating_sub(last.idle);
-        let own = now.own.saturating_sub(last.own);
         let all = (now.wall - last.wall) * count as u32;
         Some(Processors {
             count,
             idle,
-            others: all.saturating_sub(idle).saturating_sub(own),
+            others: all.saturating_sub(idle).saturating_sub(encoding),
         })
     }
 }
@@ -175,7 +175,6 @@ impl ProcessorTimes {
         Some(ProcessorTimes {
             wall: Instant::now(),
             idle: idle_time(str::from_utf8(&text[..length]).ok()?)?,
-            own: ClockId::CLOCK_PROCESS_CPUTIME_ID.now().ok()?.into(),
         })
     }
 }
@@ -285,6 +284,7 @@ impl AdaptiveEncoder {
             last: Clocks::now(),
             processors: ProcessorClock::new(),
             waiting: Duration::ZERO,
+            worked: Duration::ZERO,
         }
     }
 
@@ -311,7 +311,8 @@ impl AdaptiveEncoder {
         self.choice.resume(sent);
         self.waiting = Duration::ZERO;
         self.last = Clocks::now();
-        self.processors.look();
+        self.worked = Duration::ZERO;
+        self.processors.look(Duration::ZERO);
     }
 
     /// Notes that the producer waited for the link.
@@ -390,12 +391,13 @@ impl AdaptiveEncoder {
         let (took, took_cpu) = work.map_or_else(Default::default, |work| {
             (work.took + work.probing, work.cpu + work.probing_cpu)
         });
+        let encoding = cpu + std::mem::take(&mut self.worked);
         let produced = Produced {
             raw,
             reading: elapsed.saturating_sub(took).saturating_sub(waiting),
             reading_cpu: cpu.saturating_sub(took_cpu),
             elapsed,
-            processors: self.processors.look(),
+            processors: self.processors.look(encoding),
         };
         self.choice.produced(produced, sent);
     }
@@ -433,6 +435,7 @@ impl AdaptiveEncoder {
             workers.under_way -= 1;
             self.spare.push(batch);
             if let Some(work) = work {
+                self.worked += work.cpu + work.probing_cpu;
                 self.learn(&work);
             }
         }
@@ -460,6 +463,7 @@ impl AdaptiveEncoder {
             }
             self.spare.push(batch);
             if let Some(work) = work {
+                self.worked += work.cpu + work.probing_cpu;
                 self.learn(&work);
             }
         }
@@ -492,8 +496,9 @@ mod tests {
             assert_eq!(idle_time(bad), None);
         }
         let mut clock = ProcessorClock::new();
-        assert_eq!(clock.look(), None);
-        assert!(clock.look().is_some_and(|it| it.count > 0));
+        assert_eq!(clock.look(Duration::ZERO), None);
+        let busy = clock.look(Duration::MAX);
+        assert!(busy.is_some_and(|it| it.count > 0 && it.others.is_zero()));
     }
 
     /// Content that shrinks, or doesn't.

@@ -19,7 +19,7 @@
 //! ```
 //!
 //! In a small dom0 it is another thing that counts. One processor reads, compresses, encrypts and
-//! sends, and what one of these takes the others miss. Where it is never idle, how long reading and
+//! sends, and what one of these takes the others miss. Where none is ever idle, how long reading and
 //! compressing take says more about ssh than about themselves:
 //!
 //! ```text
@@ -28,13 +28,15 @@
 //!   and elsewhere no more than that
 //!
 //!   reading'   CPU seconds per byte that the producer spends on anything but compressing
-//!   others     seconds of a processor that ssh, and who else works, take for a byte that is sent
+//!   others     seconds of a processor that ssh, the thread that sends, and who else works, take for
+//!              a byte that is sent
 //! ```
 //!
 //! The cheapest technique within 2 % of the highest rate is taken, and the one in use is kept
-//! within 4 %. It begins with what was expected of the link. Where nothing was, zstd at level 1 is
-//! used until the link is known: on a slow link that is not far from the best, and on a fast one
-//! there is little time to lose.
+//! within 4 %. Where no processor is idle it becomes stronger one step at a time. It begins with
+//! what was expected of the link. Where nothing was, zstd at level 1 is used until the link is
+//! known: on a slow link that is not far from the best, and on a fast one there is little time to
+//! lose.
 //!
 //! **What is measured.** Each batch gives the ratio and the cost of the technique that wrote it;
 //! half of what was known is forgotten after 4 MiB. Of the others' ratios it tells only indirectly:
@@ -307,9 +309,13 @@ impl Choice {
             .zip(rates)
             .find(|(_, rate)| *rate >= AS_GOOD * best)
         {
-            // What a stronger one costs is a guess until it has been tried: one step at a time.
-            let next = self.current.stronger().unwrap_or(self.current);
-            self.current = technique.min(next);
+            self.current = if self.link.waits_for_processors() {
+                // What a stronger one costs is a guess until it was tried, and all wait meanwhile.
+                let next = self.current.stronger().unwrap_or(self.current);
+                technique.min(next)
+            } else {
+                technique
+            };
         }
     }
 
@@ -318,12 +324,10 @@ impl Choice {
         let cost = self.cost(technique);
         let ratio = self.ratio(technique);
         let carried = link / ratio;
-        let others = self.link.others();
-        let together = others.map_or(f64::INFINITY, |(count, others)| {
+        let together = self.link.others().map_or(f64::INFINITY, |(count, others)| {
             count as f64 / (self.reading_cpu.value + cost + ratio * others)
         });
-        // With several processors threads work side by side, and the slowest one counts.
-        if self.link.waits_for_processors() && others.is_some_and(|(count, _)| count == 1) {
+        if self.link.waits_for_processors() {
             return carried.min(together);
         }
         let compressing = self.slowdown.value * cost;

@@ -17,8 +17,8 @@
 //! and 95 % at the most.
 //!
 //! Where the host's processors are never idle, a writer is held up by those that need them too: ssh,
-//! and who compresses. Then it tells nothing about the link. What others than this process take of
-//! the processors for each byte is measured beside it.
+//! and who compresses. Then it tells nothing about the link. What sending takes of the processors for
+//! each byte is measured beside it.
 //!
 //! Buffers between the writer and the link (pipes, ssh, TCP) take the first megabytes after a pause
 //! as fast as they come. These are no proof of a fast link, and are left out where they would be.
@@ -41,7 +41,7 @@ pub struct Processors {
     pub count: usize,
     /// How long they were idle, all together.
     pub idle: Duration,
-    /// How long they worked for others than this process.
+    /// How long they worked for anything but reading and compressing: to send, mostly.
     pub others: Duration,
 }
 
@@ -91,7 +91,7 @@ pub struct LinkRate {
     unsaturated: Unsaturated,
     /// The rate that held the writer up last.
     limit: Option<f64>,
-    /// Processors, and seconds of them that others take for a byte.
+    /// Processors, and seconds of them that anything but reading and compressing takes for a byte.
     others: Option<(usize, f64)>,
     /// No processor was idle in the last window.
     busy: bool,
@@ -114,7 +114,7 @@ impl LinkRate {
     }
 
     /// How many processors there are, and for how many seconds of one of them a byte that is sent
-    /// keeps others than this process at work. None until that is known.
+    /// keeps anybody at work, but who reads and compresses. None until that is known.
     #[must_use]
     pub const fn others(&self) -> Option<(usize, f64)> {
         self.others
