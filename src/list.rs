@@ -1,9 +1,11 @@
 //! `vmshadow list`
 
 use migrate::directories::Directories;
+use migrate::error::Error;
 use migrate::guest::xen::checks::{Allowed, hindrances};
 use migrate::guest::xen::host::Host;
-use migrate::handover::journal;
+use migrate::handover::journal::{self, Begin, Entry, Role};
+use migrate::handover::lock::GuestLock;
 use migrate::handover::recovery::{Action, action};
 use migrate::report::TrackerKind;
 use serde::Serialize;
@@ -27,12 +29,36 @@ struct Guest {
     open_moves: Vec<String>,
 }
 
+/// A move that has not ended, and what to do about it. Its journal knows the guest by the name that
+/// it had where the move began.
+fn open_move(directories: &Directories, entry: &Entry) -> String {
+    let Begin {
+        role,
+        name,
+        peer,
+        uuid,
+        ..
+    } = &entry.begin;
+    let way = match role {
+        Role::Source => "to",
+        Role::Destination => "from",
+    };
+    let phase = entry.phase;
+    match GuestLock::take(directories, uuid, name) {
+        Err(Error::Busy(_)) => {
+            format!("a move {way} {peer} is at work; see: vmshadow status {name}")
+        }
+        _ => format!("a move {way} {peer} is open ({phase:?}); run: vmshadow resolve {name}"),
+    }
+}
+
 /// Prints every guest.
 pub fn run(options: &cli::List) -> anyhow::Result<()> {
     crate::require_xen()?;
     let host = Host::open()?;
     let physical = host.ctl().physical_info()?;
-    let journals = journal::list(&Directories::default())?;
+    let directories = Directories::default();
+    let journals = journal::list(&directories)?;
     let mut guests = Vec::new();
     for info in host.ctl().domains()? {
         if info.domain == DomId::DOM0 || info.dying {
@@ -65,7 +91,7 @@ pub fn run(options: &cli::List) -> anyhow::Result<()> {
             open_moves: journals
                 .iter()
                 .filter(|entry| entry.begin.uuid == uuid && action(entry) != Action::Nothing)
-                .map(|entry| format!("{:?} to {}", entry.phase, entry.begin.peer))
+                .map(|entry| open_move(&directories, entry))
                 .collect(),
             uuid,
         });
@@ -104,10 +130,7 @@ pub fn run(options: &cli::List) -> anyhow::Result<()> {
             },
         );
         for open in guest.open_moves {
-            say!(
-                "    a move is open: {open}; run: vmshadow resolve {}",
-                guest.name
-            );
+            say!("    {open}");
         }
     }
     Ok(())

@@ -18,7 +18,7 @@ use migrate::wire::Purpose;
 
 use crate::cli;
 use crate::dry_run;
-use crate::edge::{Departure, Edge, Paths};
+use crate::edge::{Departure, Edge, close_path_behind};
 use crate::policy;
 use crate::progress;
 use crate::report_file::ReportFile;
@@ -80,7 +80,7 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
     }
     let edge = match options.no_edge {
         true => None,
-        false => policy.edge,
+        false => policy.edge.clone(),
     };
     let mut connections = connections(edge, &options.domain, directories)?;
     let mut observer = progress::observer(options.json);
@@ -92,7 +92,7 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
         &crate::cancelled()?,
     );
     drop(observer);
-    close_path(&moved, directories);
+    close_path(&moved, policy.edge.as_ref(), directories);
     // What became of the guest matters more than a report that can't be written.
     if let Err(error) = publish(options, &moved, report) {
         tell!("Warning: {error:#}");
@@ -123,10 +123,14 @@ fn connections(
 }
 
 /// A guest that has moved is not reached here any more.
-fn close_path(moved: &Moved, directories: &Directories) {
-    if let (Ok(()), Some(report)) = (&moved.result, &moved.report)
-        && let Err(error) = Paths::new(directories).close(&report.domain)
-    {
+fn close_path(moved: &Moved, edge: Option<&Edge>, directories: &Directories) {
+    let (Ok(()), Some(report)) = (&moved.result, &moved.report) else {
+        return;
+    };
+    // Where connections were kept, the edge has followed. Else the destination may see to that, also
+    // where nothing was to be done here.
+    let edge = edge.filter(|_| report.connections.is_none());
+    if let Err(error) = close_path_behind(directories, edge, &report.domain) {
         tell!(
             "Warning: The path to {} is still here: {error:#}",
             report.domain

@@ -57,7 +57,7 @@ pub fn run(options: &cli::Receive, directories: &Directories) -> anyhow::Result<
         (Ok(()), None) => {}
         // The guest did not come.
         (Err(_), _) => {
-            paths.tidy(directories);
+            paths.tidy(directories, policy.edge.as_ref());
             detours.tidy(directories);
         }
     }

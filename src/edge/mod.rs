@@ -24,7 +24,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use migrate::directories::Directories;
-use migrate::handover::recovery::Settled;
+use migrate::handover::journal::Role;
+use migrate::handover::recovery::{Place, Settled};
 use netproxy::GuestInfo;
 use netproxy::control::Client;
 use netproxy::retarget::phase::Phase;
@@ -37,6 +38,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// How long the source's worker may take to let connections go on, once the guest has arrived.
 const RELEASING: Duration = Duration::from_secs(40);
+
+/// How long the edge may take to follow: the destination waits for the source's worker first.
+const FOLLOWING: Duration = RELEASING.saturating_add(Duration::from_secs(20));
 
 /// `[edge]` of the configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -144,38 +148,94 @@ impl Edge {
         }
         Ok(())
     }
+
+    /// Whether a path to a guest that is not here may still be needed: the edge has connections of it
+    /// here, or is at work on them.
+    ///
+    /// # Errors
+    /// Where the edge can't be reached.
+    fn needs_path(&self, guest: &str) -> anyhow::Result<bool> {
+        let known = self.look_up(&mut self.connect()?, guest)?;
+        Ok(known.is_some_and(|known| {
+            known.site == self.site && (known.connections > 0 || known.phase != Phase::Settled)
+        }))
+    }
+
+    /// After the guest has left: waits until the edge has it elsewhere. Where this site's worker
+    /// could not see to that, the destination does.
+    ///
+    /// # Errors
+    /// Where the edge can't be reached, or does not follow.
+    fn see_off(&self, guest: &str) -> anyhow::Result<()> {
+        let mut client = self.connect()?;
+        let start = Instant::now();
+        while let Some(known) = self.look_up(&mut client, guest)?
+            && known.site == self.site
+        {
+            anyhow::ensure!(
+                start.elapsed() < FOLLOWING,
+                "The edge still has {guest} at {}",
+                self.site
+            );
+            thread::sleep(Duration::from_millis(500));
+        }
+        Ok(())
+    }
+}
+
+/// A guest that has left is not reached here any more, once the edge has followed it: before that
+/// this host would answer the edge's packets itself, with resets. `edge` is none where nobody follows.
+///
+/// # Errors
+/// Where that can't be told, and the path stays; or what the kernel's tools refuse.
+pub fn close_path_behind(
+    directories: &Directories,
+    edge: Option<&Edge>,
+    guest: &str,
+) -> anyhow::Result<()> {
+    let paths = Paths::new(directories);
+    if let Some(edge) = edge
+        && paths.is_open(guest)?
+    {
+        edge.see_off(guest)
+            .with_context(|| format!("Run later: vmshadow proxy close {guest}"))?;
+    }
+    paths.close(guest).map(drop)
 }
 
 /// After a move was settled: the edge follows the guest, and the path to it is here or not. What
 /// can't be done is logged.
 pub fn follow(directories: &Directories, settled: &Settled) {
+    let name = &settled.name;
     let paths = Paths::new(directories);
     let detours = Detours::new(directories);
     let here = match settled.place {
-        "here" => Some(true),
-        "there" => Some(false),
-        _ => None,
+        Place::Here => Some(true),
+        Place::There => Some(false),
+        Place::Nowhere | Place::NotHere => None,
     };
     if let Some(here) = here
-        && let Err(error) = detours.settle(&settled.name, here)
+        && let Err(error) = detours.settle(name, here)
     {
-        log::warn!("The detour of {} may be wrong: {error:#}", settled.name);
+        log::warn!("The detour of {name} may be wrong: {error:#}");
     }
-    let result = match settled.place {
-        "there" => paths.close(&settled.name).map(drop),
-        "here" => policy::read().and_then(|policy| match policy.edge {
-            Some(edge) => edge.claim(&settled.name),
-            None => Ok(()),
-        }),
+    let edge = policy::read().map(|policy| policy.edge);
+    let result = match (settled.role, settled.place, &edge) {
+        // It did not come: the edge has never had it here.
+        (Role::Destination, Place::There, _) => paths.close(name).map(drop),
+        (_, Place::There | Place::NotHere, Ok(edge)) => {
+            close_path_behind(directories, edge.as_ref(), name)
+        }
+        (_, Place::Here, Ok(Some(edge))) => edge.claim(name),
         _ => Ok(()),
     };
     if let Err(error) = result {
-        log::warn!(
-            "Connections to {} may not have followed: {error:#}",
-            settled.name
-        );
+        log::warn!("Connections to {name} may not have followed: {error:#}");
     }
-    paths.tidy(directories);
+    match edge {
+        Ok(edge) => paths.tidy(directories, edge.as_ref()),
+        Err(error) => log::warn!("Whether there is an edge can't be told: {error:#}"),
+    }
     detours.tidy(directories);
 }
 

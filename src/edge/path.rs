@@ -141,6 +141,14 @@ impl Paths {
         Ok(true)
     }
 
+    /// Whether there is a path to a guest.
+    ///
+    /// # Errors
+    /// What is written down can't be read.
+    pub fn is_open(&self, guest: &str) -> anyhow::Result<bool> {
+        Ok(self.records.read::<Record>(guest)?.is_some())
+    }
+
     /// Takes the path to a guest back. True if there was one.
     ///
     /// # Errors
@@ -159,15 +167,15 @@ impl Paths {
         Ok(true)
     }
 
-    /// Takes back what moves have opened for guests that did not come, or are gone. What can't be
-    /// done is logged.
-    pub fn tidy(&self, directories: &Directories) {
-        if let Err(error) = self.try_to_tidy(directories) {
+    /// Takes back what moves have opened for guests that did not come, or are gone, unless the edge
+    /// has yet to follow them. What can't be done is logged.
+    pub fn tidy(&self, directories: &Directories, edge: Option<&Edge>) {
+        if let Err(error) = self.try_to_tidy(directories, edge) {
             log::warn!("Paths to guests that are gone may be left: {error:#}");
         }
     }
 
-    fn try_to_tidy(&self, directories: &Directories) -> anyhow::Result<()> {
+    fn try_to_tidy(&self, directories: &Directories, edge: Option<&Edge>) -> anyhow::Result<()> {
         let names = self.records.names()?;
         if names.is_empty() {
             return Ok(());
@@ -177,7 +185,14 @@ impl Paths {
             let Some(record) = self.records.read::<Record>(&name)? else {
                 continue;
             };
-            if record.by_move && !wanted.contains(&record.uuid) {
+            if !record.by_move || wanted.contains(&record.uuid) {
+                continue;
+            }
+            if let Some(edge) = edge
+                && edge.needs_path(&name)?
+            {
+                log::info!("The path to {name} stays until the edge has followed");
+            } else {
                 self.close(&name)?;
             }
         }

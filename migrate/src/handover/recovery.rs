@@ -13,6 +13,7 @@
 //!              running          -> it runs already: name it
 //! ```
 
+use std::fmt;
 use std::fs;
 use std::time::Duration;
 
@@ -25,6 +26,7 @@ use crate::error::{Error, Result, chain};
 use crate::guest::xen::host::{Host, SUSPENDING};
 use crate::keeper;
 use crate::link::ssh::Remote;
+use crate::shadow::{ShadowPolicy, Shadows};
 
 /// What a journal demands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,10 +91,37 @@ pub struct Answer {
 pub struct Settled {
     /// The guest.
     pub name: String,
+    /// Which end of the move this site was.
+    pub role: Role,
     /// What was found and done.
     pub what: String,
-    /// Where the guest is now, seen from here: "here", "there" or "nowhere".
-    pub place: &'static str,
+    /// Where the guest is now, seen from here.
+    pub place: Place,
+}
+
+/// Where a guest is, seen from the site that settled its move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Place {
+    /// At this site.
+    Here,
+    /// At the other one.
+    There,
+    /// At neither: it has ended.
+    Nowhere,
+    /// At the other one, or at neither: somebody else settled it.
+    NotHere,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Place::Here => "here",
+            Place::There => "there",
+            Place::Nowhere => "nowhere",
+            Place::NotHere => "not here",
+        })
+    }
 }
 
 /// How long a worker of the same move is waited for.
@@ -111,10 +140,21 @@ pub fn settle(directories: &Directories, entry: &Entry, patience: Duration) -> R
     let _lock = GuestLock::wait(directories, &begin.uuid, &begin.name, patience)?;
     // While we waited its worker, or another of us, may have gone on.
     if !entry.path.exists() {
-        return Ok(settled(entry, "Settled already", "here"));
+        // A source's journal goes however its move ended: only the guest itself tells.
+        let place = match Host::open()?.find_named(&begin.uuid, &begin.name)? {
+            Some(_) => Place::Here,
+            None => Place::NotHere,
+        };
+        return Ok(settled(entry, "Settled already", place));
     }
     let mut journal = Journal::open(&entry.path)?;
     let entry = journal.entry().clone();
+    // Its worker may have been killed while it kept the guest's memory.
+    if let Err(error) =
+        Shadows::new(directories, ShadowPolicy::default()).drop_drafts(&entry.begin.uuid)
+    {
+        log::warn!("{}", chain(&error));
+    }
     if entry.outcome.is_none() && entry.begin.boot_id != journal::boot_id() {
         return settle_after_reboot(journal, &entry);
     }
@@ -122,8 +162,8 @@ pub fn settle(directories: &Directories, entry: &Entry, patience: Duration) -> R
         Action::Nothing => {
             let place = match (entry.begin.role, entry.outcome) {
                 (Role::Source, Some(Outcome::Moved))
-                | (Role::Destination, Some(Outcome::Aborted)) => "there",
-                _ => "here",
+                | (Role::Destination, Some(Outcome::Aborted)) => Place::There,
+                _ => Place::Here,
             };
             if entry.begin.role == Role::Source {
                 remove(&entry);
@@ -133,39 +173,41 @@ pub fn settle(directories: &Directories, entry: &Entry, patience: Duration) -> R
         Action::GoOn => {
             let host = Host::open()?;
             speed_up(&host, &entry)?;
-            if let Some(domid) = host.find(&entry.begin.uuid)? {
+            let domid = host.find(&entry.begin.uuid)?;
+            if let Some(domid) = domid {
                 host.end_log_dirty(domid, entry.phase >= Phase::Tracking)?;
             }
             journal.end_and_remove(Outcome::Aborted)?;
-            Ok(settled(
-                &entry,
-                "The move was given up before the guest was suspended",
-                "here",
-            ))
+            Ok(match domid {
+                Some(_) => settled(
+                    &entry,
+                    "The move was given up before the guest was suspended",
+                    Place::Here,
+                ),
+                None => settled(&entry, ENDED, Place::Nowhere),
+            })
         }
         Action::Resume => {
-            resume(directories, &entry)?;
+            let there = resume(directories, &entry)?;
             journal.end_and_remove(Outcome::Aborted)?;
-            Ok(settled(
-                &entry,
-                "The move was given up and the guest goes on",
-                "here",
-            ))
+            let what = "The move was given up and the guest goes on";
+            Ok(settled_here(&entry, what, there))
         }
         Action::AskDestination => match ask(&entry)? {
             Owner::Destination => {
                 destroy_left(&entry)?;
                 journal.end_and_remove(Outcome::Moved)?;
-                Ok(settled(&entry, "The destination owns the guest", "there"))
-            }
-            Owner::Source => {
-                resume(directories, &entry)?;
-                journal.end_and_remove(Outcome::Aborted)?;
                 Ok(settled(
                     &entry,
-                    "The destination gave up and the guest goes on",
-                    "here",
+                    "The destination owns the guest",
+                    Place::There,
                 ))
+            }
+            Owner::Source => {
+                let there = resume(directories, &entry)?;
+                journal.end_and_remove(Outcome::Aborted)?;
+                let what = "The destination gave up and the guest goes on";
+                Ok(settled_here(&entry, what, there))
             }
             Owner::Unknown => Err(Error::InDoubt {
                 peer: entry.begin.peer.clone(),
@@ -174,23 +216,21 @@ pub fn settle(directories: &Directories, entry: &Entry, patience: Duration) -> R
         Action::Discard => {
             discard(&entry)?;
             journal.end(Outcome::Aborted)?;
-            Ok(settled(&entry, "What had arrived was discarded", "there"))
+            Ok(settled(
+                &entry,
+                "What had arrived was discarded",
+                Place::There,
+            ))
         }
         Action::Finish => {
-            finish(directories, &mut journal)?;
-            Ok(settled(
-                &entry,
-                "The guest was committed to this site and runs",
-                "here",
-            ))
+            let there = finish(directories, &mut journal)?;
+            let what = "The guest was committed to this site and runs";
+            Ok(settled_here(&entry, what, there))
         }
         Action::ClearUp => {
-            clear_up(directories, &mut journal)?;
-            Ok(settled(
-                &entry,
-                "The guest was committed to this site",
-                "here",
-            ))
+            let there = clear_up(directories, &mut journal)?;
+            let what = "The guest was committed to this site";
+            Ok(settled_here(&entry, what, there))
         }
     }
 }
@@ -202,14 +242,18 @@ fn settle_after_reboot(mut journal: Journal, entry: &Entry) -> Result<Settled> {
         Action::AskDestination => match ask(entry)? {
             Owner::Destination => {
                 journal.end_and_remove(Outcome::Moved)?;
-                Ok(settled(entry, "The destination owns the guest", "there"))
+                Ok(settled(
+                    entry,
+                    "The destination owns the guest",
+                    Place::There,
+                ))
             }
             Owner::Source => {
                 journal.end_and_remove(Outcome::Aborted)?;
                 Ok(settled(
                     entry,
                     "The guest was this host's and ended with its reboot",
-                    "nowhere",
+                    Place::Nowhere,
                 ))
             }
             Owner::Unknown => Err(Error::InDoubt {
@@ -219,7 +263,11 @@ fn settle_after_reboot(mut journal: Journal, entry: &Entry) -> Result<Settled> {
         Action::Discard => {
             remove_memory(entry)?;
             journal.end(Outcome::Aborted)?;
-            Ok(settled(entry, "What had arrived was discarded", "there"))
+            Ok(settled(
+                entry,
+                "What had arrived was discarded",
+                Place::There,
+            ))
         }
         Action::Finish | Action::ClearUp => {
             remove_memory(entry)?;
@@ -227,7 +275,7 @@ fn settle_after_reboot(mut journal: Journal, entry: &Entry) -> Result<Settled> {
             Ok(settled(
                 entry,
                 "The guest was this host's and ended with its reboot",
-                "nowhere",
+                Place::Nowhere,
             ))
         }
         Action::Nothing | Action::GoOn | Action::Resume => {
@@ -235,7 +283,7 @@ fn settle_after_reboot(mut journal: Journal, entry: &Entry) -> Result<Settled> {
             Ok(settled(
                 entry,
                 "The guest was this host's and ended with its reboot",
-                "nowhere",
+                Place::Nowhere,
             ))
         }
     }
@@ -259,21 +307,30 @@ pub fn settle_by_decree(directories: &Directories, entry: &Entry, here: bool) ->
         (Role::Source, Phase::Committed, false) => {
             destroy_left(&entry)?;
             journal.end_and_remove(Outcome::Moved)?;
-            ("By decree the guest is the destination's", "there")
+            ("By decree the guest is the destination's", Place::There)
         }
         (Role::Source, Phase::Committed, true) if open => {
-            resume(directories, &entry)?;
+            let there = resume(directories, &entry)?;
             journal.end_and_remove(Outcome::Aborted)?;
-            ("By decree the guest is this site's, and goes on", "here")
+            let what = "By decree the guest is this site's, and goes on";
+            return Ok(settled_here(&entry, what, there));
+        }
+        (Role::Source, Phase::Committed, true) if entry.outcome.is_none() => {
+            journal.end_and_remove(Outcome::Aborted)?;
+            (
+                "By decree the guest was this site's, and ended with its reboot",
+                Place::Nowhere,
+            )
         }
         (Role::Destination, Phase::Ready | Phase::Owner, true) if open => {
-            finish(directories, &mut journal)?;
-            ("By decree the guest is this site's, and runs", "here")
+            let there = finish(directories, &mut journal)?;
+            let what = "By decree the guest is this site's, and runs";
+            return Ok(settled_here(&entry, what, there));
         }
         (Role::Destination, Phase::Ready | Phase::Owner, false) if open => {
             discard(&entry)?;
             journal.end(Outcome::Aborted)?;
-            ("By decree the guest is the source's", "there")
+            ("By decree the guest is the source's", Place::There)
         }
         _ => {
             return Err(Error::Refused(format!(
@@ -358,9 +415,21 @@ pub fn refuse_open_moves(directories: &Directories, uuid: &str, name: &str) -> R
     Ok(())
 }
 
-fn settled(entry: &Entry, what: &str, place: &'static str) -> Settled {
+/// Of a guest that is not where it has to be any more.
+const ENDED: &str = "The guest is this site's, and has ended meanwhile";
+
+/// Of a guest that is this site's: `what` is said if it is there.
+fn settled_here(entry: &Entry, what: &str, there: bool) -> Settled {
+    match there {
+        true => settled(entry, what, Place::Here),
+        false => settled(entry, ENDED, Place::Nowhere),
+    }
+}
+
+fn settled(entry: &Entry, what: &str, place: Place) -> Settled {
     Settled {
         name: entry.begin.name.clone(),
+        role: entry.begin.role,
         what: what.to_owned(),
         place,
     }
@@ -385,21 +454,22 @@ pub(crate) fn ask(entry: &Entry) -> Result<Owner> {
 }
 
 /// Makes sure that the guest runs here; under a keeper where it was suspended, since `xl`'s
-/// monitor ends then.
-fn resume(directories: &Directories, entry: &Entry) -> Result<()> {
+/// monitor ends then. False where there is no such guest any more.
+fn resume(directories: &Directories, entry: &Entry) -> Result<bool> {
     let host = Host::open()?;
     // With its processor time, a suspend that is late ends soon.
     speed_up(&host, entry)?;
     let Some(domid) = host.find(&entry.begin.uuid)? else {
         log::warn!("{} is gone from this host", entry.begin.name);
-        return Ok(());
+        return Ok(false);
     };
     if host.end_suspend(domid, SUSPENDING)? {
         // First the keeper: one that can't be started must not leave a guest without.
         keeper::start(directories, &entry.begin.name, &entry.begin.uuid)?;
         host.resume(domid)?;
     }
-    host.end_log_dirty(domid, true)
+    host.end_log_dirty(domid, true)?;
+    Ok(true)
 }
 
 /// Gives a guest that was slowed down its processor time back.
@@ -439,8 +509,9 @@ fn discard(entry: &Entry) -> Result<()> {
     remove_memory(entry)
 }
 
-/// Lets the guest run that was committed to this site, and ends the journal.
-fn finish(directories: &Directories, journal: &mut Journal) -> Result<()> {
+/// Lets the guest run that was committed to this site, and ends the journal. False where there is
+/// no such guest any more.
+fn finish(directories: &Directories, journal: &mut Journal) -> Result<bool> {
     // Whoever wrote this first may have failed to get it onto the disk.
     journal.reach(Phase::Owner)?;
     let host = Host::open()?;
@@ -455,17 +526,20 @@ fn finish(directories: &Directories, journal: &mut Journal) -> Result<()> {
     clear_up(directories, journal)
 }
 
-/// The guest runs here: gives it its name and a keeper, and ends the journal.
-fn clear_up(directories: &Directories, journal: &mut Journal) -> Result<()> {
+/// The guest runs here: gives it its name and a keeper, and ends the journal. False where there is
+/// no such guest any more.
+fn clear_up(directories: &Directories, journal: &mut Journal) -> Result<bool> {
     let host = Host::open()?;
     let entry = journal.entry();
     let begin = &entry.begin;
-    if let Some(domid) = host.find(&begin.uuid)? {
+    let domid = host.find(&begin.uuid)?;
+    if let Some(domid) = domid {
         host.name_arrived(domid, &incoming_name(&begin.name), &begin.name);
         keeper::start(directories, &begin.name, &begin.uuid)?;
     }
     remove_memory(entry)?;
-    journal.end(Outcome::Moved)
+    journal.end(Outcome::Moved)?;
+    Ok(domid.is_some())
 }
 
 fn remove_memory(entry: &Entry) -> Result<()> {
