@@ -53,6 +53,9 @@ const LOOK: Duration = Duration::from_millis(10);
 /// How long a source may take to greet.
 const GREETING: Duration = Duration::from_secs(60);
 
+/// How long it may take to tell the source what failed.
+const LAST_WORDS: Duration = Duration::from_secs(10);
+
 /// What this site prepared for an offer that it accepts.
 pub struct Prepared {
     /// The guest to be.
@@ -750,6 +753,8 @@ fn tell(peer: &mut Conversation, error: &Error, message: impl FnOnce(Text) -> To
         return;
     }
     peer.ignore_cancel();
+    // A source that does not read must not keep the guest's memory here.
+    peer.set_deadline(Some(Instant::now() + LAST_WORDS));
     // Why it can't be told is of no interest beside the error itself.
     let _ = peer.send(&message(Text::new(&chain(error))));
 }

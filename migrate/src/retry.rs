@@ -89,8 +89,10 @@ impl Attempts {
             .saturating_mul(1 << self.in_vain.min(10))
             .min(LONGEST_PAUSE);
         self.in_vain += 1;
-        let end = timeout.unwrap_or(Duration::MAX).min(self.forward + away);
-        (now + pause < end).then_some(pause)
+        let end = timeout
+            .unwrap_or(Duration::MAX)
+            .min(self.forward.saturating_add(away));
+        (now.saturating_add(pause) < end).then_some(pause)
     }
 }
 
@@ -162,6 +164,13 @@ mod tests {
         let mut attempts = Attempts::default();
         let none = attempts.pause(after(&lost(), Some(0)), now, None, Duration::ZERO);
         assert_eq!(none, None, "no retries are wanted");
+    }
+
+    #[test]
+    fn it_can_go_on_for_ever() {
+        let mut attempts = Attempts::default();
+        let again = attempts.pause(after(&lost(), Some(0)), seconds(9), None, Duration::MAX);
+        assert_eq!(again, Some(FIRST_PAUSE));
     }
 
     #[test]

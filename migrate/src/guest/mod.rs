@@ -278,6 +278,15 @@ pub enum Moment {
     Last,
 }
 
+/// What those pages are that were named as dirty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dirty {
+    /// Written since they were asked for last.
+    Written,
+    /// All that the guest has: which of them have changed only looking at them tells.
+    Everything,
+}
+
 /// A guest that leaves.
 ///
 /// Dropping it unmaps everything: a page that stays mapped keeps a destroyed domain around.
@@ -297,12 +306,12 @@ pub trait Source {
     /// What Xen refuses; [`crate::Error::Busy`] where another tool tracks them.
     fn begin(&mut self) -> Result<TrackerKind>;
 
-    /// Adds to `dirty` every page that may have changed since the last call; the first call adds
-    /// all. Then looks again where pages are, since that may have changed too.
+    /// Adds to `dirty` every page that may have changed since the last call, and says what they are;
+    /// the first call adds all. Then looks again where pages are, since that may have changed too.
     ///
     /// # Errors
     /// What Xen refuses, or a guest whose tables make no sense.
-    fn next_dirty(&mut self, dirty: &mut PageSet, moment: Moment) -> Result<()>;
+    fn next_dirty(&mut self, dirty: &mut PageSet, moment: Moment) -> Result<Dirty>;
 
     /// Every page that may have content, as of the last [`Source::next_dirty`]: what a first round
     /// takes.

@@ -16,6 +16,9 @@
 //! A peer that is silent for [`SILENCE`] after its hello is lost, whatever its connection says: a
 //! cut link shows no end of file. Each byte from it counts. A sign of life is a pong with number
 //! 0, which nobody asked for.
+//!
+//! A destination that fails says so and goes. A source that is busy sending would only see its link
+//! end, and take the move up again: so the reader thread notes what was said, and whoever sends looks.
 
 use std::io::{self, IoSlice, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -49,6 +52,9 @@ pub const QUEUE: usize = 4;
 /// How long the last words may take to be written. Whoever closes then ends: what is still queued
 /// would be lost, the reason for a refusal among it.
 const FAREWELL: Duration = Duration::from_secs(5);
+
+/// How long a link that has ended may take to bring the peer's last word.
+const LAST_WORD: Duration = Duration::from_secs(1);
 
 /// How often a waiting side looks whether it was cancelled.
 const TICK: Duration = Duration::from_millis(100);
@@ -116,6 +122,10 @@ pub struct Conversation {
     pub(super) outgoing: Option<Sender<Outgoing>>,
     /// Closes when the writer has ended.
     all_written: Receiver<()>,
+    /// Closes when the reader has ended.
+    all_read: Receiver<()>,
+    /// Why the peer has failed, once it has said so.
+    failure: Arc<Mutex<Option<String>>>,
     pub(super) incoming: Receiver<Heard>,
     pub(super) last_heard: LastHeard,
     silence: Duration,
@@ -215,8 +225,13 @@ impl Conversation {
         });
         let reader = Counted::new(link.reader, Arc::clone(&read));
         let noted = last_heard.clone();
+        let failure = Arc::<Mutex<Option<String>>>::default();
+        let failed = Arc::clone(&failure);
+        let (reading, all_read) = bounded(0);
         let mut reader = Listening::new(reader, last_heard.clone());
         thread::spawn(move || {
+            // Dropped when this thread ends.
+            let _reading: Sender<()> = reading;
             // A receiver that is gone needs nothing more.
             let end = |reason| {
                 let _ = heard.send(Heard::End(reason));
@@ -245,6 +260,12 @@ impl Conversation {
                         if is_sign_of_life(&received) {
                             continue;
                         }
+                        if received.tag == Tag::Failed
+                            && let Ok(ToSource::Failed(reason)) = ToSource::decode(received.frame())
+                            && let Ok(mut failed) = failed.lock()
+                        {
+                            *failed = Some(reason.to_string());
+                        }
                         if heard.send(Heard::Frame(received)).is_err() {
                             return;
                         }
@@ -259,6 +280,8 @@ impl Conversation {
             role,
             outgoing: Some(outgoing),
             all_written,
+            all_read,
+            failure,
             incoming,
             last_heard,
             silence: SILENCE,
@@ -391,6 +414,21 @@ impl Conversation {
         Ok(written)
     }
 
+    /// Waits until all that is queued so far is written.
+    ///
+    /// # Errors
+    /// As [`Conversation::send`].
+    pub fn flush(&mut self) -> Result<()> {
+        let written = self.mark()?;
+        loop {
+            match written.recv_timeout(self.patience(TICK)) {
+                Ok(_) => return Ok(()),
+                Err(RecvTimeoutError::Timeout) => self.check()?,
+                Err(RecvTimeoutError::Disconnected) => return Err(self.end_reason()),
+            }
+        }
+    }
+
     fn queue(&mut self, mut waiting: Outgoing) -> Result<()> {
         loop {
             self.check()?;
@@ -493,11 +531,33 @@ impl Conversation {
 
     fn check(&self) -> Result<()> {
         self.interrupted()?;
+        if let Some(failed) = self.peer_failed() {
+            return Err(failed);
+        }
         self.check_connection()?;
         match &self.spreading {
-            Some(spreading) => spreading.check(),
+            Some(spreading) => spreading.check().map_err(|ended| self.last_word_or(ended)),
             None => Ok(()),
         }
+    }
+
+    /// What the peer has said of its failure.
+    fn peer_failed(&self) -> Option<Error> {
+        let said = self.failure.lock().ok()?.clone();
+        said.map(|reason| Error::PeerFailed {
+            peer: self.peer.clone(),
+            reason,
+        })
+    }
+
+    /// Why the peer has failed, where it still says so; else what was seen of it.
+    fn last_word_or(&self, seen: Error) -> Error {
+        if self.role == Role::Source {
+            // Nothing is ever sent: this returns when the reader has ended, or is given up.
+            let _: std::result::Result<(), _> =
+                self.all_read.recv_timeout(self.patience(LAST_WORD));
+        }
+        self.peer_failed().unwrap_or(seen)
     }
 
     /// Whether this connection, of all, still is one.
@@ -517,7 +577,8 @@ impl Conversation {
 
     fn end_reason(&self) -> Error {
         let broken = self.broken.lock().ok().and_then(|broken| broken.clone());
-        self.lost(broken.unwrap_or_else(|| "the connection was closed".into()))
+        let seen = self.lost(broken.unwrap_or_else(|| "the connection was closed".into()));
+        self.last_word_or(seen)
     }
 
     pub(super) fn lost(&self, reason: String) -> Error {
@@ -787,6 +848,46 @@ mod tests {
         source.greet(later()).unwrap();
         let error = source.receive(later()).err().unwrap();
         assert!(error.to_string().contains("nothing heard"), "{error}");
+    }
+
+    /// Whoever sends all the time does not take a peer that gives up for a link that breaks.
+    #[test]
+    fn the_last_word_of_a_peer_reaches_who_only_sends() {
+        for reads in [false, true] {
+            let (mut source, mut peer, _) = talk(Role::Source, None);
+            Hello::new(Role::Destination).write(&mut peer).unwrap();
+            source.greet(later()).unwrap();
+            let last = ToSource::Failed(crate::wire::Text::new("The disk is full"));
+            FrameWriter::new(&mut peer).send(&last).unwrap();
+            let _reading = reads.then(|| {
+                let peer = peer.try_clone().unwrap();
+                thread::spawn(move || io::copy(&mut &peer, &mut io::sink()))
+            });
+            if !reads {
+                drop(peer);
+            }
+            let batch = vec![0; 256 << 10];
+            let error = loop {
+                if let Err(error) = source.send(&ToDestination::Pages(&batch)) {
+                    break error;
+                }
+            };
+            assert!(matches!(error, Error::PeerFailed { .. }), "{error:?}");
+        }
+    }
+
+    #[test]
+    fn what_was_flushed_is_written() {
+        let written = Arc::<Mutex<Vec<u8>>>::default();
+        let (reader, _open) = io::pipe().unwrap();
+        let link = Link {
+            reader: Box::new(reader),
+            writer: Box::new(Slow(Arc::clone(&written))),
+        };
+        let mut source = Conversation::start("b", link, Role::Source, None, Arc::default());
+        source.send(&ToDestination::Pages(&[7; 1600])).unwrap();
+        source.flush().unwrap();
+        assert!(written.lock().unwrap().len() > 1600);
     }
 
     #[test]

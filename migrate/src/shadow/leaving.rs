@@ -22,7 +22,7 @@ pub struct Leaving {
 
 impl Leaving {
     pub(super) fn begin(table: PathBuf, memory: PathBuf, head: Head) -> Result<Leaving> {
-        let draft = memory.with_extension("memory.new");
+        let draft = super::draft(&memory);
         let doing = || format!("Can't write {}", draft.display());
         let file = OpenOptions::new()
             .write(true)

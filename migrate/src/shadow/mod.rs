@@ -319,7 +319,9 @@ impl Shadows {
             return Ok(false);
         }
         image.thin()?;
-        if !self.make_room(named.uuid, image.bytes()?)? {
+        // It is on this disk already.
+        let bytes = image.bytes()?;
+        if !self.make_room(named.uuid, bytes, bytes)? {
             return Ok(false);
         }
         let head = self.head(named, key, table);
@@ -349,7 +351,7 @@ impl Shadows {
             })
         };
         let bytes = (0..table.pages()).filter(content).count() as u64 * PAGE_SIZE as u64;
-        if !self.make_room(named.uuid, bytes)? {
+        if !self.make_room(named.uuid, bytes, 0)? {
             return Ok(None);
         }
         let head = self.head(named, key, table);
@@ -361,12 +363,16 @@ impl Shadows {
         .map(Some)
     }
 
-    /// Drops what is too old or too much, so that `bytes` of `uuid` find room; whether they do.
-    fn make_room(&self, uuid: &str, bytes: u64) -> Result<bool> {
+    /// Drops what is too old or too much, so that `bytes` of `uuid` find room; whether they do. So
+    /// many of them are on the disk `already`. For what finds none in any case nothing else goes.
+    fn make_room(&self, uuid: &str, bytes: u64, already: u64) -> Result<bool> {
         self.drop_shadow(uuid)?;
         let (kept, used) = self.kept()?;
-        let free = self.free()?;
+        let free = self.free()?.saturating_add(already);
         let most = self.policy.most_bytes(used, free);
+        if bytes > most {
+            return Ok(false);
+        }
         for uuid in self
             .policy
             .too_many(&kept, now(), most, bytes.max(PAGE_SIZE as u64))
@@ -375,8 +381,8 @@ impl Shadows {
             self.drop_quietly(&uuid);
         }
         // A disk that is nearly full keeps what it has for others.
-        let free = self.free()?;
-        Ok(bytes <= most && bytes.saturating_add(free / 10) <= free)
+        let (free, needed) = (self.free()?, bytes.saturating_sub(already));
+        Ok(needed == 0 || needed.saturating_add(free / 10) <= free)
     }
 
     fn free(&self) -> Result<u64> {
@@ -463,7 +469,17 @@ impl Shadows {
     pub fn drop_shadow(&self, uuid: &str) -> Result<()> {
         // First the table: memory without one is nothing.
         remove(&self.table_path(uuid)?)?;
-        remove(&self.memory_path(uuid)?)
+        remove(&self.memory_path(uuid)?)?;
+        self.drop_drafts(uuid)
+    }
+
+    /// Drops what a worker that was killed has begun to write of a guest. None may be at work on it.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn drop_drafts(&self, uuid: &str) -> Result<()> {
+        remove(&draft(&self.memory_path(uuid)?))?;
+        remove(&draft(&self.table_path(uuid)?))
     }
 
     fn drop_quietly(&self, uuid: &str) {
@@ -471,6 +487,13 @@ impl Shadows {
             log::warn!("{}", chain(&error));
         }
     }
+}
+
+/// The name of a file while it is written.
+fn draft(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".new");
+    name.into()
 }
 
 fn remove(path: &Path) -> Result<()> {

@@ -55,7 +55,7 @@ pub struct Head {
 /// [`Error::Io`].
 pub fn write(path: &Path, head: &Head, table: &PageTable) -> Result<()> {
     let doing = || format!("Can't write {}", path.display());
-    let draft = path.with_extension("table.new");
+    let draft = super::draft(path);
     let document = serde_json::to_vec(head)
         .map_err(std::io::Error::other)
         .context(doing)?;

@@ -271,6 +271,36 @@ fn the_number_of_guests_is_limited() {
     assert_eq!(site.shadows.list().unwrap().len(), 1);
 }
 
+/// One that is larger than all that may be kept drives no other out.
+#[test]
+fn what_finds_no_room_in_any_case_costs_no_other() {
+    let site = site(ShadowPolicy::default());
+    leave(&site, &key(1), &[]);
+    let table = table(&Digester::new(&key(1)));
+    let none = Shadows::new(
+        &Directories::under(site.root.path()),
+        ShadowPolicy {
+            gib: Some(0),
+            ..ShadowPolicy::default()
+        },
+    );
+    assert!(none.leave(named("b"), &key(1), &table).unwrap().is_none());
+    assert_eq!(site.shadows.list().unwrap().len(), 1);
+}
+
+/// As after a kill.
+#[test]
+fn a_draft_that_was_left_is_dropped() {
+    let site = site(ShadowPolicy::default());
+    let table = table(&Digester::new(&key(1)));
+    let leaving = site.shadows.leave(named(UUID), &key(1), &table).unwrap();
+    std::mem::forget(leaving);
+    let left = || fs::read_dir(&site.shadows.directory).unwrap().count();
+    assert_eq!(left(), 1);
+    site.shadows.drop_drafts(UUID).unwrap();
+    assert_eq!(left(), 0);
+}
+
 #[test]
 fn a_draft_leaves_nothing_and_a_path_is_no_uuid() {
     let site = site(ShadowPolicy::default());

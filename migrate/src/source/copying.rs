@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::{Copied, Offered, OnTimeout, READ_BATCH, Session};
 use crate::error::{Error, Result};
-use crate::guest::{Batch, Moment};
+use crate::guest::{Batch, Dirty, Moment};
 use crate::handover::journal::Phase;
 use crate::pages::PageSet;
 use crate::report::{Progress, TrackerKind, rounded};
@@ -88,10 +88,11 @@ impl Session<'_> {
     /// far behind: it would be silent until the restore has what crossed long ago.
     fn next(&mut self, number: u32, mut left: Left) -> Result<Next> {
         loop {
-            if self.time_is_up {
-                return Ok(Next::Suspend(Stop::Timeout));
-            }
-            match self.decide(&left)? {
+            let next = match self.time_is_up {
+                true => Next::Suspend(Stop::Timeout),
+                false => self.decide(&left)?,
+            };
+            match next {
                 Next::Suspend(_) if self.behind > self.go.plan.limits.behind => {}
                 next => return Ok(next),
             }
@@ -172,15 +173,18 @@ impl Session<'_> {
     pub(super) fn look(&mut self) -> Result<()> {
         let began = Instant::now();
         let mut written = PageSet::new(self.held.table().pages());
-        self.go.guest.next_dirty(&mut written, Moment::Live)?;
+        let named = self.go.guest.next_dirty(&mut written, Moment::Live)?;
         let over = began - std::mem::replace(&mut self.looked, began);
         self.look_after = (began.elapsed() * LOOKING_SHARE).max(self.go.plan.limits.looking);
-        if self.scans() {
-            // It names all pages, as each has to be looked at.
-            self.backlog.changed(&written);
-        } else {
-            let grown = self.backlog.written(&written, over);
-            self.forecast.dirtied(written.len(), grown, over);
+        match named {
+            // Each has to be looked at, and which were written nobody knows.
+            Dirty::Everything => {
+                self.backlog.changed(&written);
+            }
+            Dirty::Written => {
+                let grown = self.backlog.written(&written, over);
+                self.forecast.dirtied(written.len(), grown, over);
+            }
         }
         Ok(())
     }

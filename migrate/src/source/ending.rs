@@ -14,6 +14,9 @@ use crate::report::Progress;
 use crate::shadow::Named;
 use crate::wire::{Text, ToDestination};
 
+/// How long it may take to tell the destination that it is over.
+const LAST_WORDS: Duration = Duration::from_secs(10);
+
 /// How long a source goes on asking what became of a commit without an answer.
 const ASKING: Duration = Duration::from_secs(60);
 
@@ -121,7 +124,8 @@ impl Session<'_> {
         self.go.connections.stayed();
         note(self.go.guest.end_tracking());
         self.go.peer.ignore_cancel();
-        self.go.peer.set_deadline(None);
+        // A peer that does not read must not keep this one here.
+        self.go.peer.set_deadline(Some(Instant::now() + LAST_WORDS));
         self.go.peer.end_spreading();
         // A peer that is gone finds out by itself.
         let _ = self

@@ -15,8 +15,9 @@ use crate::wire::{
 /// How long the other site may take to greet: ssh and the start of a program, emulated.
 const GREETING: Duration = Duration::from_secs(60);
 
-/// How long the other site may take to accept: it waits for memory, and for xl's lock.
-const ACCEPTING: Duration = Duration::from_secs(240);
+/// How long the other site may take to accept: it waits for memory, and for xl's lock, and reads all
+/// of a shadow that it has. The guest runs meanwhile, and heartbeats tell whether the other site lives.
+const ACCEPTING: Duration = Duration::from_secs(3600);
 
 /// How long connections for pages may take to join: as the first one, and they start at once.
 const JOINING: Duration = Duration::from_secs(60);

@@ -124,6 +124,8 @@ impl Session<'_> {
             let end = self.go.peer.mark()?;
             self.last_round = Some((bytes_before, end));
         } else {
+            // Over a slow link what is queued takes longer than the other side needs to handle it.
+            self.go.peer.flush()?;
             match self.receive(HANDLING)? {
                 ToSource::RoundAck { round, behind, .. } if round == number => {
                     self.behind = behind;

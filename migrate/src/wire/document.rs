@@ -286,7 +286,8 @@ impl Offer {
         if !is_name(&self.name) {
             return Err(OfferError::Name);
         }
-        if !is_uuid(&self.uuid) {
+        // It is compared with what Xen's tools write, and stands in files' names.
+        if !is_uuid(&self.uuid) || self.uuid.bytes().any(|byte| byte.is_ascii_uppercase()) {
             return Err(OfferError::Uuid);
         }
         let (pages, populated) = (self.pages, self.populated_pages);

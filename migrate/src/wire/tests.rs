@@ -302,6 +302,8 @@ fn an_offer_that_is_not_possible_is_refused() {
         );
     }
     assert_eq!(check(|offer| offer.uuid.push('0')), OfferError::Uuid);
+    let other_case = check(|offer| offer.uuid.make_ascii_uppercase());
+    assert_eq!(other_case, OfferError::Uuid);
     assert_eq!(
         check(|offer| offer.uuid = "../../../../../../../etc/passwd-12345".into()),
         OfferError::Uuid

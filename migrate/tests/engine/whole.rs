@@ -9,7 +9,7 @@ use migrate::guest::replay::generated::Random;
 use migrate::guest::replay::{Call, Clock, Crossing, Guest, Memory, Shape, cross, pair};
 use migrate::report::TrackerKind;
 use migrate::rounds::{Limits, Stop};
-use migrate::source::Plan;
+use migrate::source::{OnTimeout, Plan};
 
 use crate::scene::{PAGES, Place, Scene, at_call, busy, connections, history, pool};
 
@@ -156,7 +156,14 @@ fn a_connection_that_does_not_come_is_done_without() {
 /// The restore gets less than arrives: it would go on with that in the guest's silence.
 #[test]
 fn a_guest_is_not_suspended_before_the_restore_has_caught_up() {
-    for (behind, waits) in [(0, true), (PAGES, false)] {
+    let over = Some(Duration::ZERO);
+    for (behind, timeout, waits) in [
+        (0, None, true),
+        (PAGES, None, false),
+        // Also where its time is up.
+        (0, over, true),
+        (PAGES, over, false),
+    ] {
         let scene = Scene::with(busy(8));
         let asked = Arc::new(AtomicUsize::new(0));
         let at_suspend = Arc::new(AtomicUsize::new(0));
@@ -177,6 +184,8 @@ fn a_guest_is_not_suspended_before_the_restore_has_caught_up() {
                     rounds: 1,
                     ..Limits::default()
                 },
+                timeout,
+                on_timeout: OnTimeout::HandOver,
                 ..Plan::default()
             },
             ..Crossing::default()

@@ -10,7 +10,7 @@ use crate::guest::xen::stream::record::VCPU_CONTEXT_SIZE;
 use crate::guest::xen::stream::state::{
     DomainKind, GuestState, PvState, PvVcpu, StaticData, TscInfo,
 };
-use crate::guest::{Batch, BatchEntry, Facts, Found, Moment, PageState, PageTable, Source};
+use crate::guest::{Batch, BatchEntry, Dirty, Facts, Found, Moment, PageState, PageTable, Source};
 use crate::pages::{PAGE_SIZE, Page, PageSet, PageType, is_zero};
 use crate::report::TrackerKind;
 
@@ -85,7 +85,7 @@ impl Source for ReplaySource {
         Ok(self.tracker)
     }
 
-    fn next_dirty(&mut self, dirty: &mut PageSet, moment: Moment) -> Result<()> {
+    fn next_dirty(&mut self, dirty: &mut PageSet, moment: Moment) -> Result<Dirty> {
         (self.watch)(Call::NextDirty)?;
         self.site.with_guest(|guest| {
             if moment == Moment::Live {
@@ -94,11 +94,13 @@ impl Source for ReplaySource {
             guest.take_log(dirty);
             Ok(())
         })?;
-        if !self.started || self.tracker == TrackerKind::Scan {
-            dirty.fill();
-        }
+        let all = !self.started || self.tracker == TrackerKind::Scan;
         self.started = true;
-        Ok(())
+        if all {
+            dirty.fill();
+            return Ok(Dirty::Everything);
+        }
+        Ok(Dirty::Written)
     }
 
     fn p2m_frames(&self) -> &[u64] {

@@ -27,7 +27,7 @@ use crate::error::{Error, IoContext, Result, chain};
 use crate::guest::xen::p2m::{self, P2mDescription};
 use crate::guest::xen::page_table::normalise;
 use crate::guest::xen::stream::state::{GuestState, PvState, StaticData};
-use crate::guest::{Batch, Facts, Kind, Moment, PageTable, Source};
+use crate::guest::{Batch, Dirty, Facts, Kind, Moment, PageTable, Source};
 use crate::pages::{MAX_PAGES, PAGE_SIZE, Page, PageSet, PageType};
 use crate::report::TrackerKind;
 
@@ -192,22 +192,24 @@ impl Source for PvSource {
         self.leaving.begin()
     }
 
-    fn next_dirty(&mut self, dirty: &mut PageSet, moment: Moment) -> Result<()> {
+    fn next_dirty(&mut self, dirty: &mut PageSet, moment: Moment) -> Result<Dirty> {
         // Clear first, look at the p2m after: what changes in between is dirty next time.
         self.leaving.take_logged(dirty, moment)?;
         self.follow_p2m(dirty)?;
         // A stock saver that started meanwhile takes log-dirty mode over, and what was dirty with
         // it; it suspends the guest, and lets it go on or destroys it, when it likes.
         self.leaving.host.refuse_saver(self.leaving.domid)?;
+        let mut named = Dirty::Written;
         if self.leaving.tracker.all_count() {
             dirty.fill();
+            named = Dirty::Everything;
         }
         if moment == Moment::Last {
             for pfn in self.find_rings()?.into_iter().chain(self.find_granted()?) {
                 dirty.insert(pfn);
             }
         }
-        Ok(())
+        Ok(named)
     }
 
     fn p2m_frames(&self) -> &[u64] {

@@ -30,7 +30,7 @@ use super::presence::{self, Presence};
 use crate::digest::DigestKey;
 use crate::error::{Error, IoContext, Result};
 use crate::guest::xen::stream::state::{GuestState, HvmState, StaticData};
-use crate::guest::{Batch, Facts, Kind, Moment, PageTable, Source};
+use crate::guest::{Batch, Dirty, Facts, Kind, Moment, PageTable, Source};
 use crate::pages::{MAX_PAGES, PageSet, PageType, Pfn};
 use crate::report::TrackerKind;
 
@@ -150,13 +150,15 @@ impl Source for PvhSource {
         self.leaving.begin()
     }
 
-    fn next_dirty(&mut self, dirty: &mut PageSet, moment: Moment) -> Result<()> {
+    fn next_dirty(&mut self, dirty: &mut PageSet, moment: Moment) -> Result<Dirty> {
         self.leaving.take_logged(dirty, moment)?;
         let moved = self.follow(dirty)?;
         // As with a PV guest.
         self.leaving.host.refuse_saver(self.leaving.domid)?;
+        let mut named = Dirty::Written;
         if self.leaving.tracker.all_count() || moved {
             dirty.union_with(self.presence.pages());
+            named = Dirty::Everything;
         }
         if moment == Moment::Last {
             for pfn in self
@@ -169,7 +171,7 @@ impl Source for PvhSource {
                 }
             }
         }
-        Ok(())
+        Ok(named)
     }
 
     fn everything(&self) -> PageSet {
