@@ -3,8 +3,9 @@
 CARGO ?= cargo
 JOBS ?= $(shell nproc)
 
-# A toolchain that rustup installed is often not in root's PATH.
-export PATH := $(PATH):$(HOME)/.cargo/bin
+# A toolchain that rustup installed is often not in root's PATH, and Debian's own is too old.
+export PATH := $(HOME)/.cargo/bin:$(PATH)
+RUST := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
 export CARGO_BUILD_JOBS ?= $(JOBS)
 export CARGO
 
@@ -35,7 +36,7 @@ RETARGET := one_stream_survives_one_move one_socket_is_made_anew_over_ipv6 a_tho
 
 SCRIPTS := .ci/run packaging/build-deb packaging/deb/postinst packaging/deb/prerm \
 	packaging/deb/postrm packaging/netproxy/postinst packaging/netproxy/prerm \
-	packaging/netproxy/postrm $(wildcard tests/testbed/install-packages)
+	packaging/netproxy/postrm tests/testbed/install-packages
 
 .PHONY: help demo test test-full unit bench record bench-xl deb lint clean packages root toolchain
 .DEFAULT_GOAL := help
@@ -54,7 +55,7 @@ help:
 	@echo '  make lint       formatting, warnings, shell scripts, the packages'
 	@echo '  make clean      remove what was built'
 	@echo
-	@echo 'They need Debian 12, root and a Rust toolchain, and install the Debian'
+	@echo 'They need Debian 12, root and Rust $(RUST) or newer, and install the Debian'
 	@echo 'packages that they miss. JOBS=N limits how many compilers run at once.'
 
 demo: deb
@@ -95,7 +96,7 @@ bench-xl: deb
 	VMSHADOW_DEB='$(DEB)' $(TESTBED) bench-xl $(ROWS)
 
 # In network namespaces that it makes. Give the machine nothing else to do.
-bench-proxy: root toolchain
+bench-proxy: packages
 	command -v haproxy >/dev/null || apt-get install -y --no-install-recommends haproxy
 	$(CARGO) bench --locked -p netproxy --bench proxy
 	$(CARGO) bench --locked -p netproxy --bench stall
@@ -127,5 +128,9 @@ root:
 
 toolchain:
 	@command -v $(CARGO) >/dev/null || { \
-		echo 'There is no $(CARGO) here. Install a Rust toolchain first, for example with rustup.' >&2; \
+		echo 'There is no $(CARGO) here. Install Rust $(RUST) or newer first, for example with rustup.' >&2; \
+		exit 1; }
+	@found=$$($(CARGO) --version | cut -d ' ' -f 2); \
+	[ "$$(printf '%s\n' '$(RUST)' "$$found" | sort -V | head -n 1)" = '$(RUST)' ] || { \
+		echo "Rust $$found is too old. Install $(RUST) or newer first, for example with rustup." >&2; \
 		exit 1; }

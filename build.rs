@@ -1,7 +1,7 @@
 //! Makes the command's man pages and shell completions, from the command line's own definition.
 //!
-//! They go to `OUT_DIR/man` and `OUT_DIR/completions`; the packaging takes them from where the
-//! `VMSHADOW_ASSETS` line of the build's output says.
+//! They go to `OUT_DIR/man` and `OUT_DIR/completions`. The packaging takes them from there: cargo
+//! tells it where that is.
 
 use std::path::Path;
 use std::{env, fs, io};
@@ -31,6 +31,5 @@ fn main() -> io::Result<()> {
     ] {
         clap_complete::generate_to(shell, &mut command, "vmshadow", &completions)?;
     }
-    println!("cargo:rustc-env=VMSHADOW_ASSETS={}", out.display());
     Ok(())
 }

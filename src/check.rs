@@ -22,6 +22,7 @@ struct Finding {
 /// Looks at everything a move needs and prints it. Fails where something is missing.
 pub fn run(options: &cli::Check) -> ExitCode {
     let mut findings = host_findings();
+    let here = findings.iter().all(|finding| finding.ok);
     if let Some(host) = &options.host {
         findings.push(remote_finding(host, &options.remote));
     }
@@ -42,10 +43,10 @@ pub fn run(options: &cli::Check) -> ExitCode {
         }
         say!(
             "{}",
-            if good {
-                "This host can move guests"
-            } else {
-                "This host can't move guests"
+            match (here, good) {
+                (true, true) => "This host can move guests",
+                (true, false) => "This host can move guests, but not to that one",
+                (false, _) => "This host can't move guests",
             }
         );
     }

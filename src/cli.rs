@@ -298,7 +298,7 @@ pub enum OnTimeout {
 /// How dirty pages are found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Tracker {
-    /// The hypervisor logs which pages were written. It needs shadow paging for that
+    /// The hypervisor logs which pages were written. For a PV guest it needs shadow paging
     LogDirty,
     /// Every page is read in each round, and its digest compared. Works with any hypervisor
     Scan,

@@ -49,7 +49,7 @@ fn lying_peers() {
         "--remote-command 'r() { tee /tmp/question | vmshadow \"$@\" | tee /tmp/answer; }; r'";
     here.run(&format!(
         "env VMSHADOW_HOLD=ready:/tmp/held {} > /tmp/out 2>&1 & \
-         until [ -e /tmp/held ]; do sleep 0.2; done; kill -9 $(cat /tmp/held); rm /tmp/held",
+         for i in $(seq 1500); do [ -e /tmp/held ] && break; sleep 0.2; done; kill -9 $(cat /tmp/held); rm /tmp/held",
         migrate(SiteName::A, record)
     ))
     .unwrap();

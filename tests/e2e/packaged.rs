@@ -93,7 +93,9 @@ impl Drop for Host {
 impl Host {
     fn start(package: &Path) -> Host {
         let files = tempfile::tempdir().unwrap();
-        let unshare = Command::new("unshare")
+        // Ends with this test, however that ends.
+        let unshare = Command::new("setpriv")
+            .args(["--pdeathsig", "KILL", "unshare"])
             .args(["--pid", "--mount", "--net", "--uts", "--ipc", "--cgroup"])
             .args(["--fork", "--kill-child", "--", "sh", "-c", BOOT, "sh"])
             .args([files.path(), package])

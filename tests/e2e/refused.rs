@@ -62,7 +62,7 @@ fn clear_errors_before_anything_is_suspended() {
              xl create -p /tmp/other.cfg",
         )
         .unwrap();
-    refuses(&testbed, "vmshadow migrate g1 10.77.0.12", "memory");
+    refuses(&testbed, "vmshadow migrate g1 10.77.0.12", "ree memory");
     there.run("xl destroy big").unwrap();
 
     // A disk that nobody says is shared.
@@ -142,7 +142,7 @@ fn another_tool_at_work() {
     let here = testbed.site(SiteName::A);
 
     let (moved, first) = hold_at(&testbed, SiteName::A, SiteName::A, "copying", |_| {
-        refuses(&testbed, "vmshadow migrate g1 10.77.0.12", "g1");
+        refuses(&testbed, "vmshadow migrate g1 10.77.0.12", "at work on g1");
         // Stock tools find out too: log-dirty mode is taken.
         let stock = here.output("xl migrate g1 10.77.0.12").unwrap();
         assert!(!stock.status.success());
@@ -156,7 +156,7 @@ fn another_tool_at_work() {
     here.run(
         "mkfifo /tmp/fifo; sleep 1000 < /tmp/fifo > /dev/null 2>&1 & \
          xl save -c g1 /tmp/fifo > /tmp/save 2>&1 & \
-         until pgrep -x libxl-save-help > /dev/null; do sleep 0.2; done; \
+         for i in $(seq 500); do pgrep -x libxl-save-help > /dev/null && break; sleep 0.2; done; \
          sleep 1",
     )
     .unwrap();

@@ -58,7 +58,7 @@ pub enum Missing {
         hypervisor: Version,
     },
     /// xenstored does not answer.
-    #[error("Can't reach xenstored: start it with 'systemctl start xenstored'")]
+    #[error("Can't reach xenstored: start it with 'systemctl start xen'")]
     Xenstore(#[source] Error),
 }
 

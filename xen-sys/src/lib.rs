@@ -1,7 +1,7 @@
 //! Every call into Xen: generated bindings ([`raw`]), and a thin safe layer over them.
 //!
 //! ```text
-//!            vmshadow, migrate, shadowd (no unsafe code)
+//!                    vmshadow, migrate
 //!                              │
 //!  ┌──────────┬────────────────┼─────────────┬──────────┐
 //!  │  ctl     │  memory        │ toolstack   │  store   │   safe: errors, ownership, bounds
