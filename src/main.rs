@@ -43,6 +43,10 @@ use cli::{Cli, Command};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    if let Err(error) = leave_no_core() {
+        tell!("vmshadow: Can't forbid core files: {error}");
+        return ExitCode::from(1);
+    }
     // What guardians and keepers do is read later, in their log files.
     let level = match cli.command {
         Command::Guard(_) | Command::Keeper(_) => "info",
@@ -96,16 +100,49 @@ fn require_xen() -> anyhow::Result<()> {
     }
 }
 
+/// What is in memory here is guests' memory, and secrets: no core file may hold it. Programs that are
+/// started from here inherit the limit alone.
+fn leave_no_core() -> nix::Result<()> {
+    nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_CORE, 0, 0)?;
+    // The limit does not hold where a program takes cores.
+    nix::sys::prctl::set_dumpable(false)
+}
+
 /// Set by Ctrl-C, by a polite kill and by a terminal that closes: the move is given up in good
-/// order.
+/// order. Not by what was ignored when it was started, as `nohup` does it.
 fn cancelled() -> anyhow::Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
+    let status = std::fs::read_to_string("/proc/self/status")?;
     for signal in [
         signal_hook::consts::SIGINT,
         signal_hook::consts::SIGTERM,
         signal_hook::consts::SIGHUP,
     ] {
-        signal_hook::flag::register(signal, Arc::clone(&flag))?;
+        if signal == signal_hook::consts::SIGTERM || !ignored(&status, signal) {
+            signal_hook::flag::register(signal, Arc::clone(&flag))?;
+        }
     }
     Ok(flag)
+}
+
+/// Whether a signal is ignored, by a process's `status` in /proc.
+fn ignored(status: &str, signal: i32) -> bool {
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigIgn:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .is_some_and(|mask| mask & (1 << (signal - 1)) != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::ignored;
+
+    #[test]
+    fn what_nohup_ignores_is_found() {
+        let status = "Name:\tvmshadow\nSigBlk:\t0000000000000001\nSigIgn:\t0000000000000001\n";
+        assert!(ignored(status, 1));
+        assert!(!ignored(status, 2));
+        assert!(!ignored("Name:\tvmshadow\n", 1));
+    }
 }

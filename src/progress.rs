@@ -16,8 +16,8 @@ use migrate::rounds::Outlook;
 pub fn observer(quiet: bool) -> Box<dyn Observer> {
     if quiet {
         Box::new(Warnings)
-    } else if stderr().is_terminal() {
-        Box::new(Terminal::new())
+    } else if let Some(terminal) = Terminal::new() {
+        Box::new(terminal)
     } else {
         Box::new(Lines {
             start: Instant::now(),
@@ -73,14 +73,19 @@ struct Terminal {
 }
 
 impl Terminal {
-    fn new() -> Self {
+    /// None where standard error is no terminal, or one that can't move its cursor.
+    fn new() -> Option<Self> {
         let bar = ProgressBar::no_length();
-        // The template is ours and is right; without it the bar still shows.
-        if let Ok(style) = ProgressStyle::with_template("{prefix:14} {wide_bar} {msg}") {
+        if !stderr().is_terminal() || bar.is_hidden() {
+            return None;
+        }
+        // The template is ours and is right; without it the bar still shows. What finds no room in
+        // the line is cut off.
+        if let Ok(style) = ProgressStyle::with_template("{prefix:14} {bar:20} {wide_msg}") {
             bar.set_style(style);
         }
         bar.enable_steady_tick(Duration::from_millis(200));
-        Terminal { bar }
+        Some(Terminal { bar })
     }
 }
 

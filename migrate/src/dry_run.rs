@@ -153,7 +153,7 @@ pub fn dry_run(
     let answer = ask(request, offer, &asked, group.as_ref(), Arc::clone(&cancel))?;
     warnings.extend(answer.warnings);
 
-    let bytes_a_second = answer.link.mbit * 1e6 / 8.0;
+    let bytes_a_second = answer.rate;
     let learned = answer.learned;
     let memory = survey(
         guest.as_mut(),
@@ -187,6 +187,8 @@ pub fn dry_run(
 /// What the destination said.
 pub(crate) struct Answer {
     link: LinkFound,
+    /// What the link takes, bytes a second.
+    rate: f64,
     refused: Option<String>,
     warnings: Vec<String>,
     /// What it has of the guest.
@@ -248,6 +250,7 @@ pub(crate) fn ask_over(
     peer.send(&ToDestination::Offer(Box::new(offer)))?;
     let answer = |refused, warnings, learned| Answer {
         link,
+        rate,
         refused,
         warnings,
         learned,

@@ -28,10 +28,10 @@ use crate::directories::Directories;
 use crate::error::{Error, IoContext, Result, chain};
 use crate::group::{GroupPolicy, group_of};
 use crate::guest::Destination;
+use crate::guest::Kind;
 use crate::guest::shelf::Shelf;
 use crate::guest::xen::host::Host;
 use crate::guest::xen::restore::{Incoming, XenDestination};
-use crate::guest::{FOUR_GIB, Kind};
 use crate::handover::guardian::Guardian;
 use crate::handover::journal::{self, Begin, JOURNAL_VERSION, Journal, Role};
 use crate::handover::lock::GuestLock;
@@ -374,15 +374,9 @@ fn door(directories: &Directories, offer: &Offer) -> Result<(Door, Expecting)> {
     Ok((door, Expecting { token, links }))
 }
 
-/// What is kept of each page is made before the restore finds that there is no room. A memory map
-/// may be larger than the guest, which can have been ballooned down, but not by any factor. A PVH
-/// guest's reaches up to 4 GiB however small it is.
+/// What is kept of each page is made before the restore finds that there is no room.
 fn refuse_oversize(kind: Kind, pages: u64, populated: u64, host_pages: u64) -> Result<()> {
-    let allowed = match kind {
-        Kind::Pv => host_pages * 4,
-        Kind::Pvh => (host_pages * 4).max(FOUR_GIB),
-    };
-    if populated <= host_pages && pages <= allowed {
+    if populated <= host_pages && pages <= kind.most_pages(host_pages) {
         return Ok(());
     }
     Err(Error::Refused(format!(

@@ -140,7 +140,11 @@ fn obey(host: &Host, domid: DomId, reason: ShutdownReason) -> Result<Option<DomI
             Ok(None)
         }
         Action::Restart | Action::CoredumpRestart => {
-            host.destroy(domid)?;
+            // A page that somebody still has mapped keeps the old domain; the guest comes up all the
+            // same.
+            if let Err(error) = host.destroy(domid) {
+                log::error!("{}", chain(&error));
+            }
             start_again(toolstack, &mut configuration).map(Some)
         }
         Action::RestartRename => {
@@ -168,7 +172,13 @@ fn obey(host: &Host, domid: DomId, reason: ShutdownReason) -> Result<Option<DomI
 fn start_again(toolstack: &Toolstack, configuration: &mut DomainConfig) -> Result<DomId> {
     let doing = || "Can't start the guest again";
     // As xl does: two creations must not count on the same free memory.
-    let _lock = XlLock::wait(XL_PATIENCE)?;
+    let _lock = loop {
+        match XlLock::wait(XL_PATIENCE) {
+            // As while xl receives a guest. The one that is kept here must not stay down for it.
+            Err(Error::Busy(why)) => log::warn!("{why}; waiting"),
+            other => break other?,
+        }
+    };
     let domid = toolstack.create(configuration).context(doing)?;
     toolstack.unpause(domid).context(doing)?;
     log::info!("Started again as domain {domid}");

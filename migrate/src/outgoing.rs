@@ -148,6 +148,8 @@ pub fn migrate(
     let timeout = request.plan.timeout;
     let mut attempts = Attempts::default();
     let mut interruptions: Vec<Interruption> = Vec::new();
+    // What the newest attempt that came so far has found out.
+    let mut newest = None;
     loop {
         let mut moved = attempt(
             directories,
@@ -169,14 +171,7 @@ pub fn migrate(
             attempts.pause(ended, started.elapsed(), timeout, request.retry)
         });
         let (Some(pause), Err(error)) = (pause, &moved.result) else {
-            if let Some(report) = &mut moved.report {
-                if !interruptions.is_empty() {
-                    report.took = started.elapsed();
-                }
-                report.wire_bytes += interruptions.iter().map(|one| one.wire_bytes).sum::<u64>();
-                report.interruptions = interruptions;
-            }
-            return moved;
+            return sum_up(moved, newest, interruptions, started.elapsed());
         };
         observer.notice(Progress::Warning(format!(
             "{}. The guest runs here; trying again in {} s",
@@ -188,8 +183,11 @@ pub fn migrate(
             at: started.elapsed(),
             wire_bytes: moved.report.as_ref().map_or(0, |report| report.wire_bytes),
         });
+        newest = moved.report.take().or(newest);
         let until = Instant::now() + pause;
-        let server = waiting(directories, &request, &moved, cancel);
+        let server = newest
+            .as_ref()
+            .and_then(|report| waiting(directories, &request, report, cancel));
         while Instant::now() < until {
             if cancel.load(Ordering::Relaxed) {
                 moved.result = Err(Error::Cancelled);
@@ -198,7 +196,7 @@ pub fn migrate(
                     let peer = &request.remote.host;
                     server.end(ended(&name, peer, &moved.result, moved.left));
                 }
-                return moved;
+                return sum_up(moved, newest, interruptions, started.elapsed());
             }
             thread::sleep(TICK);
         }
@@ -211,21 +209,51 @@ pub fn migrate(
     }
 }
 
+/// How a move ended, in one report of all its attempts: what the last one has found out, else the
+/// `newest` before it.
+fn sum_up(
+    mut moved: Moved,
+    newest: Option<Report>,
+    interruptions: Vec<Interruption>,
+    took: Duration,
+) -> Moved {
+    if moved.report.is_none() {
+        // What it has sent is among the interruptions.
+        moved.report = newest.map(|report| Report {
+            wire_bytes: 0,
+            ..report
+        });
+    }
+    let Some(report) = &mut moved.report else {
+        return moved;
+    };
+    if !interruptions.is_empty() {
+        report.took = took;
+    }
+    if let Err(error) = &moved.result {
+        report.outcome = Report::failed(error);
+    }
+    report.wire_bytes += interruptions.iter().map(|one| one.wire_bytes).sum::<u64>();
+    report.interruptions = interruptions;
+    moved
+}
+
 /// Watched and steered as any other, a move that waits for its link. That this can't be done is no
 /// reason to give it up.
 fn waiting(
     directories: &Directories,
     request: &Request,
-    moved: &Moved,
+    report: &Report,
     cancel: &Arc<AtomicBool>,
 ) -> Option<Server> {
-    let report = moved.report.as_ref()?;
+    // It may have rebooted since.
+    let found = Host::open().and_then(|host| host.find(&report.uuid));
     let facts = control::Facts {
         role: Role::Source,
         move_id: MoveId::from_random(random().ok()?).to_string(),
         domain: report.domain.clone(),
         uuid: report.uuid.clone(),
-        domid: None,
+        domid: found.ok().flatten().map(DomId::get),
         peer: request.remote.host.clone(),
         guest_bytes: report.guest_bytes,
     };
@@ -383,7 +411,10 @@ fn prepare_and_move(
     };
     let warn = |why| observer.notice(Progress::Warning(why));
     let group = open_group_of(&request.groups, &name, warn);
-    let mut unchanged = || layout.unchanged(&host, domid);
+    let mut unchanged = || {
+        layout.unchanged(&host, domid)?;
+        layout.flush_disks()
+    };
     let mut keep = || keeper::start(directories, &name, &uuid);
     let run = match request.purpose {
         Purpose::Move | Purpose::DryRun => run,

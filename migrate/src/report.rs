@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::codec::{Class, PagesByTechnique};
 use crate::connections::Kept;
+use crate::error::{Error, chain};
 use crate::retry::Interruption;
 use crate::rounds::{Outlook, Prediction, Share, Stop, seconds};
 
@@ -214,6 +215,14 @@ pub struct Report {
     pub connections: Option<Kept>,
     /// What the two workers needed.
     pub memory: MemoryOfBoth,
+}
+
+impl Report {
+    /// The outcome of a move that ended with `error`.
+    #[must_use]
+    pub fn failed(error: &Error) -> String {
+        format!("failed: {}", chain(error))
+    }
 }
 
 /// The version of [`Report`]'s format.

@@ -14,6 +14,20 @@ type Accept = fn(&Fields<'_>, &SitePolicy) -> Result<Value, ConfigurationError>;
 pub(super) const ACCEPTED: &[(&str, Accept)] =
     &[("disks", disk), ("nics", nic), ("vfbs", vfb), ("vkbs", vkb)];
 
+/// Whether some of the devices of libxl's `configuration` are served by QEMU: screens, and disks that
+/// are no plain image or block device.
+pub fn need_qemu(configuration: &Value) -> bool {
+    let devices = |key: &str| {
+        let list = configuration.get(key).and_then(Value::as_array);
+        list.into_iter().flatten()
+    };
+    let by_qemu = |disk: &Value| {
+        let says = |field: &str| disk.get(field).and_then(Value::as_str);
+        says("backend") == Some("qdisk") || !matches!(says("format"), None | Some("raw" | "empty"))
+    };
+    devices("vfbs").next().is_some() || devices("disks").any(by_qemu)
+}
+
 /// Devices are served by domain 0: other domains there are none here.
 fn refuse_backend(device: &Fields<'_>) -> Result<(), ConfigurationError> {
     device.refuse_set("backend_domid")?;

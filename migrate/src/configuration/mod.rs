@@ -21,6 +21,8 @@ mod build;
 mod devices;
 mod fields;
 
+pub use devices::need_qemu;
+
 use crate::wire::{GuestKind, Offer, Text};
 use fields::Fields;
 use serde_json::{Map, Value, json};

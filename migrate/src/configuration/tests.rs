@@ -681,6 +681,27 @@ fn values() -> impl Strategy<Value = Value> {
     })
 }
 
+#[test]
+fn what_qemu_serves_is_told() {
+    let disk = |fields: Value| json!({ "disks": [{ "format": "raw" }, fields] });
+    for plain in [
+        json!({}),
+        json!({ "vfbs": [], "disks": [], "nics": [{}] }),
+        disk(json!({})),
+        disk(json!({ "format": "empty", "is_cdrom": 1 })),
+        disk(json!({ "format": "raw", "backend": "phy" })),
+    ] {
+        assert!(!need_qemu(&plain), "{plain}");
+    }
+    for served in [
+        json!({ "vfbs": [{}] }),
+        disk(json!({ "format": "qcow2" })),
+        disk(json!({ "format": "raw", "backend": "qdisk" })),
+    ] {
+        assert!(need_qemu(&served), "{served}");
+    }
+}
+
 proptest! {
     #[test]
     fn whatever_stands_somewhere_nothing_unlisted_passes(

@@ -28,6 +28,9 @@ use crate::shadow::{Lent, Shadows};
 /// The most places: contents of 1 GiB, whose names are 4 MiB.
 pub const MAX_LIBRARY: usize = 1 << 18;
 
+/// The most pages that are read to find them: guests that are alike have few that are new.
+const MOST_READ: usize = 4 * MAX_LIBRARY;
+
 /// Pages read by one call.
 const RUN: u64 = 256;
 
@@ -72,24 +75,26 @@ impl Library {
             places: Vec::new(),
         };
         let mut seen = HashSet::new();
+        let mut read = 0;
         for listed in shadows.list()? {
             if !listed.memory || listed.uuid == uuid || !group.takes(&listed.name) {
                 continue;
             }
             match shadows.lend(&listed.uuid) {
-                Ok(Some(lent)) => library.add(lent, &mut seen),
+                Ok(Some(lent)) => read += library.add(lent, &mut seen, MOST_READ - read),
                 Ok(None) => {}
                 Err(error) => log::warn!("{}", chain(&error)),
             }
-            if library.places.len() >= MAX_LIBRARY {
+            if library.places.len() >= MAX_LIBRARY || read >= MOST_READ {
                 break;
             }
         }
         Ok(library)
     }
 
-    fn add(&mut self, lent: Lent, seen: &mut HashSet<ContentName>) {
-        let left = MAX_LIBRARY - self.places.len();
+    /// Reads no more than so many pages; how many.
+    fn add(&mut self, lent: Lent, seen: &mut HashSet<ContentName>, most: usize) -> usize {
+        let left = most.min(MAX_LIBRARY - self.places.len());
         // Page tables are of one guest alone.
         let pfns: Vec<Pfn> = lent.with_content(PageType::Normal).take(left).collect();
         let threads = thread::available_parallelism().map_or(1, NonZeroUsize::get);
@@ -116,6 +121,7 @@ impl Library {
             }
         }
         self.files.push(lent.memory);
+        pfns.len()
     }
 
     /// How many places there are.

@@ -29,7 +29,7 @@ use crate::digest::{Digester, MemoryDigest, PageDigest};
 use crate::error::{Error, Result};
 use crate::guest::xen::stream::state::{DomainKind, GuestState, StaticData};
 use crate::image::Image;
-use crate::pages::{PAGE_SIZE, Page, PageSet, PageType};
+use crate::pages::{MAX_PAGES, PAGE_SIZE, Page, PageSet, PageType};
 use crate::report::TrackerKind;
 use crate::wire::GuestKind;
 
@@ -48,6 +48,19 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// The most pages of a guest's memory map on a host of so many. It may be larger than the guest,
+    /// which can have been ballooned down, but not by any factor: the guest says itself how large it
+    /// is, and memory of ours is made for each page. A PVH guest's reaches up to 4 GiB however small
+    /// it is.
+    #[must_use]
+    pub fn most_pages(self, host_pages: u64) -> u64 {
+        let most = match self {
+            Kind::Pv => host_pages.saturating_mul(4),
+            Kind::Pvh => host_pages.saturating_mul(4).max(FOUR_GIB),
+        };
+        most.min(MAX_PAGES)
+    }
+
     /// What a migration stream calls it.
     #[must_use]
     pub const fn domain_kind(self) -> DomainKind {

@@ -56,6 +56,9 @@ const FAREWELL: Duration = Duration::from_secs(5);
 /// How long a link that has ended may take to bring the peer's last word.
 const LAST_WORD: Duration = Duration::from_secs(1);
 
+/// How often is looked whether connections for pages have written what they have.
+const MOMENT: Duration = Duration::from_millis(2);
+
 /// How often a waiting side looks whether it was cancelled.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -87,9 +90,18 @@ pub(super) enum Outgoing {
     Pages(Encoding),
     /// Asks how many bytes were written before it.
     Mark(Sender<u64>),
-    /// From now on this connection takes its part of these, until there are no more, or it is told
-    /// to stop.
-    Share(Receiver<Placed>, Arc<AtomicBool>),
+    /// From now on this connection takes its part of the batches, until there are no more, or it is
+    /// told to stop.
+    Share(Share),
+}
+
+/// What connections for pages share.
+#[derive(Clone)]
+pub(super) struct Share {
+    pub(super) batches: Receiver<Placed>,
+    pub(super) stop: Arc<AtomicBool>,
+    /// How many batches were written, by all of them.
+    pub(super) written: Arc<AtomicU64>,
 }
 
 /// A batch of pages, and where it stands in the stream.
@@ -422,11 +434,16 @@ impl Conversation {
         let written = self.mark()?;
         loop {
             match written.recv_timeout(self.patience(TICK)) {
-                Ok(_) => return Ok(()),
+                Ok(_) => break,
                 Err(RecvTimeoutError::Timeout) => self.check()?,
                 Err(RecvTimeoutError::Disconnected) => return Err(self.end_reason()),
             }
         }
+        while self.spreading.as_ref().is_some_and(Spreading::is_behind) {
+            self.check()?;
+            thread::sleep(self.patience(MOMENT));
+        }
+        Ok(())
     }
 
     fn queue(&mut self, mut waiting: Outgoing) -> Result<()> {
@@ -621,14 +638,15 @@ fn write_frames(
                 let batch = paced.encoded(&pages, &sign_of_life)?;
                 paced.write(&Tag::Pages.header(batch.len())?, &batch)?;
             }
-            Ok(Outgoing::Share(batches, stop)) => {
-                while !stop.load(Ordering::Relaxed) {
-                    match batches.recv_timeout(SIGN_OF_LIFE) {
+            Ok(Outgoing::Share(share)) => {
+                while !share.stop.load(Ordering::Relaxed) {
+                    match share.batches.recv_timeout(SIGN_OF_LIFE) {
                         Ok(Placed { place, pages }) => {
                             let batch = paced.encoded(&pages, &sign_of_life)?;
                             let place = place.to_bytes();
                             let header = Tag::Batch.header(place.len() + batch.len())?;
                             paced.write(&[&header[..], &place[..]].concat(), &batch)?;
+                            share.written.fetch_add(1, Ordering::Relaxed);
                         }
                         Err(RecvTimeoutError::Timeout) => paced.write(&[], &sign_of_life)?,
                         Err(RecvTimeoutError::Disconnected) => break,

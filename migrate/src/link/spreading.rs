@@ -12,12 +12,12 @@
 //! the stream. A connection that breaks ends the conversation: what was on its way is not known.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Sender, TryRecvError, bounded};
 
-use super::conversation::{Heard, Outgoing, Placed};
+use super::conversation::{Heard, Outgoing, Placed, Share};
 use super::{Conversation, Link};
 use crate::codec::Encoding;
 use crate::error::{Error, Result, chain};
@@ -71,6 +71,8 @@ pub(super) struct Spreading {
     complete: bool,
     connections: Vec<Conversation>,
     stop: Arc<AtomicBool>,
+    /// How many batches were written.
+    written: Arc<AtomicU64>,
 }
 
 /// A connection that is to join a move.
@@ -151,6 +153,11 @@ impl Spreading {
         Placed { place, pages }
     }
 
+    /// Whether batches wait to be written.
+    pub(super) fn is_behind(&self) -> bool {
+        self.written.load(Ordering::Relaxed) < self.place.batches
+    }
+
     /// How long the connections were held up, each of them.
     pub(super) fn held_up(&self, of: impl Fn(&Conversation) -> Duration) -> Duration {
         let all: Duration = self.connections.iter().map(of).sum();
@@ -216,9 +223,13 @@ impl Conversation {
         self.send(&ToDestination::Spread(which))?;
         let connections: Vec<_> = connections.into_iter().map(|(_, it)| it).collect();
         let (queue, batches) = bounded(queue);
-        let stop = Arc::<AtomicBool>::default();
+        let share = Share {
+            batches,
+            stop: Arc::default(),
+            written: Arc::default(),
+        };
         for connection in &connections {
-            let share = Outgoing::Share(batches.clone(), Arc::clone(&stop));
+            let share = Outgoing::Share(share.clone());
             let taken = connection
                 .outgoing
                 .as_ref()
@@ -233,7 +244,8 @@ impl Conversation {
             place: Place::default(),
             complete: false,
             connections,
-            stop,
+            stop: share.stop,
+            written: share.written,
         });
         Ok(())
     }

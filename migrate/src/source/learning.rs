@@ -22,6 +22,10 @@ use crate::link::{Conversation, Received};
 use crate::shadow::{Shadows, inventory};
 use crate::wire::{Acceptance, GroupOffer, Message, MoveId, ShadowHead, ToDestination, ToSource};
 
+/// How long the destination may take to read what it has of other guests. Heartbeats tell whether it
+/// lives.
+const READING: Duration = Duration::from_secs(3600);
+
 /// The guest that the destination is asked about.
 pub(crate) struct Asked<'a> {
     /// What this site knows of it.
@@ -149,7 +153,7 @@ fn ask_shared(
     peer.send(&ToDestination::Prove(proof))?;
     let mut known = Known::nothing(group);
     loop {
-        let (total, names) = match receive(peer, HANDLING)? {
+        let (total, names) = match receive(peer, READING)? {
             ToSource::Shares { total, names } => (total, names),
             other => return Err(unexpected(peer, &other)),
         };

@@ -135,7 +135,8 @@ pub struct Move<'a> {
     pub tend: &'a mut dyn FnMut() -> Option<String>,
     /// Opens one more connection to the destination's worker, for pages.
     pub open: &'a mut dyn FnMut() -> Result<Link>,
-    /// Checks, right before and after the suspend, that the guest still is what was offered.
+    /// Checks, right before and after the suspend, that the guest still is what was offered, and
+    /// that its disks have what was written to them.
     pub unchanged: &'a mut dyn FnMut() -> Result<()>,
     /// Starts what takes the place of `xl`'s monitor: called where the guest goes on here after it
     /// was suspended.
@@ -275,7 +276,7 @@ impl<'a> Session<'a> {
     fn conclude(mut self, done: &str, result: Result<()>) -> (Report, Result<()>) {
         self.report.outcome = match &result {
             Ok(()) => done.into(),
-            Err(error) => format!("failed: {}", chain(error)),
+            Err(error) => Report::failed(error),
         };
         let carries = self.encoder.choice().link().seen();
         let carries = carries.filter(|_| self.go.peer.limit().is_none());

@@ -3,6 +3,8 @@
 //! Each refusal names what is in the way. What only shows later (a device added on the way) is
 //! found by comparing [`Layout`]s right before and after the suspend.
 
+use std::fs::File;
+
 use serde_json::Value;
 use xen_sys::DomId;
 use xen_sys::toolstack::DomainKind;
@@ -81,6 +83,24 @@ impl Layout {
             }
         }
         document
+    }
+
+    /// Sees to it that what was written to the guest's disks is on them: of a file the host's cache
+    /// may hold it, where another host does not see it, and write it much later.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where that fails.
+    pub fn flush_disks(&self) -> Result<()> {
+        let disks = self.configuration.get("disks").and_then(Value::as_array);
+        for disk in disks.into_iter().flatten() {
+            let writable = disk.get("readwrite").is_some_and(is_true);
+            if let (true, Some(path)) = (writable, disk.get("pdev_path").and_then(Value::as_str)) {
+                File::open(path)
+                    .and_then(|disk| disk.sync_all())
+                    .context(|| format!("Can't flush the guest's disk {path}"))?;
+            }
+        }
+        Ok(())
     }
 
     /// # Errors

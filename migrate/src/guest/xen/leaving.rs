@@ -34,6 +34,8 @@ pub(super) struct Leaving {
     /// `pages` is known once the kind of guest has found it out.
     pub facts: Facts,
     pub tracker: Tracker,
+    /// The most pages that its memory map may have.
+    pub most_pages: u64,
     digester: Digester,
     comparer: Comparer,
     /// The digest of an ordinary page of zeros.
@@ -73,6 +75,10 @@ impl Leaving {
         let host = Host::open()?;
         let memory = ForeignMemory::open().context(|| "Can't map guests' memory")?;
         let info = host.info(domid)?;
+        let physical = host
+            .ctl()
+            .physical_info()
+            .context(|| "Can't read about this host")?;
         let facts = Facts {
             name: host.name(domid)?,
             uuid: host.uuid_text(&info),
@@ -83,6 +89,7 @@ impl Leaving {
         let digester = Digester::new(key);
         Ok(Leaving {
             tracker: Tracker::new(domid, wanted),
+            most_pages: kind.most_pages(physical.total_pages),
             host,
             memory,
             domid,

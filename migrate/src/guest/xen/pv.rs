@@ -28,7 +28,7 @@ use crate::guest::xen::p2m::{self, P2mDescription};
 use crate::guest::xen::page_table::normalise;
 use crate::guest::xen::stream::state::{GuestState, PvState, StaticData};
 use crate::guest::{Batch, Dirty, Facts, Kind, Moment, PageTable, Source};
-use crate::pages::{MAX_PAGES, PAGE_SIZE, Page, PageSet, PageType};
+use crate::pages::{PAGE_SIZE, Page, PageSet, PageType};
 use crate::report::TrackerKind;
 
 /// Bytes of a PV guest's pointers and p2m entries: only 64-bit guests are moved.
@@ -96,7 +96,8 @@ impl PvSource {
     fn walk_p2m(&self) -> Result<(Vec<u64>, Vec<u64>)> {
         let shared = P2mDescription::parse(&*self.shared_info()?);
         let highest = self.m2p.frames().saturating_sub(1);
-        let walked = p2m::find(&shared, highest, MAX_PAGES, |mfn, page| {
+        let most = self.leaving.most_pages;
+        let walked = p2m::find(&shared, highest, most, |mfn, page| {
             self.leaving.copy_frame(mfn, page).ok_or(Unmapped)
         })
         .map_err(|error| Error::Guest {

@@ -31,7 +31,7 @@ use crate::digest::DigestKey;
 use crate::error::{Error, IoContext, Result};
 use crate::guest::xen::stream::state::{GuestState, HvmState, StaticData};
 use crate::guest::{Batch, Dirty, Facts, Kind, Moment, PageTable, Source};
-use crate::pages::{MAX_PAGES, PageSet, PageType, Pfn};
+use crate::pages::{PageSet, PageType, Pfn};
 use crate::report::TrackerKind;
 
 /// A PVH guest on this host.
@@ -60,7 +60,7 @@ impl PvhSource {
             .ctl()
             .nr_gpfns(domid)
             .context(|| "Can't read the guest's size")?;
-        if pages > MAX_PAGES {
+        if pages > leaving.most_pages {
             return Err(Error::Guest {
                 what: format!("memory reaches up to frame {pages:#x}"),
             });

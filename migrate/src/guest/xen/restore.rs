@@ -34,7 +34,7 @@ use super::pv::start_info_rings;
 use super::stream::state::{GuestState, StaticData};
 use super::stream::{Framing, StreamPage, StreamWriter};
 use super::verify;
-use crate::configuration::balloon_target;
+use crate::configuration::{balloon_target, need_qemu};
 use crate::digest::Digester;
 use crate::error::{Error, IoContext, Result, chain};
 use crate::guest::{Destination, Kind};
@@ -168,6 +168,12 @@ impl XenDestination {
         })
     }
 
+    /// Whether devices can be attached while memory still arrives: libxl starts QEMU at the end of a
+    /// restore only, and refuses any device before that which comes with such a one.
+    fn attaches_early(&self) -> bool {
+        !need_qemu(&self.incoming.configuration)
+    }
+
     /// The configuration with this attempt's memory and the name of an incoming guest, without the
     /// devices that are attached beforehand.
     fn configuration(&self, populated: u64) -> Result<DomainConfig> {
@@ -179,9 +185,11 @@ impl XenDestination {
         let most = build["max_memkb"].as_u64().unwrap_or(0).max(target);
         build["target_memkb"] = target.into();
         build["max_memkb"] = most.into();
-        for key in DEVICES {
-            if let Some(devices) = json.as_object_mut() {
-                devices.remove(key);
+        if self.attaches_early()
+            && let Some(json) = json.as_object_mut()
+        {
+            for key in DEVICES {
+                json.remove(key);
             }
         }
         self.host
@@ -209,7 +217,10 @@ impl XenDestination {
         let domid = shown?;
         self.domid = Some(domid);
         self.hold_memory(populated)?;
-        self.attach_devices(domid, &bare)
+        match self.attaches_early() {
+            true => self.attach_devices(domid, &bare),
+            false => Ok(()),
+        }
     }
 
     /// Whether there is memory for the guest now. Nothing is held.
@@ -688,7 +699,9 @@ impl Destination for XenDestination {
         let fed = locked(&restore.shared.work)?.fed;
         self.domid = Some(domid);
         self.devices_attached()?;
-        self.record_devices(domid)?;
+        if self.attaches_early() {
+            self.record_devices(domid)?;
+        }
         if let (Some(fed), Some(since)) = (fed, self.completing) {
             parts.push(("feed".into(), rounded(fed - since)));
             parts.push(("libxl after the stream".into(), rounded(fed.elapsed())));
