@@ -131,6 +131,19 @@ pub(crate) fn set_repair(fd: BorrowedFd<'_>, mode: Repair) -> io::Result<()> {
     set(fd, libc::IPPROTO_TCP, libc::TCP_REPAIR, &[mode as c_int])
 }
 
+/// Undoes a connection: the socket has no peer any more, as after a close. One in repair mode does
+/// so silently.
+pub(crate) fn disconnect(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let nobody = libc::sockaddr {
+        sa_family: libc::AF_UNSPEC as libc::sa_family_t,
+        sa_data: [0; 14],
+    };
+    let length = socklen_t::try_from(size_of_val(&nobody)).map_err(io::Error::other)?;
+    // SAFETY: `nobody` is valid for reads of `length` bytes, and the kernel only reads it.
+    let result = unsafe { libc::connect(fd.as_raw_fd(), &raw const nobody, length) };
+    check(result).map(drop)
+}
+
 /// Chooses the queue that [`queue_seq`], [`set_queue_seq`] and a peek mean.
 pub(crate) fn set_repair_queue(fd: BorrowedFd<'_>, queue: Queue) -> io::Result<()> {
     set(

@@ -456,6 +456,38 @@ fn a_reload_keeps_connections_and_a_bad_file_changes_nothing() {
     exchange(&mut stream, b"goes on");
 }
 
+/// Each looks at what the other one holds.
+#[test]
+fn lists_and_reloads_do_not_wait_for_each_other_for_ever() {
+    let setup = Setup::new("", "");
+    let text = setup.text("", "", r#""127.0.0.1:0""#);
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let lists: Vec<_> = (0..2)
+        .map(|_| {
+            let (proxy, stop) = (Arc::clone(&setup.proxy), Arc::clone(&stop));
+            std::thread::spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    assert_eq!(proxy.list().unwrap().guests.len(), 1);
+                }
+            })
+        })
+        .collect();
+    for _ in 0..20 {
+        let (proxy, text) = (Arc::clone(&setup.proxy), text.clone());
+        let reloads = std::thread::spawn(move || {
+            for _ in 0..100 {
+                proxy.reload(Config::parse(&text, "x").unwrap()).unwrap();
+            }
+        });
+        wait_until(|| reloads.is_finished());
+        reloads.join().unwrap();
+    }
+    stop.store(true, Ordering::Relaxed);
+    wait_until(|| lists.iter().all(std::thread::JoinHandle::is_finished));
+    lists.into_iter().for_each(|list| list.join().unwrap());
+    exchange(&mut setup.connect(), b"as ever");
+}
+
 #[test]
 fn control_is_for_its_owner_and_speaks_one_version() {
     let setup = Setup::new("", "");

@@ -244,6 +244,43 @@ fn connections_go_on_in_the_new_program() {
     assert!(program.child.try_wait().unwrap().is_none());
 }
 
+/// Whoever lists the guests again and again does so also while the next program is asked whether
+/// it can take over, and while all is put down.
+#[test]
+fn lists_do_not_stop_an_upgrade() {
+    let mut program = Program::start(echo_server());
+    let mut stream = program.connect();
+    exchange(&mut stream, b"before");
+    let stop = Arc::new(AtomicBool::new(false));
+    let lists: Vec<_> = (0..3)
+        .map(|_| {
+            let (control, stop) = (program.directory.join("control"), Arc::clone(&stop));
+            std::thread::spawn(move || {
+                let (mut client, mut answers) = (None, 0);
+                while !stop.load(Ordering::Relaxed) {
+                    let mut own = client.take().or_else(|| Client::connect(&control).ok());
+                    // Its connection ends with the program before.
+                    if let Some(Ok(overview)) = own.as_mut().map(Client::list) {
+                        assert_eq!(overview.guests.len(), 1);
+                        answers += 1;
+                        client = own;
+                    }
+                }
+                answers
+            })
+        })
+        .collect();
+    for round in 0..10 {
+        program.upgrade();
+        exchange(&mut stream, format!("round {round}").as_bytes());
+    }
+    stop.store(true, Ordering::Relaxed);
+    for list in lists {
+        assert!(list.join().unwrap() > 0);
+    }
+    exchange(&mut program.connect(), b"after");
+}
+
 /// Whoever asks for a new configuration again and again does so also between the two programs.
 #[test]
 fn a_signal_that_comes_in_between_ends_nothing() {

@@ -15,6 +15,7 @@
 //! guest had sent goes on to the client. Nothing is written to the guest. Frozen sockets hear
 //! nothing any more. In `Moved`, the new socket exists and has sent nothing.
 
+mod going_back;
 mod handing;
 mod moving;
 
@@ -91,7 +92,7 @@ enum Stage {
 }
 
 pub(crate) use handing::Packed;
-pub(crate) use moving::Step;
+pub(crate) use moving::{Step, Way};
 
 /// One line of a list.
 #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -384,17 +385,27 @@ impl Connection {
 
     /// Keeps the upstream socket until the guest has acknowledged everything: the kernel would
     /// send it on without the socket, but only to where the guest is now.
+    ///
+    /// The guest's last word may come while it is held, up to the freeze. Then nothing is left that
+    /// could be moved.
     fn settle(&mut self, ctx: &Context<'_>) -> Next {
-        if !matches!(self.stage, Stage::Normal | Stage::Proving(_)) {
+        let held = matches!(self.stage, Stage::Held { .. });
+        if matches!(self.stage, Stage::Moved(_) | Stage::Unmovable(_)) {
             return Next::Wait;
         }
         let Upstream::Open(endpoint) = &self.upstream else {
-            return Next::Done;
+            return if held { Next::Wait } else { Next::Done };
         };
-        let since = *self.settle_since.get_or_insert(ctx.now);
         let gone = repair::tcp_info(&endpoint.stream)
             .is_ok_and(|info| matches!(info.state, TcpState::Closed | TcpState::TimeWait));
-        if gone || repair::unacknowledged(&endpoint.stream).is_ok_and(|bytes| bytes == 0) {
+        if gone {
+            return Next::Done;
+        }
+        if held {
+            return Next::Wait;
+        }
+        let since = *self.settle_since.get_or_insert(ctx.now);
+        if repair::unacknowledged(&endpoint.stream).is_ok_and(|bytes| bytes == 0) {
             return Next::Done;
         }
         if ctx.now.duration_since(since) >= ctx.limits.linger.0 {

@@ -1,5 +1,6 @@
 //! What the steps of a guest's move do to one connection.
 
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use mio::net::TcpStream;
@@ -29,10 +30,10 @@ const PROVING: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub(super) struct Moved {
     /// The old socket, in repair mode. None if the new one has the very same addresses.
-    old: Option<TcpStream>,
+    pub(super) old: Option<TcpStream>,
     snapshot: Snapshot,
     /// What the old one had to reach, if it had not yet when it was held.
-    before: Option<Box<Proving>>,
+    pub(super) before: Option<Box<Proving>>,
 }
 
 #[derive(Debug)]
@@ -116,9 +117,21 @@ pub(crate) enum Step {
     Gone,
 }
 
+/// Where the guest is reached now, and where at another site.
+pub(crate) type Way = (SocketAddr, SocketAddr);
+
 impl Connection {
     pub(crate) fn is_waiting(&self) -> bool {
         matches!(self.upstream, Upstream::Waiting)
+    }
+
+    /// Where it leads now, and where it would while the guest is at `site`.
+    pub(crate) fn way(&self, site: &str) -> Option<Way> {
+        let Upstream::Open(endpoint) = &self.upstream else {
+            return None;
+        };
+        let to = self.guest.settings().upstream(site, &self.service)?;
+        Some((endpoint.stream.peer_addr().ok()?, to))
     }
 
     /// The round trip time to the guest, if known.
@@ -185,7 +198,7 @@ impl Connection {
         Step::Taken
     }
 
-    fn unmovable(&mut self, why: String) {
+    pub(super) fn unmovable(&mut self, why: String) {
         log::warn!(
             "Connection {} of {}: {why}",
             self.admission.id,
@@ -256,15 +269,23 @@ impl Connection {
             mark,
             waiting,
         };
+        let registered = |source| Error::Repair {
+            step: "watch",
+            source,
+        };
         // Two sockets can't have the same addresses on both ends: what has them goes first.
         ctx.late.forget(snapshot.local, remote);
         let in_place = remote == snapshot.remote;
         let socket = if in_place {
-            let Upstream::Open(old) = std::mem::replace(&mut self.upstream, Upstream::Waiting)
+            let Upstream::Open(mut old) = std::mem::replace(&mut self.upstream, Upstream::Waiting)
             else {
                 return Ok(Step::Waits);
             };
             let clock = repair::clock(&old.stream)?;
+            ctx.registry
+                .deregister(&mut old.stream)
+                .map_err(registered)?;
+            repair::vacate(&old.stream)?;
             drop(old);
             repair::restore(&snapshot, options, clock)?
         } else {
@@ -279,10 +300,6 @@ impl Connection {
                 source,
             })?;
         let mut stream = TcpStream::from_std(socket.into());
-        let registered = |source| Error::Repair {
-            step: "watch",
-            source,
-        };
         if let Upstream::Open(endpoint) = &mut self.upstream {
             ctx.registry
                 .deregister(&mut endpoint.stream)
@@ -340,7 +357,7 @@ impl Connection {
     }
 
     /// Goes on with the new socket: at the new site, or where it was if it `went_back`.
-    fn proceed(&mut self, moved: Moved, went_back: bool, ctx: &mut Context<'_>) {
+    pub(super) fn proceed(&mut self, moved: Moved, went_back: bool, ctx: &mut Context<'_>) {
         let Moved {
             old,
             snapshot,
@@ -506,103 +523,9 @@ impl Connection {
         }
     }
 
-    /// Goes back from the new socket to the old one, which is frozen still. Where there is no
-    /// old one, the new one has its addresses and serves as well.
-    pub(crate) fn undo(&mut self, ctx: &mut Context<'_>) -> Step {
-        let Stage::Moved(moved) = &mut self.stage else {
-            return if self.is_waiting() {
-                Step::Waits
-            } else {
-                Step::Taken
-            };
-        };
-        let Some(mut old) = moved.old.take() else {
-            return Step::Taken;
-        };
-        let before = moved.before.take();
-        let silenced = match &self.upstream {
-            Upstream::Open(new) => repair::silence(&new.stream),
-            _ => Ok(()),
-        };
-        // In repair mode it could not be read.
-        let silenced = silenced.and_then(|()| repair::resume(&old));
-        self.upstream = Upstream::Waiting;
-        let registered = self.register(&mut old, ctx);
-        self.upstream = Upstream::Open(Endpoint::new(old));
-        let frozen = true;
-        self.stage = Stage::Held { frozen, before };
-        match (silenced, registered) {
-            (Ok(()), Ok(())) => Step::Taken,
-            (Err(error), _) => {
-                self.unmovable(error.chain());
-                Step::Failed
-            }
-            (_, Err(error)) => {
-                self.unmovable(error.to_string());
-                Step::Failed
-            }
-        }
-    }
-
     /// Whether a move has hold of it: what is only prepared touches no connection.
     pub(crate) fn is_held(&self) -> bool {
         !matches!(self.stage, Stage::Normal | Stage::Proving(_))
-    }
-
-    /// The move is off: the connection goes on at the old site.
-    pub(crate) fn cancel(&mut self, ctx: &mut Context<'_>) -> std::result::Result<Step, String> {
-        match std::mem::replace(&mut self.stage, Stage::Normal) {
-            Stage::Held { frozen, before } => self.go_back(frozen, before, ctx),
-            Stage::Unmovable(why) => match self.upstream {
-                Upstream::Open(_) => self.go_back(true, None, ctx),
-                _ if self.client_lost => Ok(Step::Gone),
-                _ => Err(why),
-            },
-            Stage::Moved(moved) if moved.old.is_some() => {
-                self.stage = Stage::Moved(moved);
-                self.undo(ctx);
-                self.cancel(ctx)
-            }
-            Stage::Moved(moved) => {
-                self.proceed(*moved, true, ctx);
-                Ok(Step::Taken)
-            }
-            stage @ (Stage::Normal | Stage::Proving(_)) => {
-                self.stage = stage;
-                Ok(Step::Taken)
-            }
-        }
-    }
-
-    fn go_back(
-        &mut self,
-        frozen: bool,
-        before: Option<Box<Proving>>,
-        ctx: &mut Context<'_>,
-    ) -> std::result::Result<Step, String> {
-        match &self.upstream {
-            Upstream::Open(endpoint) => {
-                if frozen {
-                    repair::thaw(&endpoint.stream).map_err(|error| error.chain())?;
-                    let _ = tune(SockRef::from(&endpoint.stream), ctx.limits);
-                }
-                if self.client_lost {
-                    return Ok(Step::Gone);
-                }
-                if let Some(proving) = before {
-                    self.stage = Stage::Proving(proving);
-                }
-                Ok(Step::Taken)
-            }
-            Upstream::Connecting(..) => Ok(Step::Waits),
-            Upstream::Waiting => {
-                if self.client_lost {
-                    return Ok(Step::Gone);
-                }
-                self.connect(ctx).map_err(|error| error.chain())?;
-                Ok(Step::Waits)
-            }
-        }
     }
 
     /// Looks after a released connection until the guest has answered and can't know more than

@@ -15,7 +15,7 @@ mod handing;
 mod moves;
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashSet, VecDeque};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -28,7 +28,7 @@ use slab::Slab;
 use socket2::Socket;
 
 use crate::config::{Limits, ServiceConfig};
-use crate::connection::{Connection, ConnectionInfo, Context, Next};
+use crate::connection::{Connection, ConnectionInfo, Context, Next, Way};
 use crate::error::{Result, system};
 use crate::guest::{Guest, Shared};
 use crate::retarget::late::Late;
@@ -89,6 +89,12 @@ pub(crate) enum Command {
         guest: String,
         grace: Duration,
         reply: Sender<Tally>,
+    },
+    /// Where connections of the guest lead, and where they would at the site.
+    Ways {
+        guest: String,
+        site: String,
+        reply: Sender<BTreeSet<Way>>,
     },
     Retarget {
         guest: String,
@@ -433,6 +439,9 @@ impl Worker {
                 grace,
                 reply,
             } => self.hold(guest, grace, reply),
+            Command::Ways { guest, site, reply } => {
+                let _ = reply.send(self.ways(&guest, &site));
+            }
             Command::Retarget {
                 guest,
                 site,

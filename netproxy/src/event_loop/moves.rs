@@ -10,11 +10,12 @@
 //! clients have sent nothing until then: with a thousand of them, probes and the answers to these
 //! would hold up what somebody waits for.
 
+use std::collections::BTreeSet;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use super::{Slot, Tally, Worker};
-use crate::connection::{Connection, Context, Next, Step};
+use crate::connection::{Connection, Context, Next, Step, Way};
 
 /// So many connections are moved in one round of the loop.
 const BATCH: usize = 64;
@@ -161,6 +162,13 @@ impl Worker {
             tally: Tally::default(),
             reply,
         });
+    }
+
+    /// The ways of all connections of a guest, each of them once.
+    pub(super) fn ways(&self, guest: &str, site: &str) -> BTreeSet<Way> {
+        let own = self.live().filter(|(_, c)| c.guest.name == guest);
+        own.filter_map(|(_, connection)| connection.way(site))
+            .collect()
     }
 
     pub(super) fn retarget(&mut self, guest: &str, site: String, mark: u32, reply: Sender<Tally>) {

@@ -54,7 +54,7 @@ impl Proxy {
         match request {
             Request::List => value(self.list()?),
             Request::Prepare { guest, site, tied } => {
-                let term = tied.then(|| Term::of(caller));
+                let term = tied.then(|| Term::of(caller, Instant::now()));
                 value(self.prepare_for(&guest, &site, term)?)
             }
             Request::Hold {

@@ -1,7 +1,9 @@
 //! The proxy as a whole: threads, listeners, and the steps of moves.
 
 mod desk;
+mod memory;
 mod moves;
+mod turn;
 mod upgrade;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,10 +28,10 @@ use crate::repair;
 use crate::retarget::lease::Leases;
 use crate::retarget::path::Paths;
 use crate::retarget::phase::Phase;
-use crate::state_file;
 use crate::upgrade::Program;
 use crate::upgrade::state::State;
 use desk::Desk;
+use turn::Turns;
 
 /// How long the threads may take for one step.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -41,7 +43,8 @@ pub struct GuestInfo {
     pub name: String,
     /// The site where it is.
     pub site: String,
-    /// Where its move is.
+    /// Where its move is. A step that is under way shows at its end: only a guest that nobody
+    /// moves is settled.
     #[serde(flatten)]
     pub phase: Phase,
     /// Whether it takes no new connections.
@@ -76,12 +79,19 @@ struct Listeners {
 }
 
 /// A running proxy. Dropping it ends it, and all its connections.
+// Whoever locks more than one thing does it in this order:
+//
+//   moves ──▶ a guest's turn ──▶ listeners ───▶ shared.guests ──▶ workers
+//                       └──────▶ remembering ──────▲
+//
+// Nothing else is locked while one of the other locks is held. What has a turn, or anything after
+// it, never asks for `turns_of` a guest: an upgrade holds `moves` from its beginning to its end.
 #[derive(Debug)]
 pub struct Proxy {
     shared: Arc<Shared>,
     workers: Mutex<Vec<WorkerHandle>>,
     listeners: Mutex<Listeners>,
-    moves: Mutex<BTreeMap<String, Arc<Mutex<Phase>>>>,
+    moves: Mutex<BTreeMap<String, Arc<Turns>>>,
     /// When each guest last left a site.
     left: Mutex<BTreeMap<(String, String), Instant>>,
     /// What is lent, and a bell that rings when that changes.
@@ -94,6 +104,8 @@ pub struct Proxy {
     /// How many pipes, and their size.
     pipes: (usize, usize),
     state: Option<PathBuf>,
+    /// Held by who writes the state file.
+    remembering: Mutex<()>,
     control: PathBuf,
     file: Option<PathBuf>,
     /// What takes this program's place at an upgrade.
@@ -150,6 +162,7 @@ impl Proxy {
             grace: settings.grace.0,
             pipes: (settings.pipes, settings.pipe_size.0),
             state: settings.state.clone(),
+            remembering: Mutex::default(),
             control: settings.control.clone(),
             file,
             program,
@@ -192,10 +205,7 @@ impl Proxy {
     /// Takes guests, services and limits of a configuration. Listeners that stay keep their
     /// sockets, and with them the clients in their queues.
     fn apply(&self, config: Config) -> Result<()> {
-        let known = match &self.state {
-            Some(path) => state_file::load(path)?,
-            None => BTreeMap::new(),
-        };
+        let known = self.remembered()?;
         let mut listeners = lock(&self.listeners);
         // First all that can fail: new sockets, one for each thread.
         let threads = lock(&self.workers).len();
@@ -327,24 +337,6 @@ impl Proxy {
             .ok_or_else(|| Error::UnknownGuest(name.to_owned()))
     }
 
-    /// Writes down where each guest is.
-    fn remember(&self) -> Result<()> {
-        let Some(path) = &self.state else {
-            return Ok(());
-        };
-        let guests = self
-            .shared
-            .guests
-            .read()
-            .unwrap_or_else(PoisonError::into_inner);
-        let sites = guests
-            .iter()
-            .map(|(name, guest)| (name.clone(), guest.site()))
-            .collect();
-        drop(guests);
-        state_file::note(path, sites)
-    }
-
     /// Refuses new connections, of one guest or of all, or takes them again. Open ones go on.
     ///
     /// # Errors
@@ -377,13 +369,13 @@ impl Proxy {
     /// Does something while no guest is moved, and no move can start.
     fn while_settled<T>(&self, what: impl FnOnce() -> Result<T>) -> Result<T> {
         let moves = lock(&self.moves);
-        let mut phases = Vec::new();
-        for (name, phase) in moves.iter() {
-            let guard = phase.try_lock().map_err(|_| Error::Busy(name.clone()))?;
-            if *guard != Phase::Settled {
+        let mut all = Vec::new();
+        for (name, turns) in moves.iter() {
+            let turn = turns.take().ok_or_else(|| Error::Busy(name.clone()))?;
+            if turn.phase() != Phase::Settled {
                 return Err(Error::Busy(name.clone()));
             }
-            phases.push(guard);
+            all.push(turn);
         }
         what()
     }
@@ -412,15 +404,21 @@ impl Proxy {
             .read()
             .unwrap_or_else(PoisonError::into_inner)
             .clone();
+        // Before the listeners are locked, and before it is looked where a guest is: one that
+        // arrives meanwhile is not to look settled where it was.
+        let guests: Vec<(Arc<Guest>, Phase)> = guests
+            .into_values()
+            .map(|guest| {
+                let phase = self.turns_of(&guest.name).phase();
+                (guest, phase)
+            })
+            .collect();
         let listeners = lock(&self.listeners);
         let guests = guests
-            .into_values()
-            .map(|guest| GuestInfo {
+            .into_iter()
+            .map(|(guest, phase)| GuestInfo {
                 site: guest.site(),
-                phase: self
-                    .phase(&guest.name)
-                    .try_lock()
-                    .map_or_else(|_| Phase::Settled, |p| p.clone()),
+                phase,
                 draining: guest.draining(),
                 connections: guest.open(),
                 listeners: listeners

@@ -1,11 +1,13 @@
 //! The steps of a guest's move, over all threads, and what happens when its lease is over.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::turn::{Turn, Turns};
 use super::{Proxy, lock};
 use crate::config::GuestConfig;
 use crate::error::{Error, Result};
@@ -22,7 +24,8 @@ use crate::retarget::phase::{Asked, Phase};
 const LAST_QUESTION: Duration = Duration::from_secs(1);
 
 impl Proxy {
-    pub(super) fn phase(&self, guest: &str) -> Arc<Mutex<Phase>> {
+    /// The turns at a guest's move. Not for who holds one of the locks that come after `moves`.
+    pub(super) fn turns_of(&self, guest: &str) -> Arc<Turns> {
         Arc::clone(lock(&self.moves).entry(guest.to_owned()).or_default())
     }
 
@@ -41,15 +44,25 @@ impl Proxy {
         term: Option<Term>,
     ) -> Result<Warmth> {
         let known = self.guest(guest)?;
-        let settings = known.settings();
-        if !settings.sites.contains_key(site) {
-            let (guest, site) = (guest.to_owned(), site.to_owned());
-            return Err(Error::UnknownSite { guest, site });
-        }
+        refuse_unknown(&known, site)?;
         repair::probe_permission()?;
-        let phase = self.phase(guest);
-        let mut phase = lock(&phase);
-        let next = phase.after(guest, &Asked::Prepare(site.to_owned()))?;
+        let turns = self.turns_of(guest);
+        self.prepare_now(&known, &mut turns.wait(), site, term)
+    }
+
+    fn prepare_now(
+        &self,
+        known: &Guest,
+        turn: &mut Turn<'_>,
+        site: &str,
+        term: Option<Term>,
+    ) -> Result<Warmth> {
+        let (guest, settings) = (known.name.as_str(), known.settings());
+        let next = turn
+            .phase()
+            .after(guest, &Asked::Prepare(site.to_owned()))?;
+        // What comes takes its time, and nothing of it is an error.
+        turn.set(next);
         let mut warmth = Warmth::default();
         match settings.probe(site) {
             Some(remote) => match path::probe(remote, settings.source) {
@@ -71,7 +84,6 @@ impl Proxy {
         for warning in &warmth.warnings {
             log::warn!("Preparing {guest} for {site}: {warning}");
         }
-        *phase = next;
         match term {
             Some(term) => self.lend(guest, term),
             None => lock(&self.leases.0).end(guest),
@@ -91,11 +103,15 @@ impl Proxy {
 
     pub(super) fn hold_for(&self, guest: &str, term: Term, by: Option<u64>) -> Result<Tally> {
         self.guest(guest)?;
-        let phase = self.phase(guest);
-        let mut phase = lock(&phase);
+        let turns = self.turns_of(guest);
+        let mut turn = turns.wait();
         self.refuse_stranger(guest, by)?;
-        let next = phase.after(guest, &Asked::Hold)?;
-        *phase = next;
+        self.hold_now(guest, &mut turn, term)
+    }
+
+    fn hold_now(&self, guest: &str, turn: &mut Turn<'_>, term: Term) -> Result<Tally> {
+        let next = turn.phase().after(guest, &Asked::Hold)?;
+        turn.set(next);
         self.lend(guest, term);
         self.tally(|reply| Command::Hold {
             guest: guest.to_owned(),
@@ -114,12 +130,17 @@ impl Proxy {
 
     pub(super) fn retarget_by(&self, guest: &str, by: Option<u64>) -> Result<Tally> {
         let known = self.guest(guest)?;
-        let phase = self.phase(guest);
-        let mut phase = lock(&phase);
+        let turns = self.turns_of(guest);
+        let mut turn = turns.wait();
         self.refuse_stranger(guest, by)?;
-        let next = phase.after(guest, &Asked::Retarget)?;
-        let site = phase.destination().unwrap_or_default().to_owned();
-        let block = self.block(&known, &site)?;
+        self.retarget_now(&known, &mut turn)
+    }
+
+    fn retarget_now(&self, known: &Guest, turn: &mut Turn<'_>) -> Result<Tally> {
+        let guest = known.name.as_str();
+        let next = turn.phase().after(guest, &Asked::Retarget)?;
+        let site = next.destination().unwrap_or_default().to_owned();
+        let block = self.block(known, &site)?;
         let tally = self.tally(|reply| Command::Retarget {
             guest: guest.to_owned(),
             site: site.clone(),
@@ -127,7 +148,7 @@ impl Proxy {
             reply,
         })?;
         drop(block);
-        *phase = next;
+        turn.set(next);
         Ok(tally)
     }
 
@@ -135,18 +156,20 @@ impl Proxy {
     /// connection has none: nothing may come in then. Twice the time that they are kept: a thread
     /// that is late to close them does no harm.
     fn block(&self, guest: &Guest, site: &str) -> Result<Option<Block>> {
-        let (settings, from) = (guest.settings(), guest.site());
         let back = lock(&self.left)
             .get(&(guest.name.clone(), site.to_owned()))
             .is_some_and(|left| left.elapsed() < LATE * 2);
-        let remotes: Vec<SocketAddr> = settings
-            .services
-            .iter()
-            .filter_map(|service| {
-                let remote = settings.upstream(site, service)?;
-                let same = settings.upstream(&from, service) == Some(remote);
-                (same || back).then_some(remote)
-            })
+        // Of what is open, not of what is configured: the connections of a service that is gone
+        // are made anew as well.
+        let ways = self.ask_all(|reply| Command::Ways {
+            guest: guest.name.clone(),
+            site: site.to_owned(),
+            reply,
+        })?;
+        let remotes: BTreeSet<SocketAddr> = ways
+            .into_iter()
+            .flatten()
+            .filter_map(|(from, to)| (back || from == to).then_some(to))
             .collect();
         if remotes.is_empty() {
             return Ok(None);
@@ -170,17 +193,18 @@ impl Proxy {
 
     pub(super) fn release_by(&self, guest: &str, wait: Duration, by: Option<u64>) -> Result<Tally> {
         let known = self.guest(guest)?;
-        let phase = self.phase(guest);
-        let mut phase = lock(&phase);
+        let turns = self.turns_of(guest);
+        let mut turn = turns.wait();
         self.refuse_stranger(guest, by)?;
-        self.release_now(&known, &mut phase, wait)
+        self.release_now(&known, &mut turn, wait)
     }
 
-    fn release_now(&self, known: &Guest, phase: &mut Phase, wait: Duration) -> Result<Tally> {
+    fn release_now(&self, known: &Guest, turn: &mut Turn<'_>, wait: Duration) -> Result<Tally> {
         let guest = known.name.as_str();
+        let phase = turn.phase();
         let next = phase.after(guest, &Asked::Release)?;
         let site = phase.destination().unwrap_or_default().to_owned();
-        lock(&self.left).insert((guest.to_owned(), known.site()), Instant::now());
+        self.note_left(guest, known.site());
         known.set_site(&site);
         let settings = known.settings();
         let routed = settings
@@ -199,7 +223,7 @@ impl Proxy {
             wait,
             reply,
         })?;
-        *phase = next;
+        turn.set(next);
         // After what is urgent.
         self.end_move(guest);
         if let Err(error) = self.remember() {
@@ -232,15 +256,19 @@ impl Proxy {
     /// When the guest is unknown or no move is under way.
     pub fn cancel(&self, guest: &str) -> Result<Tally> {
         let known = self.guest(guest)?;
-        let phase = self.phase(guest);
-        let mut phase = lock(&phase);
-        self.cancel_now(&known, &mut phase)
+        let turns = self.turns_of(guest);
+        self.cancel_now(&known, &mut turns.wait())
     }
 
-    fn cancel_now(&self, known: &Guest, phase: &mut Phase) -> Result<Tally> {
+    fn cancel_now(&self, known: &Guest, turn: &mut Turn<'_>) -> Result<Tally> {
         let guest = known.name.as_str();
+        let phase = turn.phase();
         let next = phase.after(guest, &Asked::Cancel)?;
-        if !matches!(*phase, Phase::Prepared { .. })
+        if let Phase::Retargeted { to } = &phase {
+            // The new sockets stay there for a while, as the old ones do after a release.
+            self.note_left(guest, to.clone());
+        }
+        if !matches!(phase, Phase::Prepared { .. })
             && let Err(error) = self.make_anew(known)
         {
             // They go on as they are, a little later.
@@ -250,7 +278,7 @@ impl Proxy {
             guest: guest.to_owned(),
             reply,
         })?;
-        *phase = next;
+        turn.set(next);
         self.end_move(guest);
         Ok(tally)
     }
@@ -260,30 +288,45 @@ impl Proxy {
     /// nothing if all is so already.
     ///
     /// # Errors
-    /// When there is no such guest or site, or another caller moves the guest meanwhile.
+    /// When there is no such guest or site; or why a step that was left to do failed.
     pub fn arrived(&self, guest: &str, site: &str) -> Result<Tally> {
         let known = self.guest(guest)?;
-        let phase = self.phase(guest);
-        {
-            let mut phase = lock(&phase);
-            match &*phase {
-                Phase::Settled if known.site() == site => return Ok(Tally::default()),
-                Phase::Settled => {}
-                Phase::Retargeted { to } if to == site => {
-                    return self.release_now(&known, &mut phase, Duration::ZERO);
-                }
-                _ => {
-                    let tally = self.cancel_now(&known, &mut phase)?;
-                    if known.site() == site {
-                        return Ok(tally);
-                    }
+        refuse_unknown(&known, site)?;
+        let turns = self.turns_of(guest);
+        let mut turn = turns.wait();
+        let known_there = known.site() == site;
+        match turn.phase() {
+            Phase::Settled if known_there => return Ok(Tally::default()),
+            Phase::Settled => {}
+            Phase::Retargeted { to } if to == site => {}
+            // A move that leads nowhere, or elsewhere.
+            open if known_there || open.destination() != Some(site) => {
+                let tally = self.cancel_now(&known, &mut turn)?;
+                if known_there {
+                    return Ok(tally);
                 }
             }
+            _ => {}
         }
-        self.prepare(guest, site)?;
-        self.hold(guest, lease::DEFAULT)?;
-        self.retarget(guest)?;
-        self.release(guest, Duration::ZERO)
+        self.take_the_rest(&known, &mut turn, site)
+    }
+
+    /// Takes all steps that are left of a move to `site`, however far it has come. Nobody else's
+    /// come between.
+    fn take_the_rest(&self, known: &Guest, turn: &mut Turn<'_>, site: &str) -> Result<Tally> {
+        let guest = known.name.as_str();
+        if turn.phase() == Phase::Settled {
+            repair::probe_permission()?;
+            self.prepare_now(known, turn, site, None)?;
+        }
+        if matches!(turn.phase(), Phase::Prepared { .. }) {
+            let term = Term::within(lease::DEFAULT, Instant::now());
+            self.hold_now(guest, turn, term)?;
+        }
+        if matches!(turn.phase(), Phase::Held { .. }) {
+            self.retarget_now(known, turn)?;
+        }
+        self.release_now(known, turn, Duration::ZERO)
     }
 
     /// The move of a held guest may take until `lease` from now.
@@ -327,8 +370,8 @@ impl Proxy {
     /// The caller may have died when the guest ran at the new site already. So a re-targeted one
     /// is asked there for a moment, and goes on there if it answers.
     pub(super) fn give_up(&self, guest: &str, why: &str, over: impl Fn(&Leases) -> bool) {
-        let phase = self.phase(guest);
-        let mut phase = lock(&phase);
+        let turns = self.turns_of(guest);
+        let mut turn = turns.wait();
         if !over(&lock(&self.leases.0)) {
             return;
         }
@@ -338,12 +381,13 @@ impl Proxy {
         };
         let ended = self.shared.metrics.leases_ended.get_or_create(&known.label);
         ended.inc();
-        let answers = matches!(*phase, Phase::Retargeted { .. }) && self.answers(guest);
+        let phase = turn.phase();
+        let answers = matches!(phase, Phase::Retargeted { .. }) && self.answers(guest);
         let (result, site) = if answers {
             let to = phase.destination().unwrap_or_default().to_owned();
-            (self.release_now(&known, &mut phase, Duration::ZERO), to)
+            (self.release_now(&known, &mut turn, Duration::ZERO), to)
         } else {
-            (self.cancel_now(&known, &mut phase), known.site())
+            (self.cancel_now(&known, &mut turn), known.site())
         };
         match result {
             Ok(tally) => log::warn!(
@@ -395,10 +439,23 @@ impl Proxy {
         Ok(())
     }
 
+    /// Sockets towards a site are not needed any more, and kept for what comes late.
+    fn note_left(&self, guest: &str, site: String) {
+        lock(&self.left).insert((guest.to_owned(), site), Instant::now());
+    }
+
     fn end_move(&self, guest: &str) {
         lock(&self.leases.0).end(guest);
         self.paths.close(guest);
     }
+}
+
+fn refuse_unknown(guest: &Guest, site: &str) -> Result<()> {
+    if guest.settings().sites.contains_key(site) {
+        return Ok(());
+    }
+    let (guest, site) = (guest.name.clone(), site.to_owned());
+    Err(Error::UnknownSite { guest, site })
 }
 
 /// Starts the thread that waits for leases to end.

@@ -275,19 +275,29 @@ impl Proxy {
 
     /// Gives the threads what was put down.
     fn give_back(&self, workers: Vec<PackedWorker>) {
-        for (handle, mut worker) in lock(&self.workers).iter().zip(workers) {
-            for (id, socket) in std::mem::take(&mut worker.listeners) {
-                let Some((guest, service)) = self.offered_by(id) else {
-                    continue;
-                };
-                handle.send(Command::Listen {
-                    id,
-                    socket: socket.0.into(),
-                    guest,
-                    service,
+        let commands: Vec<Vec<Command>> = workers
+            .into_iter()
+            .map(|mut worker| {
+                let listeners = std::mem::take(&mut worker.listeners);
+                let listens = listeners.into_iter().filter_map(|(id, socket)| {
+                    let (guest, service) = self.offered_by(id)?;
+                    Some(Command::Listen {
+                        id,
+                        socket: socket.0.into(),
+                        guest,
+                        service,
+                    })
                 });
+                let mut commands: Vec<Command> = listens.collect();
+                commands.push(Command::Adopt(worker));
+                commands
+            })
+            .collect();
+        // Only now: the listeners are locked before the threads, never after.
+        for (handle, commands) in lock(&self.workers).iter().zip(commands) {
+            for command in commands {
+                handle.send(command);
             }
-            handle.send(Command::Adopt(worker));
         }
     }
 

@@ -371,6 +371,16 @@ pub fn silence(socket: &impl AsFd) -> Result<()> {
     sys::set_repair(socket.as_fd(), Repair::On).map_err(step("silence"))
 }
 
+/// Gives up the addresses of a [silenced](silence) or [dumped](dump) socket, for another one to
+/// have. To close it is not enough: a program that is just being started, for another guest's
+/// move, has copies of all descriptors for a moment.
+///
+/// # Errors
+/// What the kernel answered.
+pub fn vacate(socket: &impl AsFd) -> Result<()> {
+    sys::disconnect(socket.as_fd()).map_err(step("give up"))
+}
+
 /// Makes a socket ordinary again, and sends nothing. A frozen one stays frozen.
 ///
 /// # Errors

@@ -5,6 +5,7 @@
 //! A table of nftables drops it. The table is owned by a netlink socket, and the kernel removes
 //! it with that.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
@@ -19,7 +20,7 @@ pub(crate) struct Block {
 
 impl Block {
     /// Blocks segments from `remotes` until dropped. Returns once the kernel has the rules.
-    pub(crate) fn new(name: &str, remotes: &[SocketAddr]) -> Result<Self> {
+    pub(crate) fn new(name: &str, remotes: &BTreeSet<SocketAddr>) -> Result<Self> {
         let nft = Tethered::nft(&rules(name, remotes))?;
         let deadline = Instant::now() + Duration::from_secs(5);
         // The table is made in one step with its chain and rules.
@@ -37,7 +38,7 @@ impl Block {
 }
 
 /// One command, on one line: it is carried out as a whole.
-fn rules(name: &str, remotes: &[SocketAddr]) -> String {
+fn rules(name: &str, remotes: &BTreeSet<SocketAddr>) -> String {
     let drops: String = remotes
         .iter()
         .map(|remote| {
@@ -64,7 +65,8 @@ mod tests {
         let remotes = [
             "10.7.0.5:5900".parse().unwrap(),
             "[2001:db8::5]:22".parse().unwrap(),
-        ];
+        ]
+        .into();
         let rules = rules("held_7", &remotes);
         assert!(rules.contains("ip saddr 10.7.0.5 tcp sport 5900 drop; "));
         assert!(rules.contains("ip6 saddr 2001:db8::5 tcp sport 22 drop; "));

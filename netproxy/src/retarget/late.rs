@@ -12,6 +12,10 @@
 //! more than that. If the guest comes back before, the new socket takes the old one's place, with
 //! a [block](super::block) over the moment between.
 //!
+//! The new socket of a move that was given up stays in the same way. Its caller may have died, and
+//! the guest come to the new site all the same: what it says there must not be answered with a
+//! reset, until the proxy is told where it is.
+//!
 //! A socket that was made anew and has seen both ends stays too, but hears: the kernel keeps no
 //! TIME_WAIT for it, and a guest whose last segment was not acknowledged sends it again.
 
@@ -20,6 +24,8 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use mio::net::TcpStream;
+
+use crate::repair;
 
 /// How long an old socket is kept: TCP_TIMEWAIT_LEN, the kernel's own figure for how long a
 /// segment may live.
@@ -60,7 +66,12 @@ impl Late {
 
     /// Closes the socket with these addresses: another one needs them.
     pub(crate) fn forget(&mut self, local: SocketAddr, remote: SocketAddr) {
-        self.sockets.remove(&(local, remote));
+        if let Some((_, socket)) = self.sockets.remove(&(local, remote))
+            && let Err(error) = repair::vacate(&socket)
+        {
+            // Mostly it does so when it is closed.
+            log::debug!("An old socket of {local}: {}", error.chain());
+        }
     }
 
     /// Gives them all away.

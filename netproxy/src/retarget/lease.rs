@@ -13,6 +13,9 @@
 //! else takes a step of it, but to end it, or to prepare another move in its place. When either is
 //! over, the connections go back to where they were. The connection alone says too
 //! little: that of a host which has lost its power or its line stays open for hours.
+//!
+//! What is tied and only prepared is lent too, for [`PREPARED`]: it holds no connection, but as
+//! long as it is open there is no reload and no upgrade.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -22,29 +25,38 @@ pub const DEFAULT: Duration = Duration::from_secs(120);
 /// The longest lease.
 pub const LONGEST: Duration = Duration::from_secs(3600);
 
+/// How long a tied move may stay prepared. Whoever prepares it is about to hold it: the guest's
+/// last rounds may take minutes, and nothing waits for them.
+pub(crate) const PREPARED: Duration = LONGEST;
+
 /// When a move is over that nobody has ended.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Term {
     /// At this moment.
-    until: Option<Instant>,
+    until: Instant,
     /// When this control connection closes.
     caller: Option<u64>,
+    /// Whether connections wait for it.
+    holds: bool,
 }
 
 impl Term {
     /// A time from `now`, no longer than [`LONGEST`].
     pub(crate) fn within(limit: Duration, now: Instant) -> Self {
         Self {
-            until: Some(now + limit.min(LONGEST)),
+            until: now + limit.min(LONGEST),
             caller: None,
+            holds: true,
         }
     }
 
-    /// As long as a caller is there: for a move that holds nothing yet.
-    pub(crate) fn of(caller: u64) -> Self {
+    /// As long as a caller is there, and no longer than [`PREPARED`]: for a move that holds
+    /// nothing yet.
+    pub(crate) fn of(caller: u64, now: Instant) -> Self {
         Self {
-            until: None,
+            until: now + PREPARED,
             caller: Some(caller),
+            holds: false,
         }
     }
 
@@ -72,20 +84,17 @@ impl Leases {
 
     /// Lends a little longer. False when nothing is lent, or it is over.
     pub(crate) fn renew(&mut self, guest: &str, limit: Duration, now: Instant) -> bool {
-        match self.terms.get_mut(guest) {
-            Some(Term {
-                until: Some(at), ..
-            }) => {
-                let lent = *at > now;
-                if lent {
-                    *at = now + limit.min(LONGEST);
-                }
-                lent
-            }
-            // It stands still nowhere yet.
-            Some(Term { until: None, .. }) => true,
-            None => false,
-        }
+        let Some(term) = self.terms.get_mut(guest).filter(|term| term.until > now) else {
+            return false;
+        };
+        let until = now + limit.min(LONGEST);
+        // What stands still nowhere yet is not to end sooner for it.
+        term.until = if term.holds {
+            until
+        } else {
+            until.max(term.until)
+        };
+        true
     }
 
     /// The move has come to its end.
@@ -95,7 +104,7 @@ impl Leases {
 
     /// The guests whose time is over.
     pub(crate) fn due(&self, now: Instant) -> Vec<String> {
-        self.whose(|term| term.until.is_some_and(|until| until <= now))
+        self.whose(|term| term.until <= now)
     }
 
     /// The guests that are lent to a caller.
@@ -117,7 +126,7 @@ impl Leases {
 
     /// When the next one is over.
     pub(crate) fn next(&self) -> Option<Instant> {
-        self.terms.values().filter_map(|term| term.until).min()
+        self.terms.values().map(|term| term.until).min()
     }
 
     /// Nothing is lent any more, and nobody watches.
@@ -154,14 +163,34 @@ mod tests {
         );
     }
 
+    /// A host without power keeps its connection open, and says nothing.
+    #[test]
+    fn what_is_only_prepared_is_not_so_for_ever() {
+        let (now, minute) = (Instant::now(), Duration::from_secs(60));
+        let mut leases = Leases::default();
+        leases.grant("g", Term::of(7, now));
+        assert_eq!(leases.next(), Some(now + PREPARED));
+        // A renewal does not shorten it.
+        assert!(leases.renew("g", minute, now));
+        assert!(leases.due(now + PREPARED - minute).is_empty());
+        assert_eq!(leases.due(now + PREPARED), ["g"]);
+        assert!(!leases.renew("g", minute, now + PREPARED));
+        // But one that still renews is there.
+        leases.grant("g", Term::of(7, now));
+        assert!(leases.renew("g", minute * 2, now + PREPARED - minute));
+        assert!(leases.due(now + PREPARED).is_empty());
+        // A hold begins anew.
+        leases.grant("g", Term::within(minute, now).tied_to(7));
+        assert_eq!(leases.due(now + minute), ["g"]);
+    }
+
     #[test]
     fn a_caller_is_there_and_in_time() {
         let (now, minute) = (Instant::now(), Duration::from_secs(60));
         let mut leases = Leases::default();
-        leases.grant("g", Term::of(7));
-        assert_eq!((leases.next(), leases.of(7)), (None, vec!["g".to_owned()]));
-        assert!(leases.renew("g", Duration::ZERO, now + LONGEST * 2));
-        // What is held is lent for a time too.
+        leases.grant("g", Term::of(7, now));
+        assert_eq!(leases.of(7), ["g"]);
+        // What is held is lent for a shorter time.
         leases.grant("g", Term::within(minute, now).tied_to(7));
         leases.grant("h", Term::within(LONGEST * 2, now).tied_to(8));
         assert_eq!(leases.of(7), ["g"]);

@@ -1,11 +1,12 @@
 //! Whoever moves a guest: dies, is cut off, comes too late, or calls from another host.
 
 use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::time::Duration;
 
 use netproxy::control::{Client, Move};
 
-use crate::edge::{Edge, LEASE, echoing, exchange, wait_until};
+use crate::edge::{Edge, LEASE, echoing, exchange, exchange_with, wait_until};
 use crate::streams::{all_kinds, one_of_each};
 use crate::traffic::serve;
 use crate::world;
@@ -299,6 +300,74 @@ fn a_guest_that_arrived_is_followed() {
     for (guest, site) in [("nobody", "a"), ("desktop", "nowhere")] {
         let error = control.arrived(guest, site).unwrap_err();
         assert!(matches!(error, netproxy::Error::Refused(_)), "{error}");
+    }
+}
+
+/// It goes on from where it is: its connections don't go back to be made anew once more.
+#[test]
+fn a_held_guest_that_arrived_is_not_taken_back_first() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let mut stream = echoing(&world);
+    exchange(&mut stream, b"before");
+    let within = Duration::from_secs(20);
+    let (mut moving, _) = Move::prepare(edge.client(), "desktop", "b", within).unwrap();
+    world.place(None);
+    moving.hold(within).unwrap();
+    stream.write_all(b"under way").unwrap();
+    world.place(Some("b"));
+    let tally = edge.client().arrived("desktop", "b").unwrap();
+    assert_eq!((tally.connections, tally.failed), (1, 0));
+    let mut answer = [0; 9];
+    stream.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"under way");
+    // Whoever held it comes too late, and its end ends nothing.
+    assert!(moving.retarget(within).is_err());
+    drop(moving);
+    exchange(&mut stream, b"after");
+    assert_eq!(edge.client().list().unwrap().guests[0].site, "b");
+    assert_eq!(edge.metric("netproxy_retargets_total"), 1);
+    assert_eq!(edge.metric("netproxy_retargets_cancelled_total"), 0);
+}
+
+/// The move was given up, and the guest comes to the new site all the same. What it says there
+/// before the proxy is told of it is lost, and no more than that.
+#[test]
+fn a_guest_that_comes_after_its_move_was_given_up_is_followed() {
+    let world = World::new(Duration::from_millis(4));
+    let listener = world.in_namespace("guest", || {
+        std::net::TcpListener::bind(("0.0.0.0", 5900)).unwrap()
+    });
+    let edge = Edge::new(&world, "");
+    let mut pairs: Vec<(TcpStream, TcpStream)> = (0..5)
+        .map(|_| (echoing(&world), listener.accept().unwrap().0))
+        .collect();
+    for (client, guest) in &mut pairs {
+        guest.read_exact(&mut [0; 8]).unwrap();
+        exchange_with(client, guest, b"before");
+    }
+    let mut control = edge.client();
+    for to in ["b", "a", "b"] {
+        control.prepare("desktop", to).unwrap();
+        world.place(None);
+        control.hold("desktop", LEASE).unwrap();
+        assert_eq!(control.retarget("desktop").unwrap().failed, 0);
+        assert_eq!(control.cancel("desktop").unwrap().failed, 0);
+        world.place(Some(to));
+        for (_, guest) in &mut pairs {
+            guest.write_all(b"first").unwrap();
+        }
+        // Time for an answer, were there any.
+        std::thread::sleep(Duration::from_millis(100));
+        let tally = control.arrived("desktop", to).unwrap();
+        assert_eq!((tally.connections, tally.failed), (pairs.len(), 0));
+        for (client, guest) in &mut pairs {
+            let mut heard = [0; 5];
+            client.read_exact(&mut heard).unwrap();
+            assert_eq!(&heard, b"first");
+            exchange_with(client, guest, b"after");
+        }
     }
 }
 

@@ -2,12 +2,16 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use netproxy::config::Config;
 use netproxy::control::Client;
 
 use crate::edge::{
-    LEASE, configuration, echoing, exchange, exchange_all, exchange_with, many_echoing, wait_until,
+    Edge, LEASE, configuration, echoing, exchange, exchange_all, exchange_with, many_echoing,
+    wait_until,
 };
 use crate::streams::{all_kinds, one_of_each};
 use crate::traffic::serve;
@@ -257,4 +261,50 @@ fn killed_while_sockets_are_replaced_nothing_is_left_behind() {
     bystander.kill().unwrap();
     bystander.wait().unwrap();
     std::fs::remove_dir_all(&directory).unwrap();
+}
+
+/// A socket that is made anew in its place is gone for a moment, and a rule stands in for it, also
+/// when the configuration does not name its service any more.
+#[test]
+fn a_service_that_is_gone_has_a_rule_for_its_connections() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let mut streams = many_echoing(&world, 100);
+    exchange_all(&mut streams, b"before");
+    let text = configuration(&edge.control.display().to_string(), "", false)
+        .replace("vnc", "other")
+        .replace(":5900", ":5901")
+        .replace("5900", "5902");
+    let proxy = Arc::clone(edge.proxy.as_ref().unwrap());
+    world.in_namespace("edge", move || {
+        proxy.reload(Config::parse(&text, "test").unwrap()).unwrap();
+    });
+    let (stop, seen) = (
+        Arc::new(AtomicBool::new(false)),
+        Arc::new(AtomicBool::new(false)),
+    );
+    let (stopped, saw) = (Arc::clone(&stop), Arc::clone(&seen));
+    let looking = world.spawn("edge", move || {
+        while !stopped.load(Ordering::Relaxed) {
+            let rules = world::run("nft", &["list", "ruleset"]);
+            if rules.contains("table inet netproxy_") && rules.contains("sport 15900") {
+                saw.store(true, Ordering::Relaxed);
+            }
+        }
+    });
+    let mut control = edge.client();
+    // The rule is there for a moment only, and may be missed.
+    for _ in 0..100 {
+        control.prepare("desktop", "b").unwrap();
+        control.hold("desktop", LEASE).unwrap();
+        assert_eq!(control.cancel("desktop").unwrap().failed, 0);
+        exchange_all(&mut streams, b"as ever");
+        if seen.load(Ordering::Relaxed) {
+            break;
+        }
+    }
+    stop.store(true, Ordering::Relaxed);
+    looking.join().unwrap();
+    assert!(seen.load(Ordering::Relaxed), "There was no rule");
 }

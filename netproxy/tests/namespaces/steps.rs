@@ -8,6 +8,7 @@ use std::time::Duration;
 use netproxy::Proxy;
 use netproxy::config::Config;
 use netproxy::control::Client;
+use netproxy::retarget::phase::Phase;
 
 use crate::edge::{
     Edge, LEASE, configuration, echoing, established, exchange, exchange_all, exchange_with,
@@ -172,6 +173,10 @@ fn a_canary_finds_out_when_the_guest_can_be_reached() {
     });
     std::thread::sleep(Duration::from_millis(300));
     assert!(!release.is_finished(), "Nobody has answered yet");
+    // A list does not wait for it, and does not show the guest as if nobody moved it.
+    let guest = control.list().unwrap().guests.remove(0);
+    let phase = Phase::Retargeted { to: "b".into() };
+    assert_eq!(guest.phase, phase);
     world.place(Some("b"));
     assert_eq!(release.join().unwrap().connections, 20);
     for stream in &mut streams {
@@ -217,6 +222,49 @@ fn an_end_that_is_lost_on_the_way_is_told_again() {
     assert_eq!(rest, b"last words");
     wait_until(|| control.list().unwrap().connections.is_empty());
     wait_until(|| established(&world) == 0);
+}
+
+/// All has been said, and the guest's last acknowledgement comes just before the freeze: there is
+/// nothing left to be moved, and nothing has failed.
+#[test]
+fn a_connection_that_ends_while_its_guest_is_held() {
+    // So the grace is long; what comes in it comes sooner.
+    let world = World::new(Duration::from_millis(400));
+    let listener = world.in_namespace("guest", || {
+        std::net::TcpListener::bind(("0.0.0.0", 5900)).unwrap()
+    });
+    let edge = Edge::new(&world, "grace = \"2s\"");
+    let mut pairs: Vec<(TcpStream, TcpStream)> = (0..2)
+        .map(|_| (echoing(&world), listener.accept().unwrap().0))
+        .collect();
+    for (client, guest) in &mut pairs {
+        guest.read_exact(&mut [0; 8]).unwrap();
+        exchange_with(client, guest, b"before");
+    }
+    let (mut ends, guest) = pairs.remove(0);
+    let (mut stays, mut inner) = pairs.remove(0);
+    let mut control = edge.client();
+    control.prepare("desktop", "b").unwrap();
+    guest.shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(ends.read(&mut [0]).unwrap(), 0);
+    world.wires[0].delay_us.store(60_000, Ordering::Relaxed);
+    ends.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut lists = edge.client();
+    let mut closing = || {
+        let all = lists.list().unwrap().connections;
+        all.len() < 2 || all.iter().any(|connection| connection.state == "closing")
+    };
+    while !closing() {}
+    control.hold("desktop", LEASE).unwrap();
+    world.place(None);
+    let tally = control.retarget("desktop").unwrap();
+    assert_eq!((tally.connections, tally.failed), (1, 0));
+    world.place(Some("b"));
+    let tally = control.release("desktop", Duration::ZERO).unwrap();
+    assert_eq!((tally.connections, tally.failed), (1, 0));
+    exchange_with(&mut stays, &mut inner, b"after");
+    assert_eq!(control.list().unwrap().connections.len(), 1);
+    assert_eq!(edge.metric("netproxy_retarget_failures_total"), 0);
 }
 
 #[test]
@@ -399,6 +447,9 @@ fn one_socket_is_made_anew_over_ipv6() {
     assert_eq!(snapshot.send, b"unacknowledged");
     let clock = repair::clock(&old).unwrap();
     let remote = snapshot.remote;
+    // As a program has one that is just being started.
+    let _copy = old.try_clone().unwrap();
+    repair::vacate(&old).unwrap();
     drop(old);
     let options = RestoreOptions {
         remote,
