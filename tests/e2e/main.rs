@@ -10,6 +10,7 @@ mod broken;
 mod changes;
 mod control;
 mod desktop;
+mod disks;
 mod empty;
 mod hostile;
 mod keeper;

@@ -46,11 +46,15 @@ fn there_and_back(testbed: &Testbed, guest: &Guest, trips: u32, tracker: &str) {
             }
             let at = settled(testbed, guest, &format!("trip {trip} from {from:?}"));
             assert_eq!(at, from.other());
+            let now = testbed.status(SiteName::A, guest).unwrap();
+            let trip = format!("Started anew on trip {trip} from {from:?}");
+            assert_eq!(now.boot_id, before.boot_id, "{trip}");
         }
     }
     thread::sleep(Duration::from_secs(2));
     let seen = watch.finish().unwrap();
-    seen.intact().unwrap();
+    let breach = seen.intact().err();
+    assert_eq!(breach, None, "{seen:?}");
     assert!(seen.ping.received > 0);
     let after = testbed.status(SiteName::A, guest).unwrap();
     assert_eq!(after.boot_id, before.boot_id);
