@@ -179,6 +179,11 @@ fn all_sizes(hypervisor: Hypervisor, dom0_vcpus: u32) {
             eprintln!("{vcpus} vCPUs, {memory_mib} MiB");
             reboots_after_arrival(row(hypervisor, Kind::Pv, dom0, vcpus, memory_mib, 5));
         }
+        // Where several processors are emulated, one of several vCPUs ends by itself: see
+        // docs/testing.md.
+        if (vcpus, dom0_vcpus) == (2, 2) {
+            continue;
+        }
         eprintln!("{vcpus} vCPUs, PVH");
         reboots_after_arrival(row(hypervisor, Kind::Pvh, dom0, vcpus, 192, 2));
     }
