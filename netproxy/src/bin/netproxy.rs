@@ -8,11 +8,16 @@ use std::process::ExitCode;
 
 use netproxy::config::Config;
 use netproxy::{Proxy, Result};
+use nix::sys::resource::{Resource, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
 use signal_hook::iterator::Signals;
 
 fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
+    // What waits here for slow sides is others' traffic.
+    if let Err(error) = setrlimit(Resource::RLIMIT_CORE, 0, 0) {
+        log::warn!("A core file would hold traffic, and can't be forbidden: {error}");
+    }
     let arguments: Vec<PathBuf> = std::env::args_os().skip(1).map(PathBuf::from).collect();
     let file = match arguments.as_slice() {
         [file] if !file.to_string_lossy().starts_with('-') => file,
