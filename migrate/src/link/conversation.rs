@@ -9,9 +9,9 @@
 //!                  there is nothing to send
 //! ```
 //!
-//! Pages may be queued before they are encoded: the writer waits for them in their turn. They may
-//! also go by connections of their own, each a conversation too (`spreading`); at the other end
-//! what comes by them is put in its place before it is received (`gathering`).
+//! Pages may be queued before they are encoded: the writer (`writing`) waits for them in their
+//! turn. They may also go by connections of their own, each a conversation too (`spreading`); at
+//! the other end what comes by them is put in its place before it is received (`gathering`).
 //!
 //! A peer that is silent for [`SILENCE`] after its hello is lost, whatever its connection says: a
 //! cut link shows no end of file. Each byte from it counts. A sign of life is a pong with number
@@ -20,7 +20,6 @@
 //! A destination that fails says so and goes. A source that is busy sending would only see its link
 //! end, and take the move up again: so the reader thread notes what was said, and whoever sends looks.
 
-use std::io::{self, IoSlice, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -30,20 +29,16 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bo
 
 use super::sign_of_life::{LastHeard, Listening};
 use super::spreading::Spreading;
-use super::{Counted, HeldUp, Link, Pace, Rate};
-use crate::bytes::write_all_vectored;
+use super::writing::{Outgoing, write_frames};
+use super::{Counted, HeldUp, Link, Rate};
 use crate::codec::{Encoding, Sent};
 use crate::error::{Error, Result, chain};
 use crate::wire::{
-    Agreement, Direction, Frame, FrameReader, FrameWriter, Hello, Message, Place, Role, Tag,
-    ToDestination, ToSource, WireError,
+    Agreement, Direction, Frame, FrameReader, FrameWriter, Hello, Message, Role, Tag, ToSource,
 };
 
 /// After this long without a word the peer is lost.
 pub const SILENCE: Duration = Duration::from_secs(20);
-
-/// A sign of life is sent after this long without anything else.
-const SIGN_OF_LIFE: Duration = Duration::from_secs(2);
 
 /// Frames that wait for the link if nothing else is said, and frames that wait to be handled: their
 /// memory is bounded by this many of the longest.
@@ -81,33 +76,6 @@ impl Received {
             payload: &self.payload,
         }
     }
-}
-
-/// What waits for the link.
-pub(super) enum Outgoing {
-    Frame(Vec<u8>),
-    /// A frame of pages that are being encoded.
-    Pages(Encoding),
-    /// Asks how many bytes were written before it.
-    Mark(Sender<u64>),
-    /// From now on this connection takes its part of the batches, until there are no more, or it is
-    /// told to stop.
-    Share(Share),
-}
-
-/// What connections for pages share.
-#[derive(Clone)]
-pub(super) struct Share {
-    pub(super) batches: Receiver<Placed>,
-    pub(super) stop: Arc<AtomicBool>,
-    /// How many batches were written, by all of them.
-    pub(super) written: Arc<AtomicU64>,
-}
-
-/// A batch of pages, and where it stands in the stream.
-pub(super) struct Placed {
-    pub(super) place: Place,
-    pub(super) pages: Encoding,
 }
 
 pub(super) enum Heard {
@@ -611,351 +579,5 @@ fn is_sign_of_life(received: &Received) -> bool {
         && received.payload.iter().all(|byte| *byte == 0)
 }
 
-fn write_frames(
-    writer: &mut Counted<Box<dyn Write + Send>>,
-    role: Role,
-    frames: &Receiver<Outgoing>,
-    rate: Rate,
-    hurry: &AtomicBool,
-    held_up: &HeldUp,
-) -> std::result::Result<(), WireError> {
-    Hello::new(role).write(&mut *writer)?;
-    let mut sign_of_life = Vec::new();
-    match role {
-        Role::Source => FrameWriter::new(&mut sign_of_life).send(&ToDestination::Pong(0))?,
-        Role::Destination => FrameWriter::new(&mut sign_of_life).send(&ToSource::Pong(0))?,
-    }
-    let mut paced = Paced {
-        writer,
-        pace: Pace::new(rate),
-        hurry,
-        held_up,
-    };
-    loop {
-        match frames.recv_timeout(SIGN_OF_LIFE) {
-            Ok(Outgoing::Frame(frame)) => paced.write(&[], &frame)?,
-            Ok(Outgoing::Pages(pages)) => {
-                let batch = paced.encoded(&pages, &sign_of_life)?;
-                paced.write(&Tag::Pages.header(batch.len())?, &batch)?;
-            }
-            Ok(Outgoing::Share(share)) => {
-                while !share.stop.load(Ordering::Relaxed) {
-                    match share.batches.recv_timeout(SIGN_OF_LIFE) {
-                        Ok(Placed { place, pages }) => {
-                            let batch = paced.encoded(&pages, &sign_of_life)?;
-                            let place = place.to_bytes();
-                            let header = Tag::Batch.header(place.len() + batch.len())?;
-                            paced.write(&[&header[..], &place[..]].concat(), &batch)?;
-                            share.written.fetch_add(1, Ordering::Relaxed);
-                        }
-                        Err(RecvTimeoutError::Timeout) => paced.write(&[], &sign_of_life)?,
-                        Err(RecvTimeoutError::Disconnected) => break,
-                    }
-                }
-            }
-            Ok(Outgoing::Mark(mark)) => {
-                // Whoever asked may have ended.
-                let _ = mark.send(paced.writer.count());
-            }
-            Err(RecvTimeoutError::Timeout) => paced.write(&[], &sign_of_life)?,
-            Err(RecvTimeoutError::Disconnected) => return Ok(()),
-        }
-    }
-}
-
-/// Writes in slices, below a rate.
-struct Paced<'a, W> {
-    writer: &'a mut W,
-    pace: Pace,
-    hurry: &'a AtomicBool,
-    held_up: &'a HeldUp,
-}
-
-impl<W: Write> Paced<'_, W> {
-    /// Waits until pages are encoded.
-    fn encoded(&mut self, pages: &Encoding, sign_of_life: &[u8]) -> io::Result<Vec<u8>> {
-        loop {
-            match pages.recv_timeout(SIGN_OF_LIFE) {
-                Ok(batch) => return Ok(batch),
-                Err(RecvTimeoutError::Timeout) => self.write(&[], sign_of_life)?,
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(io::Error::other("Pages were not encoded"));
-                }
-            }
-        }
-    }
-
-    /// Writes `header` and `rest`, the first slice of the one with the other.
-    fn write(&mut self, header: &[u8], mut rest: &[u8]) -> io::Result<()> {
-        let mut header = header;
-        while !rest.is_empty() || !header.is_empty() {
-            // Anew each time: another rate may hold by now.
-            let (slice, left) = rest.split_at(self.pace.slice().min(rest.len()));
-            rest = left;
-            let _held_up = self.held_up.begin();
-            let mut both = [IoSlice::new(header), IoSlice::new(slice)];
-            write_all_vectored(self.writer, &mut both)?;
-            self.writer.flush()?;
-            self.pace.wait(header.len() + slice.len(), self.hurry);
-            header = &[];
-        }
-        Ok(())
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::os::unix::net::UnixStream;
-
-    /// One end under test, and the other as bare streams.
-    fn talk(role: Role, rate: Option<u64>) -> (Conversation, UnixStream, Arc<AtomicBool>) {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let cancel = Arc::<AtomicBool>::default();
-        let link = Link {
-            reader: Box::new(ours.try_clone().unwrap()),
-            writer: Box::new(ours),
-        };
-        let conversation = Conversation::start("b", link, role, rate, Arc::clone(&cancel));
-        (conversation, theirs, cancel)
-    }
-
-    /// Far enough to be no part of a test.
-    fn later() -> Instant {
-        Instant::now() + Duration::from_secs(3600)
-    }
-
-    fn soon() -> Instant {
-        Instant::now() + Duration::from_millis(50)
-    }
-
-    #[test]
-    fn a_deadline_ends_a_send_that_the_link_holds_up() {
-        // Nobody reads at the other end.
-        let (mut source, _stalled, _) = talk(Role::Source, None);
-        source.set_deadline(Some(soon()));
-        let batch = vec![0; 256 << 10];
-        let error = loop {
-            if let Err(error) = source.send(&ToDestination::Pages(&batch)) {
-                break error;
-            }
-        };
-        assert!(matches!(error, Error::Stalled { .. }), "{error:?}");
-        // Nor is anything sent after it, though it may be lifted.
-        assert!(source.send(&ToDestination::Commit).is_err());
-    }
-
-    #[test]
-    fn a_deadline_ends_a_receive() {
-        let (mut source, _silent, _) = talk(Role::Source, None);
-        source.set_deadline(Some(soon()));
-        let error = source.receive(later()).err().unwrap();
-        assert!(matches!(error, Error::Stalled { .. }), "{error:?}");
-        assert!(source.receive_for(Duration::from_secs(3600)).is_err());
-    }
-
-    #[test]
-    fn a_peer_that_drips_messages_does_not_move_the_deadline() {
-        let (mut source, mut peer, _) = talk(Role::Source, None);
-        Hello::new(Role::Destination).write(&mut peer).unwrap();
-        source.greet(later()).unwrap();
-        let dripping = thread::spawn(move || {
-            let mut frames = FrameWriter::new(peer);
-            while frames.send(&ToSource::CaughtUp).is_ok() {}
-        });
-        source.set_deadline(Some(soon()));
-        let error = loop {
-            if let Err(error) = source.receive(later()) {
-                break error;
-            }
-        };
-        assert!(matches!(error, Error::Stalled { .. }), "{error:?}");
-        drop(source);
-        dripping.join().unwrap();
-    }
-
-    /// A writer that takes its time for each byte.
-    struct Slow(Arc<Mutex<Vec<u8>>>);
-
-    impl Write for Slow {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            thread::sleep(TICK / 100);
-            let count = bytes.len().min(16);
-            self.0.lock().unwrap().extend(&bytes[..count]);
-            Ok(count)
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    #[test]
-    fn the_last_words_are_written_when_it_is_closed() {
-        let written = Arc::<Mutex<Vec<u8>>>::default();
-        let (reader, _open) = io::pipe().unwrap();
-        let link = Link {
-            reader: Box::new(reader),
-            writer: Box::new(Slow(Arc::clone(&written))),
-        };
-        let mut source = Conversation::start("b", link, Role::Source, None, Arc::default());
-        let reason = crate::wire::Text::new(&"because ".repeat(50));
-        source.send(&ToDestination::Abort(reason.clone())).unwrap();
-        source.close();
-        let written = written.lock().unwrap();
-        assert!(written.ends_with(reason.as_str().as_bytes()));
-    }
-
-    #[test]
-    fn what_is_written_and_what_holds_it_up_are_counted_together() {
-        let written = Arc::<Mutex<Vec<u8>>>::default();
-        let (reader, _open) = io::pipe().unwrap();
-        let link = Link {
-            reader: Box::new(reader),
-            writer: Box::new(Slow(Arc::clone(&written))),
-        };
-        let mut source = Conversation::start("b", link, Role::Source, None, Arc::default());
-        source.send(&ToDestination::Pages(&[7; 400])).unwrap();
-        source.close();
-        let sent = source.sent();
-        assert_eq!(sent.bytes, written.lock().unwrap().len() as u64);
-        // The frame alone is more than 400 bytes, in writes of 16.
-        assert!(sent.held_up >= 25 * (TICK / 100));
-    }
-
-    #[test]
-    fn a_rate_counts_as_what_the_link_takes() {
-        let (mut source, peer, _) = talk(Role::Source, Some(10_000));
-        drop(thread::spawn(move || io::copy(&mut &peer, &mut io::sink())));
-        source.send(&ToDestination::Pages(&[7; 3000])).unwrap();
-        while source.bytes().0 < 3000 {
-            thread::sleep(TICK / 10);
-        }
-        // 0.3 s at this rate, less a burst and the pause after the last piece.
-        assert!(source.sent().held_up >= Duration::from_millis(100));
-    }
-
-    #[test]
-    fn a_lifted_deadline_holds_no_more() {
-        let (mut source, mut peer, _) = talk(Role::Source, None);
-        source.set_deadline(Some(Instant::now()));
-        assert!(source.greet(later()).is_err());
-        source.set_deadline(None);
-        Hello::new(Role::Destination).write(&mut peer).unwrap();
-        source.greet(later()).unwrap();
-        FrameWriter::new(&mut peer)
-            .send(&ToSource::Running)
-            .unwrap();
-        let received = source.receive(later()).unwrap();
-        assert_eq!(received.tag(), Tag::Running);
-    }
-
-    #[test]
-    fn silence_counts_from_the_hello_on() {
-        let (mut source, mut peer, _) = talk(Role::Source, None);
-        source.silence = Duration::ZERO;
-        for _ in 0..3 {
-            assert!(
-                source
-                    .receive_for(Duration::from_millis(1))
-                    .unwrap()
-                    .is_none()
-            );
-        }
-        Hello::new(Role::Destination).write(&mut peer).unwrap();
-        source.greet(later()).unwrap();
-        let error = source.receive(later()).err().unwrap();
-        assert!(error.to_string().contains("nothing heard"), "{error}");
-    }
-
-    /// Whoever sends all the time does not take a peer that gives up for a link that breaks.
-    #[test]
-    fn the_last_word_of_a_peer_reaches_who_only_sends() {
-        for reads in [false, true] {
-            let (mut source, mut peer, _) = talk(Role::Source, None);
-            Hello::new(Role::Destination).write(&mut peer).unwrap();
-            source.greet(later()).unwrap();
-            let last = ToSource::Failed(crate::wire::Text::new("The disk is full"));
-            FrameWriter::new(&mut peer).send(&last).unwrap();
-            let _reading = reads.then(|| {
-                let peer = peer.try_clone().unwrap();
-                thread::spawn(move || io::copy(&mut &peer, &mut io::sink()))
-            });
-            if !reads {
-                drop(peer);
-            }
-            let batch = vec![0; 256 << 10];
-            let error = loop {
-                if let Err(error) = source.send(&ToDestination::Pages(&batch)) {
-                    break error;
-                }
-            };
-            assert!(matches!(error, Error::PeerFailed { .. }), "{error:?}");
-        }
-    }
-
-    #[test]
-    fn what_was_flushed_is_written() {
-        let written = Arc::<Mutex<Vec<u8>>>::default();
-        let (reader, _open) = io::pipe().unwrap();
-        let link = Link {
-            reader: Box::new(reader),
-            writer: Box::new(Slow(Arc::clone(&written))),
-        };
-        let mut source = Conversation::start("b", link, Role::Source, None, Arc::default());
-        source.send(&ToDestination::Pages(&[7; 1600])).unwrap();
-        source.flush().unwrap();
-        assert!(written.lock().unwrap().len() > 1600);
-    }
-
-    #[test]
-    fn a_low_rate_delays_no_farewell() {
-        use std::io::Read;
-        // At this rate the first frame alone would take a day.
-        let (mut source, mut peer, _) = talk(Role::Source, Some(1));
-        source
-            .send(&ToDestination::Pages(&vec![7; 100_000]))
-            .unwrap();
-        assert_eq!(Hello::read(&mut peer).unwrap().role, Role::Source);
-        // A part of it is a sign of life.
-        let mut start = vec![0; 200_000];
-        let count = peer.read(&mut start).unwrap();
-        assert!((1..=512).contains(&count), "{count}");
-        source.ignore_cancel();
-        source
-            .send(&ToDestination::Abort(crate::wire::Text::new("enough")))
-            .unwrap();
-        let mut frames = FrameReader::new(
-            io::Cursor::new(start[..count].to_vec()).chain(peer),
-            Direction::ToDestination,
-        );
-        assert_eq!(frames.read().unwrap().unwrap().tag, Tag::Pages);
-        assert_eq!(frames.read().unwrap().unwrap().tag, Tag::Abort);
-    }
-
-    #[test]
-    fn what_comes_too_late_does_not_count() {
-        let (mut source, mut peer, _) = talk(Role::Source, None);
-        Hello::new(Role::Destination).write(&mut peer).unwrap();
-        source.greet(later()).unwrap();
-        FrameWriter::new(&mut peer)
-            .send(&ToSource::Running)
-            .unwrap();
-        let error = source.receive(Instant::now()).err().unwrap();
-        assert!(error.to_string().contains("in time"), "{error}");
-        assert_eq!(source.receive(later()).unwrap().tag(), Tag::Running);
-    }
-
-    #[test]
-    fn a_peer_that_never_stops_talking_does_not_hold_up_a_cancel() {
-        let (mut destination, mut peer, cancel) = talk(Role::Destination, None);
-        Hello::new(Role::Source).write(&mut peer).unwrap();
-        destination.greet(later()).unwrap();
-        FrameWriter::new(&mut peer)
-            .send(&ToDestination::Ping(1))
-            .unwrap();
-        cancel.store(true, Ordering::Relaxed);
-        let error = destination.receive(later()).err().unwrap();
-        assert!(matches!(error, Error::Cancelled), "{error:?}");
-    }
-}
+mod tests;

@@ -15,6 +15,7 @@ mod said;
 mod sign_of_life;
 mod spreading;
 pub mod ssh;
+mod writing;
 
 pub use conversation::{Conversation, QUEUE, Received, SILENCE};
 pub use gathering::Expecting;

@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Sender, TryRecvError, bounded};
 
-use super::conversation::{Heard, Outgoing, Placed, Share};
+use super::conversation::Heard;
+use super::writing::{Outgoing, Placed, Share};
 use super::{Conversation, Link};
 use crate::codec::Encoding;
 use crate::error::{Error, Result, chain};

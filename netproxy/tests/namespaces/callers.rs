@@ -6,11 +6,14 @@ use std::time::Duration;
 
 use netproxy::control::{Client, Move};
 
-use crate::edge::{Edge, LEASE, echoing, exchange, exchange_with, wait_until};
+use crate::edge::{Edge, LEASE, both_ends, echoing, exchange, exchange_with, wait_until};
 use crate::streams::{all_kinds, one_of_each};
 use crate::traffic::serve;
 use crate::world;
 use crate::world::{SITES, World};
+
+/// How long a step may take.
+const WITHIN: Duration = Duration::from_secs(20);
 
 /// Not a test: the caller that [`a_caller_that_is_killed_gives_its_move_up`] kills.
 #[test]
@@ -178,7 +181,6 @@ fn a_guest_that_answers_at_the_new_site_is_not_sent_back() {
 /// As `vmshadow` does it, and from another host: through a program that leads to the socket.
 #[test]
 fn a_move_is_driven_from_another_host() {
-    let within = Duration::from_secs(20);
     let world = World::new(Duration::from_millis(4));
     serve(&world, 5900);
     let edge = Edge::new(&world, "");
@@ -195,25 +197,25 @@ fn a_move_is_driven_from_another_host() {
         let guest = edge.client().list().unwrap().guests.remove(0);
         (guest.site, guest.phase.destination().is_some())
     };
-    let (mut there, warmth) = Move::prepare(connect(), "desktop", "b", within).unwrap();
+    let (mut there, warmth) = Move::prepare(connect(), "desktop", "b", WITHIN).unwrap();
     assert!(warmth.warnings.is_empty(), "{warmth:?}");
     assert_eq!((there.guest(), there.site()), ("desktop", "b"));
     world.place(None);
     stream.write_all(b"under way").unwrap();
-    there.hold(within).unwrap();
-    assert_eq!(there.retarget(within).unwrap().connections, 1);
+    there.hold(WITHIN).unwrap();
+    assert_eq!(there.retarget(WITHIN).unwrap().connections, 1);
     world.place(Some("b"));
-    assert_eq!(there.release(Duration::ZERO, within).unwrap().failed, 0);
+    assert_eq!(there.release(Duration::ZERO, WITHIN).unwrap().failed, 0);
     let mut answer = [0; 9];
     stream.read_exact(&mut answer).unwrap();
     assert_eq!(&answer, b"under way");
     assert_eq!(at(), ("b".into(), false));
     // Back on purpose, and by being dropped.
     for purpose in [true, false] {
-        let (mut given_up, _) = Move::prepare(connect(), "desktop", "a", within).unwrap();
-        given_up.hold(within).unwrap();
+        let (mut given_up, _) = Move::prepare(connect(), "desktop", "a", WITHIN).unwrap();
+        given_up.hold(WITHIN).unwrap();
         if purpose {
-            given_up.back(within).unwrap();
+            given_up.back(WITHIN).unwrap();
         } else {
             drop(given_up);
             wait_until(|| at() == ("b".into(), false));
@@ -226,7 +228,7 @@ fn a_move_is_driven_from_another_host() {
         Client::through(&mut nothing).unwrap(),
         "desktop",
         "a",
-        within,
+        WITHIN,
     );
     assert!(
         matches!(error, Err(netproxy::Error::Protocol(_))),
@@ -234,20 +236,25 @@ fn a_move_is_driven_from_another_host() {
     );
 }
 
+/// A client's connection that works, and the move that is prepared for it; its guest has just left.
+fn leaving(world: &World, edge: &Edge) -> (TcpStream, Move) {
+    let mut stream = echoing(world);
+    exchange(&mut stream, b"before");
+    let (moving, _) = Move::prepare(edge.client(), "desktop", "b", WITHIN).unwrap();
+    world.place(None);
+    (stream, moving)
+}
+
 #[test]
 fn an_answer_that_comes_too_late_is_nobodys() {
     let world = World::new(Duration::from_millis(200));
     serve(&world, 5900);
     let edge = Edge::new(&world, "");
-    let mut stream = echoing(&world);
-    exchange(&mut stream, b"before");
-    let within = Duration::from_secs(20);
-    let (mut moving, _) = Move::prepare(edge.client(), "desktop", "b", within).unwrap();
-    world.place(None);
+    let (mut stream, mut moving) = leaving(&world, &edge);
     // The freeze waits until all that the guest had sent is in.
     let error = moving.hold(Duration::from_millis(10)).unwrap_err();
     assert!(matches!(error, netproxy::Error::Timeout), "{error}");
-    let error = moving.retarget(within).unwrap_err();
+    let error = moving.retarget(WITHIN).unwrap_err();
     assert!(matches!(error, netproxy::Error::Protocol(_)), "{error}");
     drop(moving);
     wait_until(|| {
@@ -309,12 +316,8 @@ fn a_held_guest_that_arrived_is_not_taken_back_first() {
     let world = World::new(Duration::from_millis(4));
     serve(&world, 5900);
     let edge = Edge::new(&world, "");
-    let mut stream = echoing(&world);
-    exchange(&mut stream, b"before");
-    let within = Duration::from_secs(20);
-    let (mut moving, _) = Move::prepare(edge.client(), "desktop", "b", within).unwrap();
-    world.place(None);
-    moving.hold(within).unwrap();
+    let (mut stream, mut moving) = leaving(&world, &edge);
+    moving.hold(WITHIN).unwrap();
     stream.write_all(b"under way").unwrap();
     world.place(Some("b"));
     let tally = edge.client().arrived("desktop", "b").unwrap();
@@ -323,7 +326,7 @@ fn a_held_guest_that_arrived_is_not_taken_back_first() {
     stream.read_exact(&mut answer).unwrap();
     assert_eq!(&answer, b"under way");
     // Whoever held it comes too late, and its end ends nothing.
-    assert!(moving.retarget(within).is_err());
+    assert!(moving.retarget(WITHIN).is_err());
     drop(moving);
     exchange(&mut stream, b"after");
     assert_eq!(edge.client().list().unwrap().guests[0].site, "b");
@@ -340,13 +343,7 @@ fn a_guest_that_comes_after_its_move_was_given_up_is_followed() {
         std::net::TcpListener::bind(("0.0.0.0", 5900)).unwrap()
     });
     let edge = Edge::new(&world, "");
-    let mut pairs: Vec<(TcpStream, TcpStream)> = (0..5)
-        .map(|_| (echoing(&world), listener.accept().unwrap().0))
-        .collect();
-    for (client, guest) in &mut pairs {
-        guest.read_exact(&mut [0; 8]).unwrap();
-        exchange_with(client, guest, b"before");
-    }
+    let mut pairs = both_ends(&world, &listener, 5);
     let mut control = edge.client();
     for to in ["b", "a", "b"] {
         control.prepare("desktop", to).unwrap();
@@ -380,28 +377,27 @@ fn a_move_is_its_callers() {
     let edge = Edge::new(&world, "");
     let mut stream = echoing(&world);
     exchange(&mut stream, b"before");
-    let within = Duration::from_secs(20);
-    let (mut first, _) = Move::prepare(edge.client(), "desktop", "a", within).unwrap();
-    let (mut second, _) = Move::prepare(edge.client(), "desktop", "b", within).unwrap();
+    let (mut first, _) = Move::prepare(edge.client(), "desktop", "a", WITHIN).unwrap();
+    let (mut second, _) = Move::prepare(edge.client(), "desktop", "b", WITHIN).unwrap();
     world.place(None);
-    let refused = first.hold(within).unwrap_err().to_string();
+    let refused = first.hold(WITHIN).unwrap_err().to_string();
     assert!(refused.contains("another caller"), "{refused}");
-    second.hold(within).unwrap();
+    second.hold(WITHIN).unwrap();
     let mut stranger = edge.client();
     for refused in [
-        first.retarget(within).unwrap_err(),
+        first.retarget(WITHIN).unwrap_err(),
         stranger.retarget("desktop").unwrap_err(),
         stranger.release("desktop", Duration::ZERO).unwrap_err(),
-        stranger.renew("desktop", within).unwrap_err(),
+        stranger.renew("desktop", WITHIN).unwrap_err(),
     ] {
         assert!(refused.to_string().contains("another caller"), "{refused}");
     }
-    second.renew(within).unwrap();
+    second.renew(WITHIN).unwrap();
     // One who gives up what is no longer its own ends nothing.
     drop(first);
-    assert_eq!(second.retarget(within).unwrap().connections, 1);
+    assert_eq!(second.retarget(WITHIN).unwrap().connections, 1);
     world.place(Some("b"));
-    assert_eq!(second.release(Duration::ZERO, within).unwrap().failed, 0);
+    assert_eq!(second.release(Duration::ZERO, WITHIN).unwrap().failed, 0);
     exchange(&mut stream, b"after");
     assert_eq!(edge.client().list().unwrap().guests[0].site, "b");
 }

@@ -1,7 +1,7 @@
 //! A proxy in the edge's namespace, and what tests say to it.
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -146,6 +146,22 @@ pub fn exchange_all(streams: &mut [TcpStream], text: &[u8]) {
         stream.read_exact(&mut answer).unwrap();
         assert_eq!(answer, text);
     }
+}
+
+/// Connections that work, and the guest's ends of them, where nobody but the test serves.
+pub fn both_ends(
+    world: &World,
+    listener: &TcpListener,
+    count: usize,
+) -> Vec<(TcpStream, TcpStream)> {
+    let mut pairs: Vec<_> = (0..count)
+        .map(|_| (echoing(world), listener.accept().unwrap().0))
+        .collect();
+    for (client, guest) in &mut pairs {
+        guest.read_exact(&mut [0; 8]).unwrap();
+        exchange_with(client, guest, b"before");
+    }
+    pairs
 }
 
 pub fn exchange(stream: &mut TcpStream, text: &[u8]) {

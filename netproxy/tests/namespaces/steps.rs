@@ -11,8 +11,8 @@ use netproxy::control::Client;
 use netproxy::retarget::phase::Phase;
 
 use crate::edge::{
-    Edge, LEASE, configuration, echoing, established, exchange, exchange_all, exchange_with,
-    listen, many_echoing, wait_until,
+    Edge, LEASE, both_ends, configuration, echoing, established, exchange, exchange_all,
+    exchange_with, listen, many_echoing, wait_until,
 };
 use crate::streams::{all_kinds, one_of_each};
 use crate::traffic::{Running, serve, start};
@@ -234,13 +234,7 @@ fn a_connection_that_ends_while_its_guest_is_held() {
         std::net::TcpListener::bind(("0.0.0.0", 5900)).unwrap()
     });
     let edge = Edge::new(&world, "grace = \"2s\"");
-    let mut pairs: Vec<(TcpStream, TcpStream)> = (0..2)
-        .map(|_| (echoing(&world), listener.accept().unwrap().0))
-        .collect();
-    for (client, guest) in &mut pairs {
-        guest.read_exact(&mut [0; 8]).unwrap();
-        exchange_with(client, guest, b"before");
-    }
+    let mut pairs = both_ends(&world, &listener, 2);
     let (mut ends, guest) = pairs.remove(0);
     let (mut stays, mut inner) = pairs.remove(0);
     let mut control = edge.client();
