@@ -80,10 +80,7 @@ pub fn receive(
         .and_then(|text| text.split_whitespace().next().map(str::to_owned))
         .unwrap_or_else(|| "the source".into());
     pipe::widen(io::stdin());
-    let link = Link {
-        reader: Box::new(io::stdin()),
-        writer: Box::new(io::stdout()),
-    };
+    let link = Link::new(io::stdin(), io::stdout());
     let rate = Rate::default();
     let stop = Arc::clone(&cancel);
     let conversation =

@@ -322,6 +322,7 @@ impl Sender {
             let taken = Taken {
                 bytes: self.bytes,
                 held_up: self.crossing(),
+                cpu: None,
             };
             self.encoder.finish(&mut encoded, taken);
             self.bytes += encoded.len() as u64;

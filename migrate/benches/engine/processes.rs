@@ -142,10 +142,7 @@ fn made(mib: u64) -> Memory {
 }
 
 fn link(stream: UnixStream) -> Result<Link> {
-    Ok(Link {
-        reader: Box::new(stream.try_clone()?),
-        writer: Box::new(stream),
-    })
+    Ok(Link::new(stream.try_clone()?, stream))
 }
 
 /// The process's own memory, in KiB: what no file can take back.

@@ -97,10 +97,7 @@ fn row(subject: &Subject, mbit: u64, rtt: u64, lost: u32, way: Way) -> Result<()
 
 fn link(stream: TcpStream) -> Result<Link> {
     stream.set_nodelay(true)?;
-    Ok(Link {
-        reader: Box::new(stream.try_clone()?),
-        writer: Box::new(stream),
-    })
+    Ok(Link::new(stream.try_clone()?, stream))
 }
 
 /// A connection between the hosts: both ends, each by that congestion control.

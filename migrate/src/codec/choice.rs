@@ -23,13 +23,13 @@
 //! compressing take says more about ssh than about themselves:
 //!
 //! ```text
-//!   rate(technique) = min( processors / (reading' + cost + ratio * others),  link / ratio )
+//!   rate(technique) = min( processors / (reading' + cost + ratio * sending),  link / ratio )
 //!
 //!   and elsewhere no more than that
 //!
-//!   reading'   CPU seconds per byte that the producer spends on anything but compressing
-//!   others     seconds of a processor that ssh, the thread that sends, and who else works, take for
-//!              a byte that is sent
+//!   processors  those that nobody else needs, see `LinkRate`
+//!   reading'    CPU seconds per byte that the producer spends on anything but compressing
+//!   sending     CPU seconds that ssh, and the thread that sends, take for a byte that is sent
 //! ```
 //!
 //! The cheapest technique within 2 % of the highest rate is taken, and the one in use is kept
@@ -324,8 +324,8 @@ impl Choice {
         let cost = self.cost(technique);
         let ratio = self.ratio(technique);
         let carried = link / ratio;
-        let together = self.link.others().map_or(f64::INFINITY, |(count, others)| {
-            count as f64 / (self.reading_cpu.value + cost + ratio * others)
+        let together = self.link.sending().map_or(f64::INFINITY, |sending| {
+            sending.processors / (self.reading_cpu.value + cost + ratio * sending.per_byte)
         });
         if self.link.waits_for_processors() {
             return carried.min(together);

@@ -18,7 +18,9 @@
 //!
 //! Where the host's processors are never idle, a writer is held up by those that need them too: ssh,
 //! and who compresses. Then it tells nothing about the link. What sending takes of the processors for
-//! each byte is measured beside it.
+//! each byte is measured beside it: the CPU time of who writes and carries, where that is known. What
+//! else the processors do, for other guests or for a destination on the same host, only leaves fewer
+//! of them to share. Where nobody knows who carries, all of it counts for sending.
 //!
 //! Buffers between the writer and the link (pipes, ssh, TCP) take the first megabytes after a pause
 //! as fast as they come. These are no proof of a fast link, and are left out where they would be.
@@ -32,6 +34,8 @@ pub struct Sent {
     pub bytes: u64,
     /// How long its writes took, and the pauses that keep it below a rate.
     pub held_up: Duration,
+    /// The CPU time of who writes, and of who carries what was written, if that is known.
+    pub cpu: Option<Duration>,
 }
 
 /// What a host's processors did in a while.
@@ -41,8 +45,18 @@ pub struct Processors {
     pub count: usize,
     /// How long they were idle, all together.
     pub idle: Duration,
-    /// How long they worked for anything but reading and compressing: to send, mostly.
+    /// How long they worked for anything but reading and compressing.
     pub others: Duration,
+}
+
+/// What sending takes of a host's processors.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sending {
+    /// How many processors there are for it, and for reading and compressing.
+    pub processors: f64,
+    /// For how many seconds of one of them a byte that is sent keeps anybody at work, but who reads
+    /// and compresses.
+    pub per_byte: f64,
 }
 
 /// The shortest time to judge by, in seconds.
@@ -60,6 +74,9 @@ const SATURATED: f64 = 0.7;
 /// The part of a window for which one processor at least has to be idle: else they are what all
 /// wait for.
 const IDLE: f64 = 0.1;
+
+/// The part of the processors that counts as ours however much others work: they share.
+const SHARE: f64 = 0.25;
 
 /// The weight of a new window.
 const WEIGHT: f64 = 0.3;
@@ -86,13 +103,14 @@ pub struct LinkRate {
     bytes: f64,
     held_up: f64,
     elapsed: f64,
+    /// CPU time for sending in the window, as long as that is known.
+    cpu: Option<f64>,
     /// What the processors did in the window.
     processors: Option<Processors>,
     unsaturated: Unsaturated,
     /// The rate that held the writer up last.
     limit: Option<f64>,
-    /// Processors, and seconds of them that anything but reading and compressing takes for a byte.
-    others: Option<(usize, f64)>,
+    sending: Option<Sending>,
     /// No processor was idle in the last window.
     busy: bool,
 }
@@ -113,11 +131,10 @@ impl LinkRate {
         self.seconds_per_byte.map(f64::recip)
     }
 
-    /// How many processors there are, and for how many seconds of one of them a byte that is sent
-    /// keeps anybody at work, but who reads and compresses. None until that is known.
+    /// What sending takes of the processors. None until that is known.
     #[must_use]
-    pub const fn others(&self) -> Option<(usize, f64)> {
-        self.others
+    pub const fn sending(&self) -> Option<Sending> {
+        self.sending
     }
 
     /// Whether it is the host's processors that all wait for.
@@ -164,6 +181,11 @@ impl LinkRate {
         self.bytes += sent.bytes.saturating_sub(last.bytes) as f64;
         self.held_up += sent.held_up.saturating_sub(last.held_up).as_secs_f64();
         self.elapsed += elapsed.as_secs_f64();
+        let cpu = sent
+            .cpu
+            .zip(last.cpu)
+            .map(|(sent, last)| sent.saturating_sub(last).as_secs_f64());
+        self.cpu = self.cpu.zip(cpu).map(|(before, since)| before + since);
         self.processors = match (self.processors, processors) {
             (Some(before), Some(since)) => Some(Processors {
                 count: since.count,
@@ -180,15 +202,30 @@ impl LinkRate {
 
     fn clear_window(&mut self) {
         (self.bytes, self.held_up, self.elapsed) = (0.0, 0.0, 0.0);
-        self.processors = None;
+        (self.cpu, self.processors) = (Some(0.0), None);
+    }
+
+    fn see_sending(&mut self, processors: Processors) {
+        let count = processors.count as f64;
+        let others = processors.others.as_secs_f64();
+        let cpu = self.cpu.unwrap_or(others);
+        let elsewhere = (others - cpu).max(0.0) / self.elapsed;
+        let new = Sending {
+            processors: (count - elsewhere).max(SHARE * count),
+            per_byte: cpu / self.bytes,
+        };
+        let known = self.sending.unwrap_or(new);
+        let smoothed = |known: f64, new: f64| known + WEIGHT * (new - known);
+        self.sending = Some(Sending {
+            processors: smoothed(known.processors, new.processors),
+            per_byte: smoothed(known.per_byte, new.per_byte),
+        });
     }
 
     fn judge(&mut self) {
         let mut fastest = self.bytes / self.held_up.max(1e-9);
         if let Some(processors) = self.processors {
-            let per_byte = processors.others.as_secs_f64() / self.bytes;
-            let known = self.others.map_or(per_byte, |(_, known)| known);
-            self.others = Some((processors.count, known + WEIGHT * (per_byte - known)));
+            self.see_sending(processors);
             self.busy = processors.idle.as_secs_f64() < IDLE * self.elapsed;
             if self.busy {
                 if self.held_up >= SATURATED * self.elapsed {
@@ -241,7 +278,12 @@ mod tests {
         buffered: f64,
         /// The part of the time in which a processor is idle, where that is known.
         idle: Option<f64>,
+        /// The part of the time in which a processor works for others.
+        elsewhere: f64,
     }
+
+    /// CPU seconds for a byte that is sent.
+    const CARRYING: f64 = 20e-9;
 
     impl Writer {
         fn run(&mut self, link: &mut LinkRate, rate: f64, offered: f64, seconds: f64) {
@@ -258,10 +300,15 @@ mod tests {
                 };
                 self.sent.bytes += taken as u64;
                 self.sent.held_up += Duration::from_secs_f64(held_up);
+                let carrying = taken * CARRYING;
+                self.sent.cpu = self
+                    .sent
+                    .cpu
+                    .map(|cpu| cpu + Duration::from_secs_f64(carrying));
                 let processors = self.idle.map(|idle| Processors {
                     count: 1,
                     idle: Duration::from_secs_f64(step * idle),
-                    others: Duration::from_secs_f64(taken * 20e-9),
+                    others: Duration::from_secs_f64(carrying + step * self.elsewhere),
                 });
                 link.note(self.sent, Duration::from_secs_f64(step), processors);
             }
@@ -275,6 +322,7 @@ mod tests {
             sent: Sent::default(),
             buffered: 0.0,
             idle: None,
+            elsewhere: 0.0,
         };
         (link, writer)
     }
@@ -300,9 +348,9 @@ mod tests {
         writer.idle = Some(0.05);
         writer.run(&mut link, 1e6, 8e6, 5.0);
         assert_eq!(link.bytes_per_second(), None);
-        let (count, others) = link.others().unwrap();
-        assert_eq!(count, 1);
-        assert!((15e-9..25e-9).contains(&others), "{others}");
+        let sending = link.sending().unwrap();
+        assert_eq!(sending.processors, 1.0);
+        assert!((0.75..1.25).contains(&(sending.per_byte / CARRYING)));
         writer.idle = Some(0.5);
         writer.run(&mut link, 1e6, 8e6, 5.0);
         assert!(near(&link, 1e6), "{link:?}");
@@ -310,6 +358,27 @@ mod tests {
         writer.idle = Some(0.0);
         writer.run(&mut link, 0.5e6, 8e6, 5.0);
         assert!(near(&link, 1e6), "{link:?}");
+    }
+
+    #[test]
+    fn what_a_processor_does_for_others_is_no_cost_of_sending() {
+        let (mut link, mut writer) = start();
+        (writer.idle, writer.elsewhere) = (Some(0.5), 0.4);
+        writer.run(&mut link, 1e6, 8e6, 5.0);
+        // Nobody knows who carries.
+        assert!(link.sending().unwrap().per_byte > 10.0 * CARRYING);
+        writer.sent.cpu = Some(Duration::ZERO);
+        writer.run(&mut link, 1e6, 8e6, 10.0);
+        let Sending {
+            processors,
+            per_byte,
+        } = link.sending().unwrap();
+        assert!((0.9..1.1).contains(&(per_byte / CARRYING)), "{per_byte}");
+        assert!((0.55..0.65).contains(&processors), "{processors}");
+        // However much they have to do, something is left.
+        writer.elsewhere = 5.0;
+        writer.run(&mut link, 1e6, 8e6, 10.0);
+        assert!((0.2..0.3).contains(&link.sending().unwrap().processors));
     }
 
     #[test]

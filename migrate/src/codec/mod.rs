@@ -61,7 +61,7 @@ pub use adaptive::{AdaptiveEncoder, Encoding, MAX_WORKERS};
 pub use choice::{Choice, Encoded, Order, Probed, Produced};
 pub use decode::{Batch, BatchDecoder, BatchPage, Content};
 pub use encode::{BatchEncoder, BatchStatistics, EncodeError};
-pub use link_rate::{LinkRate, Sent};
+pub use link_rate::{LinkRate, Sending, Sent};
 pub use noise::is_noise;
 pub use technique::{PagesByTechnique, Technique};
 

@@ -27,6 +27,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded};
 
+use super::carrier::{Carrier, Worked};
 use super::sign_of_life::{LastHeard, Listening};
 use super::spreading::Spreading;
 use super::writing::{Outgoing, write_frames};
@@ -112,6 +113,8 @@ pub struct Conversation {
     pub(super) written: Arc<AtomicU64>,
     pub(super) read: Arc<AtomicU64>,
     held_up: HeldUp,
+    worked: Worked,
+    carrier: Carrier,
     broken: Arc<Mutex<Option<String>>>,
     pub(super) rate: Rate,
     pub(super) cancel: Arc<AtomicBool>,
@@ -190,6 +193,8 @@ impl Conversation {
         let mut writer = Counted::new(link.writer, Arc::clone(&written));
         let held_up = HeldUp::default();
         let holding = held_up.clone();
+        let worked = Worked::default();
+        let working = worked.clone();
         let break_reason = Arc::clone(&broken);
         let hurry = Arc::<AtomicBool>::default();
         let hurried = Arc::clone(&hurry);
@@ -197,7 +202,16 @@ impl Conversation {
         thread::spawn(move || {
             // Dropped when this thread ends.
             let _writing = writing;
-            if let Err(error) = write_frames(&mut writer, role, &frames, rate, &hurried, &holding)
+            let end = write_frames(
+                &mut writer,
+                role,
+                &frames,
+                rate,
+                &hurried,
+                &holding,
+                &working,
+            );
+            if let Err(error) = end
                 && let Ok(mut broken) = break_reason.lock()
             {
                 broken.get_or_insert(chain(&error));
@@ -268,6 +282,8 @@ impl Conversation {
             written,
             read,
             held_up,
+            worked,
+            carrier: link.carrier,
             broken,
             rate: kept_rate,
             cancel,
@@ -304,16 +320,26 @@ impl Conversation {
     }
 
     /// Bytes written to the link, and how long that took: the rate of the link, as long as frames
-    /// wait for it.
+    /// wait for it. And the CPU time that it took.
     pub fn sent(&self) -> Sent {
         let held_up = match &self.spreading {
             None => self.held_up.total(),
             Some(spreading) => spreading.held_up(|connection| connection.held_up.total()),
         };
+        let beside = self.spreading.iter().flat_map(Spreading::connections);
         Sent {
             bytes: self.bytes().0,
             held_up,
+            cpu: beside
+                .map(Conversation::own_cpu)
+                .chain([self.own_cpu()])
+                .sum(),
         }
+    }
+
+    /// The CPU time that writing took, and carrying it, of this connection alone.
+    fn own_cpu(&self) -> Option<Duration> {
+        Some(self.worked.total() + self.carrier.cpu()?)
     }
 
     /// From `deadline` on every send and receive fails with [`Error::Stalled`], whatever the peer

@@ -99,10 +99,7 @@ fn accept(listener: &UnixListener, come: &Sender<Link>, closed: &AtomicBool) {
             if who.uid() != geteuid().as_raw() {
                 return Err(io::ErrorKind::PermissionDenied.into());
             }
-            Ok(Link {
-                reader: Box::new(stream.try_clone()?),
-                writer: Box::new(stream),
-            })
+            Ok(Link::new(stream.try_clone()?, stream))
         });
         match link {
             Ok(link) => {

@@ -375,10 +375,7 @@ mod tests {
     }
 
     fn link(stream: UnixStream) -> Link {
-        Link {
-            reader: Box::new(stream.try_clone().unwrap()),
-            writer: Box::new(stream),
-        }
+        Link::new(stream.try_clone().unwrap(), stream)
     }
 
     fn say(to: &mut impl Write, message: &impl Message) {

@@ -4,6 +4,7 @@
 //! other end is a child process's standard input and output. One connection carries everything, or
 //! several carry the pages and one the rest.
 
+mod carrier;
 mod congestion;
 mod conversation;
 pub mod door;
@@ -17,6 +18,7 @@ mod spreading;
 pub mod ssh;
 mod writing;
 
+pub use carrier::Carrier;
 pub use conversation::{Conversation, QUEUE, Received, SILENCE};
 pub use gathering::Expecting;
 pub use pacing::{Counted, HeldUp, Pace, Rate};
@@ -30,4 +32,18 @@ pub struct Link {
     pub reader: Box<dyn Read + Send>,
     /// What we say.
     pub writer: Box<dyn Write + Send>,
+    /// Who carries that.
+    pub carrier: Carrier,
+}
+
+impl Link {
+    /// A link that the kernel carries.
+    #[must_use]
+    pub fn new(reader: impl Read + Send + 'static, writer: impl Write + Send + 'static) -> Self {
+        Link {
+            reader: Box::new(reader),
+            writer: Box::new(writer),
+            carrier: Carrier::kernel(),
+        }
+    }
 }

@@ -159,6 +159,10 @@ impl Spreading {
         self.written.load(Ordering::Relaxed) < self.place.batches
     }
 
+    pub(super) fn connections(&self) -> &[Conversation] {
+        &self.connections
+    }
+
     /// How long the connections were held up, each of them.
     pub(super) fn held_up(&self, of: impl Fn(&Conversation) -> Duration) -> Duration {
         let all: Duration = self.connections.iter().map(of).sum();
@@ -281,10 +285,7 @@ mod tests {
     fn spread() -> (Conversation, [UnixStream; 2]) {
         let start = || {
             let (ours, theirs) = UnixStream::pair().unwrap();
-            let link = Link {
-                reader: Box::new(ours.try_clone().unwrap()),
-                writer: Box::new(ours),
-            };
+            let link = Link::new(ours.try_clone().unwrap(), ours);
             let conversation = Conversation::start("b", link, Role::Source, None, Arc::default());
             (conversation, theirs)
         };
@@ -315,10 +316,7 @@ mod tests {
         let mut answered = Vec::new();
         let joining = (0..2).map(|index| {
             let (ours, mut theirs) = UnixStream::pair().unwrap();
-            let link = Link {
-                reader: Box::new(ours.try_clone().unwrap()),
-                writer: Box::new(ours),
-            };
+            let link = Link::new(ours.try_clone().unwrap(), ours);
             if index == 1 {
                 Hello::new(Role::Destination).write(&mut theirs).unwrap();
                 FrameWriter::new(&mut theirs)

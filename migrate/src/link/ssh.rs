@@ -15,7 +15,7 @@ use crossbeam_channel::{Receiver, bounded};
 
 use super::loss::Losses;
 use super::said::{LastLines, read_lines};
-use super::{Link, congestion};
+use super::{Carrier, Link, congestion};
 use crate::error::{Error, IoContext, Result};
 use crate::wire::MoveId;
 
@@ -144,11 +144,14 @@ impl Remote {
         let link = Link {
             reader: Box::new(stdout),
             writer: Box::new(stdin),
+            carrier: Carrier::default(),
         };
+        let carrier = link.carrier.clone();
         Ok((
             link,
             Session {
                 child,
+                carrier,
                 said,
                 heard_all,
                 congestion: self.congestion.clone(),
@@ -184,6 +187,7 @@ impl Remote {
                 let (said, heard_all) = listen(self.host.clone(), stderr);
                 Session {
                     child,
+                    carrier: Carrier::default(),
                     said,
                     heard_all,
                     congestion: None,
@@ -255,6 +259,8 @@ fn listen(host: String, stderr: impl Read + Send + 'static) -> Said {
 #[derive(Debug)]
 pub struct Session {
     child: Child,
+    /// Of its link: this process, once its connection was seen.
+    carrier: Carrier,
     said: Arc<Mutex<LastLines>>,
     heard_all: Receiver<()>,
     /// What it is to go by.
@@ -276,7 +282,12 @@ impl Session {
     /// # Errors
     /// [`Error::Refused`] and [`Error::Io`], only where one was asked for.
     pub fn follow_congestion(&self) -> Result<Option<String>> {
-        congestion::of_process(self.child.id(), self.congestion.as_deref())
+        let id = self.child.id();
+        let used = congestion::of_process(id, self.congestion.as_deref())?;
+        if used.is_some() {
+            self.carrier.found(id);
+        }
+        Ok(used)
     }
 
     /// Where nobody chose how the connection is to send, and packets are lost all the time, lets it

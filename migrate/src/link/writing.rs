@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
+use super::carrier::Worked;
 use super::{Counted, HeldUp, Pace, Rate};
 use crate::bytes::write_all_vectored;
 use crate::codec::Encoding;
@@ -59,6 +60,7 @@ pub(super) fn write_frames(
     rate: Rate,
     hurry: &AtomicBool,
     held_up: &HeldUp,
+    worked: &Worked,
 ) -> std::result::Result<(), WireError> {
     Hello::new(role).write(&mut *writer)?;
     let mut sign_of_life = Vec::new();
@@ -71,6 +73,7 @@ pub(super) fn write_frames(
         pace: Pace::new(rate),
         hurry,
         held_up,
+        worked,
     };
     loop {
         match frames.recv_timeout(SIGN_OF_LIFE) {
@@ -110,6 +113,7 @@ struct Paced<'a, W> {
     pace: Pace,
     hurry: &'a AtomicBool,
     held_up: &'a HeldUp,
+    worked: &'a Worked,
 }
 
 impl<W: Write> Paced<'_, W> {
@@ -137,6 +141,7 @@ impl<W: Write> Paced<'_, W> {
             let mut both = [IoSlice::new(header), IoSlice::new(slice)];
             write_all_vectored(self.writer, &mut both)?;
             self.writer.flush()?;
+            self.worked.note();
             self.pace.wait(header.len() + slice.len(), self.hurry);
             header = &[];
         }

@@ -48,12 +48,12 @@ pub fn pair(shape: Shape) -> (Link, Link, Cut) {
     let cut = Cut {
         pipes: [Arc::clone(&away), Arc::clone(&back)],
     };
-    let end = |writes: &Arc<Pipe>, reads: &Arc<Pipe>| Link {
-        reader: Box::new(Reader(Arc::clone(reads))),
-        writer: Box::new(Writer {
+    let end = |writes: &Arc<Pipe>, reads: &Arc<Pipe>| {
+        let writer = Writer {
             pipe: Arc::clone(writes),
             cut: cut.clone(),
-        }),
+        };
+        Link::new(Reader(Arc::clone(reads)), writer)
     };
     (end(&away, &back), end(&back, &away), cut)
 }

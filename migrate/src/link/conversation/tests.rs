@@ -8,10 +8,7 @@ use crate::wire::ToDestination;
 fn talk(role: Role, rate: Option<u64>) -> (Conversation, UnixStream, Arc<AtomicBool>) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let cancel = Arc::<AtomicBool>::default();
-    let link = Link {
-        reader: Box::new(ours.try_clone().unwrap()),
-        writer: Box::new(ours),
-    };
+    let link = Link::new(ours.try_clone().unwrap(), ours);
     let conversation = Conversation::start("b", link, role, rate, Arc::clone(&cancel));
     (conversation, theirs, cancel)
 }
@@ -90,10 +87,7 @@ impl Write for Slow {
 fn on_a_slow_link() -> (Conversation, Arc<Mutex<Vec<u8>>>, io::PipeWriter) {
     let written = Arc::<Mutex<Vec<u8>>>::default();
     let (reader, open) = io::pipe().unwrap();
-    let link = Link {
-        reader: Box::new(reader),
-        writer: Box::new(Slow(Arc::clone(&written))),
-    };
+    let link = Link::new(reader, Slow(Arc::clone(&written)));
     let source = Conversation::start("b", link, Role::Source, None, Arc::default());
     (source, written, open)
 }
