@@ -9,7 +9,8 @@ use serde_json::Value;
 use xen_sys::DomId;
 use xen_sys::toolstack::DomainKind;
 
-use super::host::{Host, saver_at_work};
+use super::host::Host;
+use super::savers::saver_at_work;
 use crate::error::{Error, IoContext, Result};
 
 /// Why an HVM guest can't be moved.

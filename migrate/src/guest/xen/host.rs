@@ -8,6 +8,7 @@ use xen_sys::ctl::{Ctl, DomainInfo, ShutdownReason};
 use xen_sys::store::Store;
 use xen_sys::toolstack::{DomainKind, Toolstack};
 
+use super::savers::saver_at_work;
 use crate::error::{Error, IoContext, Result, chain};
 
 /// How long a destroyed domain may take to be gone: its memory is freed page by page.
@@ -135,12 +136,14 @@ impl Host {
         Ok(self.info(domid)?.is_suspended())
     }
 
-    /// Ends log-dirty, where it was ours.
+    /// Ends log-dirty, where it was ours. A stock tool that moves the guest meanwhile has taken it
+    /// over: without it, that tool would find nothing dirty, and leave behind what the guest writes.
+    /// It ends it by itself.
     ///
     /// # Errors
     /// What Xen refuses; that there is none is no error.
     pub fn end_log_dirty(&self, domid: DomId, ours: bool) -> Result<()> {
-        if !ours {
+        if !ours || saver_at_work(domid).is_some() {
             return Ok(());
         }
         match self.ctl.log_dirty_off(domid) {
@@ -384,21 +387,6 @@ impl Host {
 /// Whether Xen says that this makes no sense now (EINVAL).
 pub(super) fn is_invalid(error: &xen_sys::Error) -> bool {
     error.errno() == Some(nix::libc::EINVAL)
-}
-
-/// A `libxl-save-helper` that saves `domid`: another tool is at it.
-pub(super) fn saver_at_work(domid: DomId) -> Option<u32> {
-    let processes = std::fs::read_dir("/proc").ok()?;
-    processes.flatten().find_map(|process| {
-        let id: u32 = process.file_name().to_str()?.parse().ok()?;
-        let line = std::fs::read(process.path().join("cmdline")).ok()?;
-        let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
-        let helper = words.first()?.ends_with(b"libxl-save-helper");
-        // libxl-save-helper --save-domain FD FD DOMID ...
-        let saves = words.get(1) == Some(&b"--save-domain".as_slice());
-        let this_one = words.get(4) == Some(&domid.to_string().as_bytes());
-        (helper && saves && this_one).then_some(id)
-    })
 }
 
 /// A UUID as text.

@@ -138,9 +138,30 @@ impl Leaving {
 
     /// What the hypervisor has logged since the last time goes into `dirty`, and is forgotten
     /// there. Look where pages are only after it: what changes in between is dirty next time.
+    ///
+    /// # Errors
+    /// What Xen refuses; [`Error::Busy`] where a stock tool is at work on the guest. It takes the
+    /// log over, and what is read there then it would miss.
     pub fn take_logged(&mut self, dirty: &mut PageSet, moment: Moment) -> Result<()> {
+        self.host.refuse_saver(self.domid)?;
         self.tracker
             .take_logged(&self.host, self.facts.pages, dirty, moment)
+    }
+
+    /// Whether what was logged is all. If not, every page may be dirty.
+    ///
+    /// # Errors
+    /// What Xen refuses; [`Error::Busy`] where a stock tool has begun meanwhile: it suspends the
+    /// guest, and lets it go on or destroys it, when it likes. Or had begun, and it is too late to
+    /// look at everything.
+    pub fn has_logged(&mut self, moment: Moment) -> Result<bool> {
+        self.host.refuse_saver(self.domid)?;
+        let logged = self.tracker.has_logged(&self.host)?;
+        if !logged && moment == Moment::Last {
+            let what = "Another tool has ended the log of the guest's dirty pages; try again";
+            return Err(Error::Busy(what.into()));
+        }
+        Ok(logged)
     }
 
     /// Frames that dom0's backends keep mapped for writing, the rings of devices above all: what

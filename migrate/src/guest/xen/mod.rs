@@ -14,6 +14,7 @@ mod presence;
 pub mod pv;
 pub mod pvh;
 pub mod restore;
+mod savers;
 pub mod stream;
 mod tracker;
 pub mod vcpu;

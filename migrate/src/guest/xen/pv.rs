@@ -197,11 +197,9 @@ impl Source for PvSource {
         // Clear first, look at the p2m after: what changes in between is dirty next time.
         self.leaving.take_logged(dirty, moment)?;
         self.follow_p2m(dirty)?;
-        // A stock saver that started meanwhile takes log-dirty mode over, and what was dirty with
-        // it; it suspends the guest, and lets it go on or destroys it, when it likes.
-        self.leaving.host.refuse_saver(self.leaving.domid)?;
+        let logged = self.leaving.has_logged(moment)?;
         let mut named = Dirty::Written;
-        if self.leaving.tracker.all_count() {
+        if self.leaving.tracker.all_count() || !logged {
             dirty.fill();
             named = Dirty::Everything;
         }

@@ -17,7 +17,8 @@
 //!
 //! - What dom0 writes through a mapping of its own isn't logged, as with PV guests.
 //! - A page that was just put in place is writable until the log is read the next time: what the
-//!   guest writes to it isn't logged. So a balloon that moved makes everything dirty.
+//!   guest writes to it isn't logged. So a balloon that moved makes everything dirty, and once more
+//!   the next time: it may have moved after the log was read.
 
 use std::time::Duration;
 
@@ -38,6 +39,7 @@ use crate::report::TrackerKind;
 pub struct PvhSource {
     leaving: Leaving,
     presence: Presence,
+    unlogged: Unlogged,
     /// Tells when its balloon is given another target.
     target: Watch,
 }
@@ -72,6 +74,7 @@ impl PvhSource {
         let mut source = PvhSource {
             leaving,
             presence: Presence::nothing(pages),
+            unlogged: Unlogged::default(),
             target,
         };
         source.follow(&mut PageSet::new(pages))?;
@@ -132,6 +135,24 @@ impl PvhSource {
     }
 }
 
+/// Whether pages may be written to that the log does not see: those that came since it was read.
+#[derive(Default)]
+struct Unlogged(bool);
+
+impl Unlogged {
+    /// The log was read, and then it was seen whether pages had `moved`. True: everything is dirty.
+    fn note(&mut self, moved: bool, moment: Moment) -> bool {
+        // Who is suspended writes no more.
+        let later = moved && moment == Moment::Live;
+        std::mem::replace(&mut self.0, later) || moved
+    }
+
+    /// A page was not where it was seen. It may have come back until that is looked at again.
+    fn missed(&mut self, moment: Moment) {
+        self.0 |= moment == Moment::Live;
+    }
+}
+
 /// Where xenstore has what a guest's balloon should come to.
 fn target_of(domid: DomId) -> String {
     format!("/local/domain/{domid}/memory/target")
@@ -153,10 +174,10 @@ impl Source for PvhSource {
     fn next_dirty(&mut self, dirty: &mut PageSet, moment: Moment) -> Result<Dirty> {
         self.leaving.take_logged(dirty, moment)?;
         let moved = self.follow(dirty)?;
-        // As with a PV guest.
-        self.leaving.host.refuse_saver(self.leaving.domid)?;
+        let unlogged = self.unlogged.note(moved, moment);
+        let logged = self.leaving.has_logged(moment)?;
         let mut named = Dirty::Written;
-        if self.leaving.tracker.all_count() || moved {
+        if self.leaving.tracker.all_count() || unlogged || !logged {
             dirty.union_with(self.presence.pages());
             named = Dirty::Everything;
         }
@@ -218,7 +239,10 @@ impl Source for PvhSource {
                     page_type,
                 }),
                 // Its page went after it was looked for.
-                PageType::Invalid => holes.push(pfn),
+                PageType::Invalid => {
+                    self.unlogged.missed(moment);
+                    holes.push(pfn);
+                }
                 other => {
                     let what = format!("page {pfn:#x} is of type {other}");
                     return Err(Error::Guest { what });
@@ -296,5 +320,27 @@ impl Source for PvhSource {
 
     fn destroy(&mut self) -> Result<()> {
         self.leaving.host.destroy(self.leaving.domid)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_that_came_are_looked_at_until_the_log_sees_them() {
+        use Moment::{Last, Live};
+        let mut unlogged = Unlogged::default();
+        assert!(!unlogged.note(false, Live));
+        assert!(unlogged.note(true, Live));
+        // It may have come between the reading of the log and the look.
+        assert!(unlogged.note(false, Live));
+        assert!(!unlogged.note(false, Live));
+        unlogged.missed(Live);
+        assert!(unlogged.note(false, Live));
+        // What was read once after the suspend is right.
+        assert!(unlogged.note(true, Last));
+        unlogged.missed(Last);
+        assert!(!unlogged.note(false, Live));
     }
 }

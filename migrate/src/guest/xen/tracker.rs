@@ -9,6 +9,7 @@ use xen_sys::DomId;
 use xen_sys::ctl::DirtyBitmap;
 
 use super::host::{Host, is_invalid};
+use super::savers::Savers;
 use crate::error::{Error, IoContext, Result};
 use crate::guest::{Facts, Kind, Moment};
 use crate::pages::PageSet;
@@ -19,6 +20,7 @@ pub(super) struct Tracker {
     domid: DomId,
     wanted: Option<TrackerKind>,
     log_dirty: Option<DirtyBitmap>,
+    savers: Option<Savers>,
     scanning: bool,
     started: bool,
 }
@@ -30,6 +32,7 @@ impl Tracker {
             domid,
             wanted,
             log_dirty: None,
+            savers: None,
             scanning: false,
             started: false,
         }
@@ -42,6 +45,8 @@ impl Tracker {
     /// where log-dirty is wanted and not there.
     pub fn begin(&mut self, host: &Host, facts: &Facts) -> Result<TrackerKind> {
         if self.wanted != Some(TrackerKind::Scan) {
+            // First: none is to come and go unseen.
+            self.savers = Some(Savers::watch());
             self.log_dirty = self.try_log_dirty(host, facts)?;
         }
         match (&self.log_dirty, self.wanted) {
@@ -103,6 +108,37 @@ impl Tracker {
             dirty.union_with(&PageSet::from_words(bitmap.words(), pages));
         }
         Ok(())
+    }
+
+    /// Whether the hypervisor has logged for us alone since this was asked last. Another tool that took
+    /// the log over and has ended took what was in it, and may have turned it off: it is on again then,
+    /// and what was written meanwhile nobody knows. To be asked while no other tool is at work.
+    ///
+    /// # Errors
+    /// What Xen refuses.
+    pub fn has_logged(&mut self, host: &Host) -> Result<bool> {
+        if self.log_dirty.is_none() {
+            return Ok(true);
+        }
+        if self.savers.as_mut().is_some_and(Savers::came_and_went) {
+            log::warn!("A stock tool may have taken the log of dirty pages");
+            self.turn_on(host)?;
+            return Ok(false);
+        }
+        self.turn_on(host).map(|was_off| !was_off)
+    }
+
+    /// Turns the log on where it is off; whether it was. Of a log that is off, the hypervisor hands out
+    /// that nothing is dirty.
+    fn turn_on(&self, host: &Host) -> Result<bool> {
+        match host.ctl().log_dirty_enable(self.domid) {
+            Err(error) if is_invalid(&error) => Ok(false),
+            Err(error) => Err(error).context(|| "Can't track dirty pages"),
+            Ok(()) => {
+                log::warn!("Another tool has ended the log of dirty pages: it is begun anew");
+                Ok(true)
+            }
+        }
     }
 
     /// Whether every page has to be looked at this time: always in a scan, else the first time.
