@@ -18,42 +18,38 @@
 //! pages that the guest no longer has, and the restore would make those. They wait for the first
 //! round's end, when the image is the guest as it was not long ago.
 
-use std::io::{PipeWriter, Write};
 use std::os::fd::AsFd;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError, bounded};
 use xen_sys::DomId;
-use xen_sys::ctl::{MIGRATED_HVM_PARAMS, RING_HVM_PARAMS, VcpuContext};
+use xen_sys::ctl::VcpuContext;
 use xen_sys::toolstack::{Aborter, DomainConfig, Toolstack};
+
+mod devices;
+mod feeding;
+mod params;
+
+use devices::{Attaching, DEVICES};
+use feeding::{Feed, Shared, Work, locked};
+use params::{check_params, rings};
 
 use super::host::Host;
 use super::pv::start_info_rings;
 use super::stream::state::{GuestState, StaticData};
-use super::stream::{Framing, StreamPage, StreamWriter};
 use super::verify;
-use crate::configuration::{balloon_target, need_qemu};
+use crate::configuration::balloon_target;
 use crate::digest::Digester;
 use crate::error::{Error, IoContext, Result, chain};
 use crate::guest::{Destination, Kind};
 use crate::handover::lock::XlLock;
 use crate::handover::recovery::incoming_name;
 use crate::image::Image;
-use crate::pages::{PAGE_SIZE, Page, PageSet, PageType};
+use crate::pages::{PAGE_SIZE, PageSet, PageType};
 use crate::pipe;
 use crate::report::rounded;
-
-/// Devices that are attached while memory still arrives: by the names under which
-/// a configuration lists them.
-const DEVICES: [&str; 2] = ["nics", "disks"];
-
-/// Pages in one PAGE_DATA record.
-const FEED_BATCH: usize = 1024;
-
-/// Where libxl keeps a domain's configuration, among the data beside it.
-const LIBXL_CONFIGURATION: &str = "libxl-json";
 
 /// How long libxl may take until the new domain is there.
 const MAKING: Duration = Duration::from_secs(60);
@@ -104,9 +100,6 @@ pub struct XenDestination {
     devices: Option<Attaching>,
 }
 
-/// Devices on their way to the new domain, while its memory still arrives.
-type Attaching = thread::JoinHandle<std::result::Result<(), String>>;
-
 /// One attempt at restoring.
 struct Restore {
     shared: Arc<Shared>,
@@ -120,29 +113,6 @@ struct Restore {
     given: PageSet,
     /// What was given no longer fits: nothing more is, and a new restore has to follow.
     stale: bool,
-}
-
-#[derive(Default)]
-struct Shared {
-    work: Mutex<Work>,
-    wake: Condvar,
-}
-
-/// What the feeder has to do.
-#[derive(Default)]
-struct Work {
-    pending: PageSet,
-    /// Pages that the feeder is at.
-    feeding: u64,
-    /// Pages wait for the p2m's frames: a PV guest's stream has those first. A shadow's pages are
-    /// there before the source has said anything.
-    unframed: bool,
-    frames: Option<Vec<u64>>,
-    tail: Option<GuestState>,
-    stop: bool,
-    /// When the stream's end was written.
-    fed: Option<Instant>,
-    failed: Option<String>,
 }
 
 impl XenDestination {
@@ -166,12 +136,6 @@ impl XenDestination {
             completing: None,
             devices: None,
         })
-    }
-
-    /// Whether devices can be attached while memory still arrives: libxl starts QEMU at the end of a
-    /// restore only, and refuses any device before that which comes with such a one.
-    fn attaches_early(&self) -> bool {
-        !need_qemu(&self.incoming.configuration)
     }
 
     /// The configuration with this attempt's memory and the name of an incoming guest, without the
@@ -251,83 +215,6 @@ impl XenDestination {
             )));
         }
         Ok(())
-    }
-
-    /// Attaches network interfaces and disks while memory still arrives. Their hotplug scripts
-    /// take seconds, which libxl would spend after the stream's end: in the guest's silence.
-    fn attach_devices(&mut self, domid: DomId, bare: &str) -> Result<()> {
-        let doing = || "Can't prepare the guest's devices";
-        let toolstack = self.host.toolstack();
-        // libxl adds a device to the configuration that it keeps; a restore writes it at its end
-        // only.
-        toolstack
-            .store_user_data(domid, LIBXL_CONFIGURATION, with_end(bare).as_slice())
-            .context(doing)?;
-        let mut whole: serde_json::Value = serde_json::from_str(bare).unwrap_or_default();
-        for key in DEVICES {
-            whole[key] = self.incoming.configuration[key].clone();
-        }
-        let whole = whole.to_string();
-        let devices = thread::Builder::new()
-            .name("devices".into())
-            .spawn(move || {
-                let attach = || -> std::result::Result<(), xen_sys::Error> {
-                    let toolstack = Toolstack::open()?;
-                    let mut configuration = toolstack.config_from_json(&whole)?;
-                    toolstack.attach_devices(domid, &mut configuration)
-                };
-                attach().map_err(|error| chain(&error))
-            })
-            .context(|| "Can't start a thread")?;
-        self.devices = Some(devices);
-        Ok(())
-    }
-
-    /// Waits until the devices are there.
-    fn devices_attached(&mut self) -> Result<()> {
-        match self.devices.take().map(thread::JoinHandle::join) {
-            None | Some(Ok(Ok(()))) => Ok(()),
-            Some(Ok(Err(reason))) => {
-                // A restore that fails takes the domain away from under the devices' scripts.
-                let restore = self.restore.as_ref();
-                if let Some(Err(why)) = restore.and_then(|it| it.ended.recv_timeout(REASON).ok()) {
-                    return Err(Error::Refused(format!("The restore failed: {why}")));
-                }
-                Err(Error::Refused(format!(
-                    "Can't attach the guest's devices: {reason}"
-                )))
-            }
-            Some(Err(_)) => Err(poisoned()),
-        }
-    }
-
-    /// Tells libxl's own record of the domain of the devices: its restore knew nothing of them.
-    fn record_devices(&self, domid: DomId) -> Result<()> {
-        let doing = || "Can't record the guest's devices";
-        let toolstack = self.host.toolstack();
-        let kept = toolstack
-            .user_data(domid, LIBXL_CONFIGURATION)
-            .context(doing)?
-            .unwrap_or_default();
-        let text = String::from_utf8_lossy(&kept);
-        let mut json: serde_json::Value = serde_json::from_str(text.trim_end_matches('\0'))
-            .map_err(|error| {
-                Error::Refused(format!(
-                    "libxl's record of the guest can't be read: {error}"
-                ))
-            })?;
-        for key in DEVICES {
-            if let Some(devices) = self.incoming.configuration.get(key) {
-                json[key] = devices.clone();
-            }
-        }
-        toolstack
-            .store_user_data(
-                domid,
-                LIBXL_CONFIGURATION,
-                with_end(&json.to_string()).as_slice(),
-            )
-            .context(doing)
     }
 
     fn spawn(
@@ -462,6 +349,21 @@ impl XenDestination {
     }
 
     /// How many pages of the guest are in the image.
+    /// A new domain has all pages that its page tables have ever named. The guest must not have more
+    /// than it had: it believes that it gave them away.
+    fn refuse_surplus(&self, domid: DomId) -> Result<()> {
+        let (there, here) = (self.host.info(domid)?.tot_pages, self.pages_here()?);
+        match self.incoming.kind {
+            Kind::Pv if there > here => Err(Error::Guest {
+                what: format!(
+                    "memory shrank on the way: {} pages too many; try again",
+                    there - here
+                ),
+            }),
+            _ => Ok(()),
+        }
+    }
+
     fn pages_here(&self) -> Result<u64> {
         let image = self.image.as_ref().ok_or_else(no_restore)?;
         Ok(locked(image)?.pages_of(PageType::has_data).len())
@@ -543,44 +445,8 @@ impl XenDestination {
     }
 }
 
-/// A PVH guest's parameters are those that a saver writes, each once: with others a peer could give
-/// the new domain powers that its configuration doesn't.
-fn check_params(params: &[(u64, u64)]) -> Result<()> {
-    let mut left: Vec<u32> = MIGRATED_HVM_PARAMS.to_vec();
-    for (index, _) in params {
-        let place = left.iter().position(|known| u64::from(*known) == *index);
-        match place {
-            Some(place) => left.swap_remove(place),
-            None => {
-                return Err(Error::Guest {
-                    what: format!("parameter {index} can't be taken"),
-                });
-            }
-        };
-    }
-    Ok(())
-}
-
-/// The pfns of the rings that a PVH guest's parameters name.
-fn rings(params: &[(u64, u64)]) -> Vec<u64> {
-    let names_ring =
-        |index: u64| u32::try_from(index).is_ok_and(|index| RING_HVM_PARAMS.contains(&index));
-    params
-        .iter()
-        .filter(|(index, _)| names_ring(*index))
-        .map(|(_, pfn)| *pfn)
-        .collect()
-}
-
 fn no_restore() -> Error {
     Error::Refused("There is no restore".into())
-}
-
-/// libxl counts the terminating zero among the bytes that it keeps.
-fn with_end(text: &str) -> Vec<u8> {
-    let mut bytes = text.as_bytes().to_vec();
-    bytes.push(0);
-    bytes
 }
 
 impl Destination for XenDestination {
@@ -644,6 +510,9 @@ impl Destination for XenDestination {
         let first = !std::mem::replace(&mut self.confirmed, true);
         let restore = self.restore.as_mut().ok_or_else(no_restore)?;
         restore.stale |= vanished;
+        // A page that the guest gave away before it was read is in the new domain all the same, where
+        // a page table that was fed still names it.
+        restore.stale |= self.incoming.kind == Kind::Pv && self.populated < restore.limit;
         if !restore.stale {
             if first {
                 self.feed_held_back()?;
@@ -695,6 +564,8 @@ impl Destination for XenDestination {
                 return Err(Error::Refused("The restore failed".into()));
             }
         };
+        self.refuse_surplus(domid)?;
+        let restore = self.restore()?;
         let mut parts = Vec::new();
         let fed = locked(&restore.shared.work)?.fed;
         self.domid = Some(domid);
@@ -758,141 +629,5 @@ impl Destination for XenDestination {
             self.host.destroy(domid)?;
         }
         Ok(())
-    }
-}
-
-/// What the feeder thread needs.
-struct Feed {
-    image: Arc<Mutex<Image>>,
-    static_data: StaticData,
-    max_pfn: u64,
-}
-
-/// What the feeder finds to do next.
-enum Next {
-    Frames(Vec<u64>),
-    Pages,
-    Tail(Box<GuestState>),
-    Stop,
-}
-
-impl Feed {
-    fn run(&self, shared: &Shared, writer: PipeWriter) -> Result<()> {
-        let mut stream = StreamWriter::begin(writer, Framing::Libxl, &self.static_data)?;
-        let mut cursor = 0;
-        let mut pfns = Vec::with_capacity(FEED_BATCH);
-        let mut entries = Vec::with_capacity(FEED_BATCH);
-        let mut contents = Vec::with_capacity(FEED_BATCH);
-        loop {
-            match self.next(shared, &mut cursor, &mut pfns)? {
-                Next::Stop => return Ok(()),
-                Next::Frames(frames) => stream.p2m_frames(self.max_pfn, &frames)?,
-                Next::Pages => {
-                    entries.clear();
-                    contents.clear();
-                    self.gather(&pfns, &mut entries, &mut contents)?;
-                    pfns.clear();
-                    let pages: Vec<StreamPage<'_>> = entries
-                        .iter()
-                        .zip(&contents)
-                        .map(|((pfn, page_type), content)| StreamPage {
-                            pfn: *pfn,
-                            page_type: *page_type,
-                            content: Some(content),
-                        })
-                        .collect();
-                    stream.pages(&pages)?;
-                }
-                Next::Tail(state) => {
-                    stream
-                        .finish(&state)?
-                        .flush()
-                        .context(|| "Can't feed the restore")?;
-                    locked(&shared.work)?.fed = Some(Instant::now());
-                    return Ok(());
-                }
-            }
-        }
-    }
-
-    fn next(&self, shared: &Shared, cursor: &mut u64, pfns: &mut Vec<u64>) -> Result<Next> {
-        let mut work = locked(&shared.work)?;
-        work.feeding = 0;
-        loop {
-            if work.stop {
-                return Ok(Next::Stop);
-            }
-            if let Some(frames) = work.frames.take() {
-                work.unframed = false;
-                return Ok(Next::Frames(frames));
-            }
-            if !work.unframed && work.pending.take_batch(cursor, FEED_BATCH, pfns) > 0 {
-                work.feeding = pfns.len() as u64;
-                return Ok(Next::Pages);
-            }
-            if let Some(tail) = work.tail.take() {
-                return Ok(Next::Tail(Box::new(tail)));
-            }
-            work = shared.wake.wait(work).map_err(|_| poisoned())?;
-        }
-    }
-
-    /// Copies pages out of the image: the pipe may block, and the image must not be held then.
-    fn gather(
-        &self,
-        pfns: &[u64],
-        entries: &mut Vec<(u64, PageType)>,
-        contents: &mut Vec<Page>,
-    ) -> Result<()> {
-        let image = locked(&self.image)?;
-        for pfn in pfns {
-            let Some(state) = image.table().get(*pfn) else {
-                continue;
-            };
-            if !state.page_type.has_data() {
-                continue;
-            }
-            let Some(content) = image.content(*pfn) else {
-                continue;
-            };
-            entries.push((*pfn, state.page_type));
-            contents.push(*content);
-        }
-        Ok(())
-    }
-}
-
-fn poisoned() -> Error {
-    Error::Refused("A thread of the restore failed".into())
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> Result<MutexGuard<'_, T>> {
-    mutex.lock().map_err(|_| poisoned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_parameters_that_a_saver_writes_are_taken() {
-        let all: Vec<(u64, u64)> = MIGRATED_HVM_PARAMS
-            .iter()
-            .map(|index| (u64::from(*index), 0xff000 + u64::from(*index)))
-            .collect();
-        check_params(&all).unwrap();
-        check_params(&[]).unwrap();
-        assert!(check_params(&[all[0], all[1], all[0]]).is_err());
-        // HVM_PARAM_DM_DOMAIN: who is the device model.
-        assert!(check_params(&[(13, 5)]).is_err());
-        assert!(check_params(&[(u64::MAX, 0)]).is_err());
-    }
-
-    #[test]
-    fn the_rings_are_found_among_the_parameters() {
-        let [store, console, ..] = RING_HVM_PARAMS.map(u64::from);
-        let ident = 12;
-        let params = [(store, 0xfeffc), (ident, 0xfeffe000), (console, 0xfefff)];
-        assert_eq!(rings(&params), [0xfeffc, 0xfefff]);
     }
 }
