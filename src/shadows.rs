@@ -26,6 +26,9 @@ pub fn run(options: &cli::Shadows, directories: &Directories) -> anyhow::Result<
                 bail!("Nothing is held of {guest} here");
             }
         }
+        if options.drop_all {
+            shadows.drop_useless()?;
+        }
         for one in &listed {
             let _lock = GuestLock::wait(directories, &one.uuid, &one.name, PATIENCE)?;
             shadows.drop_shadow(&one.uuid)?;

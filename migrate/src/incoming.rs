@@ -16,7 +16,6 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use nix::sys::statvfs::statvfs;
 use xen_sys::ctl::{CpuPolicy, GuestKind as CpuKind};
 
 use crate::configuration::{Accepted, SitePolicy, accept};
@@ -86,9 +85,11 @@ pub fn receive(
     let conversation =
         Conversation::start(&peer, link, WireRole::Destination, rate.clone(), cancel);
     let mut server = None;
+    let mut purpose = Purpose::Move;
     let mut take = |offer: &Offer| match &missing {
         Some(missing) => Err(Error::Refused(missing.clone())),
         None => {
+            purpose = offer.purpose;
             let control = control(&peer, offer, rate.clone(), Arc::clone(&stop));
             prepare(
                 directories,
@@ -109,6 +110,7 @@ pub fn receive(
     if let Some(server) = server {
         let name = &server.shared().facts().domain;
         let what = match &result {
+            Ok(()) if purpose == Purpose::Shadow => format!("A shadow of {name} is here"),
             Ok(()) => format!("{name} runs here"),
             Err(error) => format!("{name} did not come, and {peer} has it: {}", chain(error)),
         };
@@ -229,7 +231,13 @@ fn prepare(
     };
     let ranges = kind.memory_ranges(offer.pages, most);
     let shadows = Shadows::new(directories, policies.shadows.clone());
-    let (image, shadow) = shadows.image(offer, &ranges, &memory)?;
+    let (image, shadow) = shadows.image(
+        &offer.uuid,
+        offer.pages,
+        &offer.digest_key,
+        &ranges,
+        &memory,
+    )?;
     let sharing = sharing(policies, &shadows, offer, &mut warnings);
     let (door, expecting) = match offer.connections {
         0 => (None, None),
@@ -332,6 +340,7 @@ fn would_take(directories: &Directories, policies: &Policies, offer: &Offer) -> 
     let host = Host::open()?;
     let kind = Kind::try_from(offer.kind)?;
     let mut judged = judge(directories, &host, &policies.site, offer, kind)?;
+    let ranges = kind.memory_ranges(offer.pages, judged.accepted.most_pages());
     let guest = XenDestination::new(
         Incoming {
             name: offer.name.clone(),
@@ -345,11 +354,8 @@ fn would_take(directories: &Directories, policies: &Policies, offer: &Offer) -> 
     )?;
     guest.refuse_lack_of_memory()?;
     let directory = directories.incoming();
-    let disk = statvfs(&directory)
-        .map_err(io::Error::from)
-        .context(|| format!("Can't look at {}", directory.display()))?;
-    let free = disk.blocks_available() * disk.fragment_size();
-    let needed = offer.pages * PAGE_SIZE as u64;
+    let shadows = Shadows::new(directories, policies.shadows.clone());
+    let (needed, free) = shadows.room_for_guest(&offer.uuid, &ranges, &directory)?;
     if free < needed {
         return Err(Error::Refused(format!(
             "Not enough room in {}: {} MiB needed, {} MiB free",
@@ -358,7 +364,6 @@ fn would_take(directories: &Directories, policies: &Policies, offer: &Offer) -> 
             free >> 20
         )));
     }
-    let shadows = Shadows::new(directories, policies.shadows.clone());
     let sharing = sharing(policies, &shadows, offer, &mut judged.warnings);
     let Judged { xen, warnings, .. } = judged;
     Ok(Willing::new(offer, xen, &warnings, shadows, sharing))

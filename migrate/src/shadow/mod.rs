@@ -26,6 +26,7 @@ pub mod inventory;
 mod leaving;
 mod lending;
 mod policy;
+mod room;
 mod table_file;
 
 pub use leaving::Leaving;
@@ -49,8 +50,7 @@ use crate::guest::PageTable;
 use crate::image::Image;
 use crate::outgoing::random;
 use crate::pages::{PAGE_SIZE, PageSet};
-use crate::wire::{Offer, ShadowHead};
-use policy::Kept;
+use crate::wire::ShadowHead;
 
 /// A shadow that lacks pages in more places than this is told of by its inventory.
 const MOST_LACKING: usize = 1000;
@@ -218,21 +218,25 @@ impl Shadows {
     /// [`Error::Refused`] where the disk has no room; [`Error::Io`].
     pub fn image(
         &self,
-        offer: &Offer,
+        uuid: &str,
+        pages: u64,
+        key: &DigestKey,
         reserved: &[Range<u64>],
         memory: &Path,
     ) -> Result<(Image, Option<ShadowHead>)> {
-        if let Err(error) = self.prune() {
+        let room = || self.make_room_for_guest(uuid, reserved, memory);
+        if let Err(error) = self.prune().and_then(|()| room()) {
             log::warn!("{}", chain(&error));
         }
         let recalled = match self.policy.keep {
-            true => self.recall(
-                &offer.uuid,
-                offer.pages,
-                reserved,
-                &offer.digest_key,
-                memory,
-            )?,
+            true => self
+                .recall(uuid, pages, reserved, key, memory)
+                .unwrap_or_else(|error| {
+                    // Without it more bytes cross, and that is all.
+                    log::warn!("A shadow is of no use: {}", chain(&error));
+                    self.drop_quietly(uuid);
+                    None
+                }),
             false => None,
         };
         let Some(Recalled {
@@ -241,7 +245,7 @@ impl Shadows {
             lacking,
         }) = recalled
         else {
-            return Ok((Image::create_in_part(memory, offer.pages, reserved)?, None));
+            return Ok((Image::create_in_part(memory, pages, reserved)?, None));
         };
         let runs: Vec<(u64, u64)> = lacking
             .runs()
@@ -319,7 +323,7 @@ impl Shadows {
             return Ok(false);
         }
         image.thin()?;
-        // It is on this disk already.
+        // It is on this disk already: what it may take there only the operator says.
         let bytes = image.bytes()?;
         if !self.make_room(named.uuid, bytes, bytes)? {
             return Ok(false);
@@ -363,63 +367,16 @@ impl Shadows {
         .map(Some)
     }
 
-    /// Drops what is too old or too much, so that `bytes` of `uuid` find room; whether they do. So
-    /// many of them are on the disk `already`. For what finds none in any case nothing else goes.
-    fn make_room(&self, uuid: &str, bytes: u64, already: u64) -> Result<bool> {
-        self.drop_shadow(uuid)?;
-        let (kept, used) = self.kept()?;
-        let free = self.free()?.saturating_add(already);
-        let most = self.policy.most_bytes(used, free);
-        if bytes > most {
-            return Ok(false);
+    /// All files here.
+    fn files(&self) -> Result<Vec<PathBuf>> {
+        let doing = || format!("Can't read {}", self.directory.display());
+        match fs::read_dir(&self.directory) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+            entries => entries
+                .context(doing)?
+                .map(|entry| entry.map(|entry| entry.path()).context(doing))
+                .collect(),
         }
-        for uuid in self
-            .policy
-            .too_many(&kept, now(), most, bytes.max(PAGE_SIZE as u64))
-        {
-            log::info!("The shadow of {uuid} goes");
-            self.drop_quietly(&uuid);
-        }
-        // A disk that is nearly full keeps what it has for others.
-        let (free, needed) = (self.free()?, bytes.saturating_sub(already));
-        Ok(needed == 0 || needed.saturating_add(free / 10) <= free)
-    }
-
-    fn free(&self) -> Result<u64> {
-        let doing = || format!("Can't look at {}", self.directory.display());
-        let stat = nix::sys::statvfs::statvfs(&self.directory)
-            .map_err(std::io::Error::from)
-            .context(doing)?;
-        Ok(stat.blocks_available() * stat.fragment_size())
-    }
-
-    /// Drops what the policy does not keep any longer.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn prune(&self) -> Result<()> {
-        let (kept, used) = self.kept()?;
-        let most = self.policy.most_bytes(used, self.free()?);
-        for uuid in self.policy.too_many(&kept, now(), most, 0) {
-            self.drop_quietly(&uuid);
-        }
-        Ok(())
-    }
-
-    /// The shadows whose memory is here, and the bytes that they take.
-    fn kept(&self) -> Result<(Vec<Kept>, u64)> {
-        let kept: Vec<Kept> = self
-            .list()?
-            .into_iter()
-            .filter(|listed| listed.memory)
-            .map(|listed| Kept {
-                uuid: listed.uuid,
-                kept_at: listed.kept_at,
-                bytes: listed.bytes,
-            })
-            .collect();
-        let used = kept.iter().map(|kept| kept.bytes).sum();
-        Ok((kept, used))
     }
 
     /// All shadows here, the newest first. One that can't be read is left out, and told.
@@ -427,14 +384,8 @@ impl Shadows {
     /// # Errors
     /// [`Error::Io`] where the directory can't be read.
     pub fn list(&self) -> Result<Vec<Listed>> {
-        let doing = || format!("Can't read {}", self.directory.display());
-        let entries = match fs::read_dir(&self.directory) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-            entries => entries.context(doing)?,
-        };
         let mut listed = Vec::new();
-        for entry in entries {
-            let path = entry.context(doing)?.path();
+        for path in self.files()? {
             if path
                 .extension()
                 .is_none_or(|extension| extension != "table")

@@ -41,7 +41,12 @@ pub(super) struct Kept {
 impl ShadowPolicy {
     /// The most bytes of all shadows, where the disk has `free` bytes and shadows take `used`.
     pub(super) fn most_bytes(&self, used: u64, free: u64) -> u64 {
-        self.gib.map_or((used + free) / 2, |gib| gib << 30)
+        self.most_said().unwrap_or((used + free) / 2)
+    }
+
+    /// The most bytes of all shadows that the operator allows.
+    pub(super) fn most_said(&self) -> Option<u64> {
+        self.gib.map(|gib| gib.saturating_mul(1 << 30))
     }
 
     /// Which of `kept` have to go at `now`, seconds since 1970, so that `room` more bytes and one
@@ -62,6 +67,25 @@ impl ShadowPolicy {
             }
         }
         gone
+    }
+}
+
+/// Which of `kept` go so that `bytes` more are free, the oldest first. None where that is not enough.
+pub(super) fn oldest_for(kept: &[Kept], bytes: u64) -> Vec<String> {
+    let mut oldest_first: Vec<&Kept> = kept.iter().collect();
+    oldest_first.sort_by_key(|kept| kept.kept_at);
+    let mut given_back = 0;
+    let mut gone = Vec::new();
+    for kept in oldest_first {
+        if given_back >= bytes {
+            break;
+        }
+        given_back += kept.bytes;
+        gone.push(kept.uuid.clone());
+    }
+    match given_back >= bytes {
+        true => gone,
+        false => Vec::new(),
     }
 }
 
@@ -99,6 +123,15 @@ mod tests {
         assert_eq!(policy.too_many(&all, 2 * day, 100, 0), ["b", "a"]);
         assert_eq!(policy.too_many(&all, 2 * day, 100, 60), ["c", "b", "a"]);
         assert_eq!(policy.too_many(&all, day, 1000, 0), [""; 0]);
+    }
+
+    #[test]
+    fn no_more_go_for_a_guest_than_it_needs() {
+        let all = [kept("a", 10, 5), kept("b", 30, 5), kept("c", 20, 5)];
+        assert_eq!(oldest_for(&all, 0), [""; 0]);
+        assert_eq!(oldest_for(&all, 5), ["a"]);
+        assert_eq!(oldest_for(&all, 6), ["a", "c"]);
+        assert_eq!(oldest_for(&all, 16), [""; 0]);
     }
 
     #[test]

@@ -290,6 +290,59 @@ fn what_finds_no_room_in_any_case_costs_no_other() {
 
 /// As after a kill.
 #[test]
+fn a_shadow_that_can_not_be_taken_up_refuses_no_guest() {
+    let site = site(ShadowPolicy::default());
+    leave(&site, &key(1), &[]);
+    // Nothing that memory could be reserved in.
+    let memory = site.shadows.memory_path(UUID).unwrap();
+    fs::remove_file(&memory).unwrap();
+    std::os::unix::fs::symlink("/dev/null", &memory).unwrap();
+    let to = site.root.path().join("m.memory");
+    let reserved = std::slice::from_ref(&(0..PAGES));
+    let (image, shadow) = site
+        .shadows
+        .image(UUID, PAGES, &key(1), reserved, &to)
+        .unwrap();
+    assert_eq!(shadow, None);
+    assert_eq!(image.table().known().len(), 0);
+    assert!(!fs::symlink_metadata(&to).unwrap().is_symlink());
+    assert_eq!(site.shadows.list().unwrap(), []);
+}
+
+#[test]
+fn memory_that_nobody_can_tell_is_dropped() {
+    let site = site(ShadowPolicy::default());
+    leave(&site, &key(1), &[]);
+    let memory = site.shadows.memory_path(UUID).unwrap();
+    site.shadows.prune().unwrap();
+    assert!(memory.exists());
+    // As a power cut may leave it.
+    fs::write(memory.with_extension("table"), "").unwrap();
+    let other = memory.with_file_name("6c1c2b54.memory");
+    fs::write(&other, "lost").unwrap();
+    site.shadows.prune().unwrap();
+    assert!(!memory.exists() && !memory.with_extension("table").exists() && !other.exists());
+}
+
+#[test]
+fn a_guest_that_comes_needs_what_its_shadow_does_not_take_already() {
+    let site = site(ShadowPolicy::default());
+    let incoming = site.root.path();
+    let reserved = std::slice::from_ref(&(0..PAGES));
+    let room = || site.shadows.room_for_guest(UUID, reserved, incoming);
+    let all = PAGES * PAGE_SIZE as u64;
+    assert_eq!(room().unwrap().0, all);
+    leave(&site, &key(1), &[]);
+    let own = site.shadows.list().unwrap()[0].bytes;
+    assert_eq!(room().unwrap().0, all - own);
+    // Others' shadows go for it, if need be.
+    let beside = site.shadows.room_for_guest("b0", reserved, incoming);
+    let (needed, free) = beside.unwrap();
+    assert_eq!(needed, all);
+    assert!(free >= own);
+}
+
+#[test]
 fn a_draft_that_was_left_is_dropped() {
     let site = site(ShadowPolicy::default());
     let table = table(&Digester::new(&key(1)));

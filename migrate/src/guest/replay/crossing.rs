@@ -369,7 +369,13 @@ fn prepare(
     );
     let (site, watch) = (Arc::clone(to), Arc::clone(watch));
     let shadows = Shadows::new(&to.directories, ShadowPolicy::default());
-    let (image, shadow) = shadows.image(offer, slice::from_ref(&(0..offer.pages)), &memory)?;
+    let (image, shadow) = shadows.image(
+        &offer.uuid,
+        offer.pages,
+        &offer.digest_key,
+        slice::from_ref(&(0..offer.pages)),
+        &memory,
+    )?;
     let sharing = match to.group() {
         Some(group) => Sharing::with(&shadows, group, uuid)?,
         None => None,

@@ -1,0 +1,174 @@
+//! What room shadows take on a disk, and what they give back.
+//!
+//! ```text
+//!   a shadow comes    older ones go, so that it and all others stay below what they may take
+//!   a guest comes     older ones go, so that it finds room: a shadow costs bytes, no guest
+//! ```
+
+use std::fs;
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use super::policy::{self, Kept};
+use super::{Shadows, now, table_file};
+use crate::error::{IoContext, Result, chain};
+use crate::pages::PAGE_SIZE;
+
+impl Shadows {
+    /// What the memory of a guest that comes needs of the disk that `incoming` is on, beside its own
+    /// shadow; and what is free there, with what the shadows of others would give back. In bytes.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn room_for_guest(
+        &self,
+        uuid: &str,
+        reserved: &[Range<u64>],
+        incoming: &Path,
+    ) -> Result<(u64, u64)> {
+        let (needed, free, others) = self.room(uuid, reserved, incoming)?;
+        let given_back: u64 = others.iter().map(|kept| kept.bytes).sum();
+        Ok((needed, free.saturating_add(given_back)))
+    }
+
+    /// Drops shadows of others, the oldest first, until a guest that comes finds room. Where it finds
+    /// none in any case nothing goes.
+    pub(super) fn make_room_for_guest(
+        &self,
+        uuid: &str,
+        reserved: &[Range<u64>],
+        to: &Path,
+    ) -> Result<()> {
+        let incoming = to.parent().unwrap_or(to);
+        let (needed, free, others) = self.room(uuid, reserved, incoming)?;
+        for uuid in policy::oldest_for(&others, needed.saturating_sub(free)) {
+            log::info!("The shadow of {uuid} goes: a guest comes that needs the room");
+            self.drop_quietly(&uuid);
+        }
+        Ok(())
+    }
+
+    /// What a guest that comes needs, what is free there, and the shadows of others on that disk.
+    fn room(
+        &self,
+        uuid: &str,
+        reserved: &[Range<u64>],
+        incoming: &Path,
+    ) -> Result<(u64, u64, Vec<Kept>)> {
+        let device = |path: &Path| {
+            fs::metadata(path)
+                .map(|about| about.dev())
+                .context(|| format!("Can't look at {}", path.display()))
+        };
+        let pages: u64 = reserved.iter().map(|range| range.end - range.start).sum();
+        let mut needed = pages.saturating_mul(PAGE_SIZE as u64);
+        let mut others = Vec::new();
+        if self.directory.exists() && device(&self.directory)? == device(incoming)? {
+            let own = |kept: &mut Kept| kept.uuid.eq_ignore_ascii_case(uuid);
+            (others, _) = self.kept()?;
+            let own: u64 = others.extract_if(.., own).map(|kept| kept.bytes).sum();
+            // It becomes the memory of the guest.
+            if self.policy.keep {
+                needed = needed.saturating_sub(own);
+            }
+        }
+        Ok((needed, free_at(incoming)?, others))
+    }
+
+    /// Drops what is too old or too much, so that `bytes` of `uuid` find room; whether they do. So
+    /// many of them are on the disk `already`. For what finds none in any case nothing else goes.
+    pub(super) fn make_room(&self, uuid: &str, bytes: u64, already: u64) -> Result<bool> {
+        self.drop_shadow(uuid)?;
+        let (kept, used) = self.kept()?;
+        let free = free_at(&self.directory)?.saturating_add(already);
+        let most = match already == bytes {
+            true => self.policy.most_said().unwrap_or(used.saturating_add(free)),
+            false => self.policy.most_bytes(used, free),
+        };
+        if bytes > most {
+            log::info!(
+                "The shadow of {uuid} would take {} MiB of the disk, and shadows may take {}",
+                bytes >> 20,
+                most >> 20
+            );
+            return Ok(false);
+        }
+        for uuid in self
+            .policy
+            .too_many(&kept, now(), most, bytes.max(PAGE_SIZE as u64))
+        {
+            log::info!("The shadow of {uuid} goes");
+            self.drop_quietly(&uuid);
+        }
+        // A disk that is nearly full keeps what it has for others.
+        let (free, needed) = (free_at(&self.directory)?, bytes.saturating_sub(already));
+        Ok(needed == 0 || needed.saturating_add(free / 10) <= free)
+    }
+
+    /// Drops what the policy does not keep any longer, and what is of no use.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn prune(&self) -> Result<()> {
+        self.drop_useless()?;
+        let (kept, used) = self.kept()?;
+        let half = self.policy.most_bytes(used, free_at(&self.directory)?);
+        // What arrived last of a move that broke may be more than half of the disk.
+        let newest = kept.first().map_or(0, |kept| kept.bytes);
+        let most = self.policy.most_said().unwrap_or(half.max(newest));
+        for uuid in self.policy.too_many(&kept, now(), most, 0) {
+            self.drop_quietly(&uuid);
+        }
+        Ok(())
+    }
+
+    /// Drops memory whose table is gone or can't be read, as a power cut may leave it: nobody could
+    /// tell what it is.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the directory can't be read.
+    pub fn drop_useless(&self) -> Result<()> {
+        for path in self.files()? {
+            let Some(uuid) = path.file_stem().and_then(|stem| stem.to_str()) else {
+                continue;
+            };
+            let kind = path.extension();
+            let table = path.with_extension("table");
+            if kind.is_some_and(|kind| kind == "memory" || kind == "table")
+                && let Err(error) = table_file::read_head(&table)
+                // Another may have taken it up, or dropped it, since the directory was read.
+                && path.exists()
+            {
+                log::warn!("A shadow is of no use: {}", chain(&error));
+                self.drop_quietly(uuid);
+            }
+        }
+        Ok(())
+    }
+
+    /// The shadows whose memory is here, and the bytes that they take.
+    fn kept(&self) -> Result<(Vec<Kept>, u64)> {
+        let kept: Vec<Kept> = self
+            .list()?
+            .into_iter()
+            .filter(|listed| listed.memory)
+            .map(|listed| Kept {
+                uuid: listed.uuid,
+                kept_at: listed.kept_at,
+                bytes: listed.bytes,
+            })
+            .collect();
+        let used = kept.iter().map(|kept| kept.bytes).sum();
+        Ok((kept, used))
+    }
+}
+
+/// The bytes that are free where `directory` is.
+fn free_at(directory: &Path) -> Result<u64> {
+    let doing = || format!("Can't look at {}", directory.display());
+    let stat = nix::sys::statvfs::statvfs(directory)
+        .map_err(std::io::Error::from)
+        .context(doing)?;
+    Ok(stat.blocks_available() * stat.fragment_size())
+}
