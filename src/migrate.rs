@@ -163,7 +163,7 @@ pub fn explain(error: Error, left: Option<Left>, domain: &str, host: &str) -> an
              When it can be reached again, {resolve}"
         ),
         // There is no such guest, or it is in another worker's hands, who will tell.
-        (_, None) | (Error::Busy(_), _) => return anyhow!(error),
+        (_, None) => return anyhow!(error),
         (_, Some(left @ (Left::Suspended | Left::Unseen))) => {
             format!("{domain} was not moved and {left}; {resolve}")
         }
@@ -197,6 +197,13 @@ mod tests {
             assert!(message.contains("vmshadow resolve g1"), "{message}");
             assert!(!message.contains("runs here"), "{message}");
         }
+        // The guest did not suspend.
+        let busy = || Error::Busy("The guest has not answered".into());
+        assert_eq!(
+            message(busy(), Some(Left::Running)),
+            "g1 was not moved and runs here: The guest has not answered"
+        );
+        assert_eq!(message(busy(), None), "The guest has not answered");
         let unsettled = Error::Unsettled(Box::new(Error::Cancelled));
         let message_of_it = message(unsettled, Some(Left::Running));
         assert!(message_of_it.contains("runs here; run: vmshadow resolve g1"));

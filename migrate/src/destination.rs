@@ -336,6 +336,8 @@ struct Receiving {
     vanished: bool,
     /// The journal may say that the guest is ours.
     owning: bool,
+    /// What came is a shadow.
+    shelved: bool,
     keep: Box<dyn FnMut() -> Result<()>>,
     ended: Box<dyn FnOnce()>,
     /// What leads the guest's own connections, if anything does; then the work under way.
@@ -383,6 +385,7 @@ impl Receiving {
             memory: 0,
             vanished: false,
             owning: false,
+            shelved: false,
             keep: prepared.keep,
             ended: prepared.ended,
             lead: prepared.arranged.outgoing,
@@ -447,9 +450,14 @@ impl Receiving {
             return Err(Error::Refused("There is no room for the shadow".into()));
         }
         drop(image);
+        self.shelved = true;
         // The guest stays where it is.
         self.journal.end(Outcome::Aborted)?;
-        self.peer.send(&ToSource::Kept)
+        // A source that hears nothing takes it for lost. Next time it finds it here.
+        if let Err(error) = self.peer.send(&ToSource::Kept) {
+            log::warn!("{}", chain(&error));
+        }
+        Ok(())
     }
 
     /// Receives rounds up to the last one, or up to the word that what came is to be kept.
@@ -696,18 +704,21 @@ impl Receiving {
 
     /// What arrived of a move that broke: the next attempt goes on from there.
     fn keep_shadow(&mut self, error: &Error) {
-        // What was found wrong is not built upon.
-        if matches!(
-            error,
-            Error::Verify(_) | Error::Protocol { .. } | Error::Wire(_)
-        ) {
+        // What was found wrong is not built upon. And what is a shadow already stays one, also where
+        // the source could not be told.
+        if self.shelved
+            || matches!(
+                error,
+                Error::Verify(_) | Error::Protocol { .. } | Error::Wire(_)
+            )
+        {
             return;
         }
         let (named, key) = (named(&self.offer, &self.peer), &self.offer.digest_key);
         let kept = lock(&self.image).and_then(|image| self.shadows.keep_image(named, key, &image));
         match kept {
             Ok(true) => log::info!("What arrived of {} is kept as a shadow", self.offer.name),
-            Ok(false) => {}
+            Ok(false) => log::info!("What arrived of {} is not kept", self.offer.name),
             Err(error) => log::warn!("{}", chain(&error)),
         }
     }

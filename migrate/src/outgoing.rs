@@ -191,10 +191,13 @@ pub fn migrate(
         while Instant::now() < until {
             if cancel.load(Ordering::Relaxed) {
                 moved.result = Err(Error::Cancelled);
+                // It ran before the pause.
+                if let Some(report) = &newest {
+                    moved.left = Some(look_again(&report.uuid));
+                }
                 if let Some(server) = server {
                     let name = server.shared().facts().domain.clone();
-                    let peer = &request.remote.host;
-                    server.end(ended(&name, peer, &moved.result, moved.left));
+                    server.end(ended(&name, &request, &moved.result, moved.left));
                 }
                 return sum_up(moved, newest, interruptions, started.elapsed());
             }
@@ -286,10 +289,19 @@ fn attempt(
         Ok(moved) => moved,
         Err(error) => Moved {
             report: None,
+            left: match error {
+                // It is in another worker's hands, who will tell.
+                Error::Busy(_) => None,
+                _ => found.map(|uuid| look_again(&uuid)),
+            },
             result: Err(error),
-            left: found.map(|uuid| Host::open().map_or(Left::Unseen, |host| look(&host, &uuid))),
         },
     }
+}
+
+/// Where the guest is by now.
+fn look_again(uuid: &str) -> Left {
+    Host::open().map_or(Left::Unseen, |host| look(&host, uuid))
 }
 
 /// The domain of a name or number.
@@ -498,7 +510,7 @@ fn prepare_and_move(
     request.rate = limits.bandwidth.and_then(Bandwidth::bytes);
     request.plan.limits.downtime = control.downtime();
     let left = result.as_ref().err().map(|_| look(&host, &uuid));
-    server.end(ended(&name, &request.remote.host, &result, left));
+    server.end(ended(&name, request, &result, left));
     Ok(Moved {
         report: Some(report),
         result,
@@ -507,8 +519,12 @@ fn prepare_and_move(
 }
 
 /// What those hear who wait for the end of a move.
-fn ended(name: &str, peer: &str, result: &Result<()>, left: Option<Left>) -> Ended {
+fn ended(name: &str, request: &Request, result: &Result<()>, left: Option<Left>) -> Ended {
+    let peer = &request.remote.host;
     let what = match (result, left) {
+        (Ok(()), _) if request.purpose == Purpose::Shadow => {
+            format!("{peer} has a shadow of {name}, which was not moved")
+        }
         (Ok(()), _) => format!("{name} has moved to {peer}"),
         (Err(Error::InDoubt { .. }), _) => {
             format!("{name} is suspended here and may run at {peer}: only {peer} knows")

@@ -303,6 +303,12 @@ pub fn settle_by_decree(directories: &Directories, entry: &Entry, here: bool) ->
     let mut journal = Journal::open(&entry.path)?;
     let entry = journal.entry().clone();
     let open = entry.outcome.is_none() && entry.begin.boot_id == journal::boot_id();
+    if !can_be_decreed(entry.begin.role, entry.phase, here) {
+        return Err(Error::Refused(format!(
+            "The move of {} is not in doubt: resolve it without a decree",
+            entry.begin.name
+        )));
+    }
     let (what, place) = match (entry.begin.role, entry.phase, here) {
         (Role::Source, Phase::Committed, false) => {
             destroy_left(&entry)?;
@@ -327,19 +333,29 @@ pub fn settle_by_decree(directories: &Directories, entry: &Entry, here: bool) ->
             let what = "By decree the guest is this site's, and runs";
             return Ok(settled_here(&entry, what, there));
         }
-        (Role::Destination, Phase::Ready | Phase::Owner, false) if open => {
+        (Role::Destination, Phase::Ready, false) if open => {
             discard(&entry)?;
             journal.end(Outcome::Aborted)?;
             ("By decree the guest is the source's", Place::There)
         }
         _ => {
             return Err(Error::Refused(format!(
-                "The move of {} is not in doubt: resolve it without a decree",
+                "The move of {} has ended: resolve it without a decree",
                 entry.begin.name
             )));
         }
     };
     Ok(settled(&entry, what, place))
+}
+
+/// Whether the operator's word can count that the guest is `here`, or at the other site. What owns
+/// the guest may run it already: that it is elsewhere nobody can decree.
+fn can_be_decreed(role: Role, phase: Phase, here: bool) -> bool {
+    match (role, phase) {
+        (Role::Source, Phase::Committed) | (Role::Destination, Phase::Ready) => true,
+        (Role::Destination, Phase::Owner) => here,
+        _ => false,
+    }
 }
 
 /// The destination's answer about a move: settles it first, so that the answer holds for good.
@@ -643,6 +659,23 @@ mod tests {
             assert_eq!(
                 action(&entry(Role::Source, phase, None)),
                 Action::AskDestination
+            );
+        }
+    }
+
+    #[test]
+    fn a_site_that_may_run_the_guest_can_not_be_told_that_it_is_elsewhere() {
+        for phase in PHASES {
+            let source = phase == Phase::Committed;
+            for here in [true, false] {
+                assert_eq!(can_be_decreed(Role::Source, phase, here), source);
+            }
+            let complete = phase == Phase::Ready;
+            let owned = action(&entry(Role::Destination, phase, None)) == Action::Finish;
+            assert_eq!(can_be_decreed(Role::Destination, phase, false), complete);
+            assert_eq!(
+                can_be_decreed(Role::Destination, phase, true),
+                complete || owned
             );
         }
     }

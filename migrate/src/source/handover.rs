@@ -8,7 +8,7 @@ use crate::guest::{Batch, Moment};
 use crate::handover::journal::Phase;
 use crate::hold::hold;
 use crate::pages::PageSet;
-use crate::wire::{ToDestination, ToSource};
+use crate::wire::{Part, ToDestination, ToSource};
 
 /// How long the guest may be suspended before the handover, whatever it waits for: then it goes on
 /// here.
@@ -141,7 +141,7 @@ impl Session<'_> {
                 }
                 // No pages follow. What becomes of these connections is of no matter any more.
                 self.go.peer.end_spreading();
-                for part in ready.parts {
+                for part in ready.parts.into_iter().filter(Part::can_be) {
                     let name = format!("destination: {}", part.name);
                     self.report.downtime.parts.insert(name, part.seconds);
                 }

@@ -10,6 +10,7 @@
 //!
 //! A move asks so before its first page, and a dry run before it foretells.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::HANDLING;
@@ -107,14 +108,27 @@ fn recall(peer: &mut Conversation, head: &ShadowHead, asked: &Asked<'_>) -> Resu
     })?;
     match known {
         Some((_, mut table)) => {
-            for (first, count) in &head.lacking {
-                let end = first.saturating_add(*count).min(asked.pages);
-                (*first..end).for_each(|pfn| table.forget(pfn));
-            }
+            let runs = lacking(&head.lacking, asked.pages).ok_or_else(|| {
+                broken(peer, "a shadow that lacks no pages of the guest's".into())
+            })?;
+            runs.for_each(|run| run.for_each(|pfn| table.forget(pfn)));
             Ok(table)
         }
         None => receive_inventory(peer, asked.pages, asked.digester),
     }
+}
+
+/// The runs of pages that a shadow lacks, each its first page and how many. None where they are not
+/// in order, reach beyond the guest's memory, or say a page twice: each costs its time.
+fn lacking(runs: &[(u64, u64)], pages: u64) -> Option<impl Iterator<Item = Range<u64>>> {
+    let mut end = 0;
+    for (first, count) in runs {
+        if *first < end {
+            return None;
+        }
+        end = first.checked_add(*count).filter(|end| *end <= pages)?;
+    }
+    Some(runs.iter().map(|(first, count)| *first..first + count))
 }
 
 fn receive_inventory(
@@ -193,5 +207,26 @@ fn broken(peer: &Conversation, what: String) -> Error {
     Error::Protocol {
         peer: peer.peer().to_owned(),
         what,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_shadow_lacks_is_said_in_order_and_once() {
+        let found = |runs: &[(u64, u64)]| Some(lacking(runs, 100)?.flatten().collect::<Vec<_>>());
+        assert_eq!(found(&[]), Some(vec![]));
+        assert_eq!(found(&[(3, 2), (5, 1), (99, 1)]), Some(vec![3, 4, 5, 99]));
+        for wrong in [
+            &[(5, 1), (3, 2)][..],
+            &[(3, 2), (4, 1)],
+            &[(99, 2)],
+            &[(u64::MAX, 2)],
+            &[(0, 1 << 40), (0, 1 << 40)],
+        ] {
+            assert_eq!(found(wrong), None, "{wrong:?}");
+        }
     }
 }

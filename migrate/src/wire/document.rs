@@ -430,6 +430,18 @@ pub struct Part {
     pub seconds: f64,
 }
 
+impl Part {
+    /// The longest that anything takes, in seconds: a day.
+    const LONGEST: f64 = 86_400.0;
+
+    /// Whether anything could have taken so long. What is said here goes into what this host
+    /// remembers of its moves.
+    #[must_use]
+    pub fn can_be(&self) -> bool {
+        (0.0..=Self::LONGEST).contains(&self.seconds)
+    }
+}
+
 /// What the destination says when the guest is complete.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Readiness {

@@ -166,7 +166,7 @@ impl Tag {
     pub const fn limit(self) -> usize {
         match self {
             Self::Offer => MIB,
-            Self::P2mFrames => 8 + (MAX_PAGES as usize).div_ceil(512) * 8,
+            Self::P2mFrames => 16 + (MAX_PAGES as usize).div_ceil(512) * 8,
             Self::Pages => MAX_BATCH_BYTES,
             Self::Batch => PLACE_SIZE + MAX_BATCH_BYTES,
             Self::Inventory => 8 + MAX_CHUNK_BYTES,

@@ -558,3 +558,28 @@ fn who_has_to_say_something_first_gets_no_memory_before() {
         Err(WireError::NotYet(Tag::Batch))
     ));
 }
+
+#[test]
+fn the_frames_of_the_largest_guest_fit_a_message() {
+    let frames = vec![0; usize::try_from(MAX_PAGES.div_ceil(512)).unwrap()];
+    let largest = ToDestination::P2mFrames {
+        max_pfn: MAX_PAGES - 1,
+        populated: MAX_PAGES,
+        frames,
+    };
+    FrameWriter::new(std::io::sink()).send(&largest).unwrap();
+}
+
+#[test]
+fn nothing_takes_less_than_no_time_or_more_than_a_day() {
+    let part = |seconds| Part {
+        name: Text::new("restore"),
+        seconds,
+    };
+    for seconds in [0.0, 0.2, 86_400.0] {
+        assert!(part(seconds).can_be(), "{seconds}");
+    }
+    for seconds in [-0.1, 86_401.0, 1e308, f64::INFINITY, f64::NAN] {
+        assert!(!part(seconds).can_be(), "{seconds}");
+    }
+}
