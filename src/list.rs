@@ -18,7 +18,8 @@ use crate::cli;
 #[derive(Debug, Serialize)]
 struct Guest {
     name: String,
-    domid: u32,
+    /// None of one that is not here, but has a move that is open.
+    domid: Option<u32>,
     uuid: String,
     kind: String,
     memory_mib: u64,
@@ -52,13 +53,18 @@ fn open_move(directories: &Directories, entry: &Entry) -> String {
     }
 }
 
-/// Prints every guest.
+/// Prints every guest, and every move that is open.
 pub fn run(options: &cli::List) -> anyhow::Result<()> {
     crate::require_xen()?;
     let host = Host::open()?;
     let physical = host.ctl().physical_info()?;
     let directories = Directories::default();
-    let journals = journal::list(&directories)?;
+    let mut open = journal::list(&directories)?;
+    open.retain(|entry| action(entry) != Action::Nothing);
+    let open_moves = |uuid: &str| -> Vec<String> {
+        let own = open.iter().filter(|entry| entry.begin.uuid == uuid);
+        own.map(|entry| open_move(&directories, entry)).collect()
+    };
     let mut guests = Vec::new();
     for info in host.ctl().domains()? {
         if info.domain == DomId::DOM0 || info.dying {
@@ -75,7 +81,7 @@ pub fn run(options: &cli::List) -> anyhow::Result<()> {
         };
         guests.push(Guest {
             name: host.name(info.domain).unwrap_or_else(|_| "(null)".into()),
-            domid: info.domain.get(),
+            domid: Some(info.domain.get()),
             kind: kind.map_or_else(|| "?".into(), |kind| kind.to_string().to_lowercase()),
             memory_mib: info.tot_pages >> 8,
             vcpus: info.online_vcpus,
@@ -88,13 +94,27 @@ pub fn run(options: &cli::List) -> anyhow::Result<()> {
             tracker,
             hindrances: hindrances(&host, info.domain, Allowed::default())
                 .unwrap_or_else(|error| vec![migrate::error::chain(&error)]),
-            open_moves: journals
-                .iter()
-                .filter(|entry| entry.begin.uuid == uuid && action(entry) != Action::Nothing)
-                .map(|entry| open_move(&directories, entry))
-                .collect(),
+            open_moves: open_moves(&uuid),
             uuid,
         });
+    }
+    // A guest that has gone with its host may have a move that is in doubt.
+    for entry in &open {
+        let begin = &entry.begin;
+        if guests.iter().all(|guest| guest.uuid != begin.uuid) {
+            guests.push(Guest {
+                name: begin.name.clone(),
+                domid: None,
+                uuid: begin.uuid.clone(),
+                kind: "?".into(),
+                memory_mib: 0,
+                vcpus: 0,
+                state: "not here",
+                tracker: None,
+                hindrances: vec!["it is not here".into()],
+                open_moves: open_moves(&begin.uuid),
+            });
+        }
     }
     if options.json {
         say!("{}", serde_json::to_string_pretty(&guests)?);
@@ -114,7 +134,7 @@ pub fn run(options: &cli::List) -> anyhow::Result<()> {
         say!(
             "{:24} {:>5} {:>4} {:>8} {:>5} {:10} {:10} {}",
             guest.name,
-            guest.domid,
+            guest.domid.map(|id| id.to_string()).unwrap_or_default(),
             guest.kind,
             guest.memory_mib,
             guest.vcpus,

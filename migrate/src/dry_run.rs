@@ -299,7 +299,7 @@ fn measure(peer: &mut Conversation, round_trip: Duration) -> Result<(f64, u64)> 
         let bytes = blocks * MAX_PROBE as u64;
         sent += bytes;
         let took = start.elapsed().saturating_sub(round_trip);
-        if took >= MEASURING || sent >= MOST_PROBED {
+        if took >= MEASURING || sent + 2 * bytes > MOST_PROBED {
             return Ok((bytes as f64 / took.as_secs_f64().max(1e-3), sent));
         }
         blocks *= 2;
