@@ -26,6 +26,9 @@ E2E := VMSHADOW_DEB='$(DEB)' VMSHADOW_ORACLE='$(abspath $(TARGET))/debug/example
 	$(CARGO) test $(WORKSPACE) --locked --test e2e -- --test-threads=1
 # Some of them only: make test ONLY='refused oracle'
 ONLY ?=
+# A name that no test has would pass as all of them do.
+NAMED = for name in $(ONLY); do $(E2E) --list "$$name" | grep -q ': test$$' || \
+	{ echo "No end-to-end test is called $$name" >&2; exit 1; }; done
 
 # Of the proxy's tests in network namespaces, those that take a minute together.
 RETARGET := one_stream_survives_one_move one_socket_is_made_anew_over_ipv6 a_thousand_connections \
@@ -64,10 +67,12 @@ demo: deb
 	VMSHADOW_DEB='$(DEB)' $(TESTBED) demo
 
 test: unit deb
+	$(NAMED)
 	$(E2E) $(ONLY)
 
 test-full: unit deb
 	$(CARGO) test --release --locked -p netproxy --test namespaces -- --include-ignored --skip be_a_caller
+	$(NAMED)
 	$(E2E) --include-ignored $(ONLY)
 
 # Unit, property and documentation tests. Builds the examples too, and so what compares our image of

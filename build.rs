@@ -20,8 +20,13 @@ fn main() -> io::Result<()> {
     };
     let out = Path::new(&out);
     let (man, completions) = (out.join("man"), out.join("completions"));
-    fs::create_dir_all(&man)?;
-    fs::create_dir_all(&completions)?;
+    // What an earlier run has made stays there: no page of a command that is no more.
+    for directory in [&man, &completions] {
+        if directory.exists() {
+            fs::remove_dir_all(directory)?;
+        }
+        fs::create_dir_all(directory)?;
+    }
     let mut command = cli::Cli::command();
     clap_mangen::generate_to(command.clone(), &man)?;
     for shell in [

@@ -29,6 +29,7 @@ mod shadow;
 mod shadows;
 mod status;
 
+use std::io::{IsTerminal, stderr};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -47,14 +48,33 @@ fn main() -> ExitCode {
         tell!("vmshadow: Can't forbid core files: {error}");
         return ExitCode::from(1);
     }
+    // Before any thread is started.
+    if matches!(cli.command, Command::Migrate(_) | Command::Shadow(_))
+        && let Err(error) = never_stop()
+    {
+        tell!("vmshadow: Can't leave signals alone: {error}");
+        return ExitCode::from(1);
+    }
     // What guardians and keepers do is read later, in their log files.
     let level = match cli.command {
         Command::Guard(_) | Command::Keeper(_) => "info",
         _ => "warn",
     };
-    env_logger::Builder::from_env(env_logger::Env::new().filter_or("VMSHADOW_LOG", level))
-        .format_timestamp_millis()
-        .init();
+    let mut logger =
+        env_logger::Builder::from_env(env_logger::Env::new().filter_or("VMSHADOW_LOG", level));
+    let lines = stderr().is_terminal().then(output::Lines::new);
+    if let Some(lines) = lines.clone() {
+        logger.target(env_logger::Target::Pipe(Box::new(lines)));
+    }
+    logger.format_timestamp_millis().init();
+    let status = run(&cli);
+    if let Some(lines) = lines {
+        lines.finish();
+    }
+    status
+}
+
+fn run(cli: &Cli) -> ExitCode {
     let directories = Directories::default();
     let result = match &cli.command {
         Command::Check(options) => return check::run(options),
@@ -108,6 +128,17 @@ fn leave_no_core() -> nix::Result<()> {
     nix::sys::prctl::set_dumpable(false)
 }
 
+/// Ctrl-Z stops nothing, nor does a terminal that lets no process in the background write: a worker
+/// that is stopped could hold a guest suspended, for as long as nobody lets it go on.
+fn never_stop() -> nix::Result<()> {
+    use nix::sys::signal::{SigSet, Signal};
+    let mut signals = SigSet::empty();
+    for signal in [Signal::SIGTSTP, Signal::SIGTTIN, Signal::SIGTTOU] {
+        signals.add(signal);
+    }
+    signals.thread_block()
+}
+
 /// Set by Ctrl-C, by a polite kill and by a terminal that closes: the move is given up in good
 /// order. Not by what was ignored when it was started, as `nohup` does it.
 fn cancelled() -> anyhow::Result<Arc<AtomicBool>> {
@@ -136,7 +167,20 @@ fn ignored(status: &str, signal: i32) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::ignored;
+    use super::{ignored, never_stop};
+
+    #[test]
+    fn what_would_stop_a_worker_is_left_waiting() {
+        use nix::sys::signal::{SigSet, Signal};
+        std::thread::spawn(|| {
+            never_stop().unwrap();
+            let blocked = SigSet::thread_get_mask().unwrap();
+            assert!(blocked.contains(Signal::SIGTSTP) && blocked.contains(Signal::SIGTTOU));
+            assert!(!blocked.contains(Signal::SIGINT));
+        })
+        .join()
+        .unwrap();
+    }
 
     #[test]
     fn what_nohup_ignores_is_found() {

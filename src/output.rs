@@ -7,6 +7,15 @@
 use std::fmt::Arguments;
 use std::io::{self, Write, stderr, stdout};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread;
+use std::time::Duration;
+
+/// So many log lines are kept for a terminal that stands still.
+const KEPT: usize = 1024;
+
+/// How long the end waits for log lines that are to be shown still.
+const LAST_LINES: Duration = Duration::from_secs(1);
 
 static INCOMPLETE: AtomicBool = AtomicBool::new(false);
 
@@ -23,6 +32,52 @@ pub fn say(text: Arguments<'_>) {
 pub fn tell(text: Arguments<'_>) {
     // There is nowhere else to tell it.
     let _ = writeln!(stderr(), "{text}");
+}
+
+/// Log lines for a terminal, by a thread of its own: see [`progress`](crate::progress).
+#[derive(Clone)]
+pub struct Lines(SyncSender<Line>);
+
+enum Line {
+    Text(Vec<u8>),
+    /// All before it were written.
+    Mark(SyncSender<()>),
+}
+
+impl Lines {
+    pub fn new() -> Self {
+        let (lines, coming) = sync_channel(KEPT);
+        thread::spawn(move || {
+            for line in coming {
+                match line {
+                    // There is nowhere else to tell it.
+                    Line::Text(text) => drop(stderr().write_all(&text)),
+                    Line::Mark(mark) => drop(mark),
+                }
+            }
+        });
+        Lines(lines)
+    }
+
+    /// Waits until what was logged is written, unless the terminal stands still.
+    pub fn finish(&self) {
+        let (mark, written) = sync_channel(0);
+        if self.0.try_send(Line::Mark(mark)).is_ok() {
+            let _ = written.recv_timeout(LAST_LINES);
+        }
+    }
+}
+
+impl Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        // Nobody sees what a terminal that stands still does not show.
+        let _ = self.0.try_send(Line::Text(bytes.to_vec()));
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Whether something that was printed did not come to where it was to go.

@@ -25,6 +25,7 @@ use crate::directories::Directories;
 use crate::error::{Error, IoContext, Result, chain};
 use crate::guest::xen::host::Host;
 use crate::handover::guardian::{log_file, name_process};
+use crate::handover::journal::{self, Entry};
 use crate::handover::lock::XlLock;
 
 /// The name that `ps` shows.
@@ -73,7 +74,7 @@ pub fn run(directories: &Directories, uuid: &str) -> Result<()> {
         return Ok(());
     };
     log::info!("Keeping {} (domain {domid})", host.name(domid)?);
-    while let Some(next) = keep(&host, domid)? {
+    while let Some(next) = keep(&host, directories, uuid, domid)? {
         domid = next;
     }
     log::info!("The guest needs no keeper any more");
@@ -81,7 +82,7 @@ pub fn run(directories: &Directories, uuid: &str) -> Result<()> {
 }
 
 /// Watches one domain until it is gone, and obeys. The domain that took its place, if one did.
-fn keep(host: &Host, domid: DomId) -> Result<Option<DomId>> {
+fn keep(host: &Host, directories: &Directories, uuid: &str, domid: DomId) -> Result<Option<DomId>> {
     let doing = || "Can't watch the guest";
     // A watch owns its context.
     let toolstack = Toolstack::open().context(doing)?;
@@ -96,9 +97,28 @@ fn keep(host: &Host, domid: DomId) -> Result<Option<DomId>> {
                 }
                 watch.rearm().context(doing)?;
             }
-            Some(LifeEvent::Shutdown(reason)) => return obey(host, domid, reason),
+            Some(LifeEvent::Shutdown(reason)) => {
+                if let Some(percent) = own_cap(directories, uuid)
+                    && let Err(error) = host.set_cpu_cap(domid, percent)
+                {
+                    log::error!("{}", chain(&error));
+                }
+                return obey(host, domid, reason);
+            }
         }
     }
+}
+
+/// The processor time that the guest has by itself, where a move has slowed it down: what it is
+/// started anew with is read from the domain that has stopped.
+fn own_cap(directories: &Directories, uuid: &str) -> Option<u32> {
+    let open = journal::list(directories)
+        .inspect_err(|error| log::warn!("{}", chain(error)))
+        .ok()?;
+    let slowed = |entry: &Entry| entry.begin.uuid == uuid && entry.outcome.is_none();
+    open.iter()
+        .find(|entry| slowed(entry))
+        .and_then(|entry| entry.cap)
 }
 
 /// Waits until a suspended domain goes on (true) or is gone (false).

@@ -22,7 +22,7 @@ use crate::directories::Directories;
 use crate::error::{Error, IoContext, Result, chain};
 use crate::group::{GroupPolicy, open_group_of};
 use crate::guest::xen::checks::{Allowed, Layout, hindrances};
-use crate::guest::xen::host::Host;
+use crate::guest::xen::host::{Host, of_uuid};
 use crate::guest::{self, Source};
 use crate::handover::guardian::Guardian;
 use crate::handover::journal::{self, Begin, JOURNAL_VERSION, Journal, Outcome, Role};
@@ -120,10 +120,7 @@ fn look(host: &Host, uuid: &str) -> Left {
             return Left::Unseen;
         }
     };
-    let info = domains
-        .iter()
-        .find(|info| !info.dying && host.uuid_text(info) == uuid);
-    match info {
+    match of_uuid(&domains, uuid) {
         None => Left::Gone,
         Some(info) => match info.shutdown {
             Some(ShutdownReason::Suspend) => Left::Suspended,

@@ -54,3 +54,39 @@ fn a_guest_that_stops_after_its_move() {
         })
     });
 }
+
+/// A domain that was kept beside the guest, when that was started anew, has the guest's UUID still: it
+/// is not taken for the guest.
+#[test]
+#[ignore = "minutes: make test-full"]
+fn a_guest_beside_the_domain_that_it_was() {
+    let testbed = sites(with(Hypervisor::Release));
+    let here = testbed.site(SiteName::A);
+    let guest = Guest {
+        extra: vec!["on_crash = \"rename-restart\"".into()],
+        ..small_guest()
+    };
+    testbed.start_guest(SiteName::A, &guest).unwrap();
+    let before = testbed.status(SiteName::A, &guest).unwrap();
+    testbed.ask(SiteName::A, &guest, "crash").unwrap();
+    wait_until("it is up again", || {
+        let status = testbed.status(SiteName::A, &guest);
+        status.is_ok_and(|status| status.boot_id != before.boot_id)
+    });
+    let kept = "xl list | awk '$1 ~ /^g1-/ { print $2 }'";
+    let kept = here.run(kept).unwrap().trim().to_owned();
+    assert!(!kept.is_empty(), "{}", here.run("xl list").unwrap());
+
+    let (moved, _) = hold_at(&testbed, SiteName::A, SiteName::A, "suspended", |worker| {
+        here.run(&format!("kill -9 {worker}")).unwrap();
+    });
+    assert!(!moved);
+    alive(&testbed, &guest, "killed when it was suspended");
+    here.run(&format!("xl destroy {kept}")).unwrap();
+    assert_eq!(
+        settled(&testbed, &guest, "without what was kept"),
+        SiteName::A
+    );
+    move_guest(&testbed, SiteName::A, "");
+    assert_eq!(settled(&testbed, &guest, "the move"), SiteName::B);
+}

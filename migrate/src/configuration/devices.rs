@@ -90,7 +90,7 @@ fn nic(nic: &Fields<'_>, policy: &SitePolicy) -> Result<Value, ConfigurationErro
     // A routed or otherwise special interface; the bridge is what this site knows.
     nic.refuse_set("gatewaydev")?;
     // libxl writes its own default path here, for every interface.
-    nic.ignore("script");
+    nic.ignore_where("script", |path| path.ends_with("/vif-bridge"));
 
     let mut taken = Map::new();
     let mac = nic.string("mac")?.ok_or_else(|| nic.missing("mac"))?;

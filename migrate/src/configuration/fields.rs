@@ -77,6 +77,14 @@ impl<'a> Fields<'a> {
         self.get(field);
     }
 
+    /// Leaves a field out, without telling where it is a text that is `usual`.
+    pub(super) fn ignore_where(&self, field: &str, usual: impl Fn(&str) -> bool) {
+        let value = self.map.get(field).and_then(Value::as_str);
+        if value.is_none_or(|text| text.is_empty() || usual(text)) {
+            self.ignore(field);
+        }
+    }
+
     pub(super) fn string(&self, field: &str) -> Result<Option<&'a str>, ConfigurationError> {
         self.get(field)
             .map(|value| value.as_str().ok_or_else(|| self.malformed(field)))

@@ -11,10 +11,13 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::client::{Socket, sockets};
-use super::protocol::{Done, Ended, MAX_LINE, Outcome, Request, read_request, write_answer};
+use super::protocol::{
+    Change, Done, Ended, MAX_LINE, Outcome, Request, read_request, write_answer,
+};
 use super::shared::Shared;
 use crate::directories::Directories;
 use crate::error::{IoContext, Result};
+use crate::handover::journal::Role;
 
 /// So many may hold the control socket open at a time.
 const MAX_CLIENTS: usize = 16;
@@ -218,7 +221,7 @@ fn attend(stream: &UnixStream, shared: &Shared, clients: &Clients) -> io::Result
         let _waiting;
         let answer = match request {
             Ok(Request::Status) => Ok(Done::Status(Box::new(shared.status()))),
-            Ok(Request::Set(change)) => Ok(Done::Set(shared.set(change))),
+            Ok(Request::Set(change)) => set(shared, change),
             Ok(Request::Cancel) => {
                 // Until it is written.
                 _waiting = Counting::new(&clients.waiting);
@@ -234,6 +237,17 @@ fn attend(stream: &UnixStream, shared: &Shared, clients: &Clients) -> io::Result
     }
 }
 
+fn set(shared: &Shared, change: Change) -> std::result::Result<Done, String> {
+    let facts = shared.facts();
+    if facts.role == Role::Destination && change.downtime_ms.is_some() {
+        return Err(format!(
+            "When {} is suspended is decided where it leaves: set its downtime at {}",
+            facts.domain, facts.peer
+        ));
+    }
+    Ok(Done::Set(shared.set(change)))
+}
+
 fn cancel(shared: &Shared) -> std::result::Result<Done, String> {
     match shared.cancel() {
         Ok(()) => Ok(Done::Cancel(shared.wait())),
@@ -243,8 +257,8 @@ fn cancel(shared: &Shared) -> std::result::Result<Done, String> {
                 "It is too late to cancel the move of {}: it is being handed over, {} {}",
                 facts.domain,
                 match facts.role {
-                    crate::handover::journal::Role::Source => "to",
-                    crate::handover::journal::Role::Destination => "from",
+                    Role::Source => "to",
+                    Role::Destination => "from",
                 },
                 facts.peer
             ))

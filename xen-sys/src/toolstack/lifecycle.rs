@@ -213,8 +213,9 @@ impl Toolstack {
         })
     }
 
-    /// Keeps a domain that has shut down: under its name with `suffix`, and another UUID, so that
-    /// it can be started anew beside it.
+    /// Keeps a domain that has shut down: under its name with `suffix`, and another UUID in
+    /// xenstore, so that it can be started anew beside it. For the hypervisor it keeps the UUID that
+    /// it has.
     ///
     /// # Errors
     ///

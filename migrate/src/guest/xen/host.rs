@@ -104,10 +104,7 @@ impl Host {
     /// What Xen refuses.
     pub fn find(&self, uuid: &str) -> Result<Option<DomId>> {
         let domains = self.ctl.domains().context(|| "Can't list domains")?;
-        Ok(domains
-            .iter()
-            .find(|info| !info.dying && uuid_text(&info.uuid) == uuid)
-            .map(|info| info.domain))
+        Ok(of_uuid(&domains, uuid).map(|info| info.domain))
     }
 
     /// The living domain of that UUID that has that name (or none yet).
@@ -389,6 +386,15 @@ pub(super) fn is_invalid(error: &xen_sys::Error) -> bool {
     error.errno() == Some(nix::libc::EINVAL)
 }
 
+/// The domain of that UUID, if there is one. Of several the one that runs or is suspended: a domain
+/// that was kept after it has ended (`on_crash = "rename-restart"`) has another name and, for libxl,
+/// another UUID, but not for the hypervisor.
+pub(crate) fn of_uuid<'a>(domains: &'a [DomainInfo], uuid: &str) -> Option<&'a DomainInfo> {
+    let own = |info: &&DomainInfo| !info.dying && uuid_text(&info.uuid) == uuid;
+    let has_ended = |info: &&DomainInfo| info.shutdown.is_some() && !info.is_suspended();
+    domains.iter().filter(own).min_by_key(has_ended)
+}
+
 /// A UUID as text.
 pub fn uuid_text(uuid: &[u8; 16]) -> String {
     let mut text = String::with_capacity(36);
@@ -403,6 +409,52 @@ pub fn uuid_text(uuid: &[u8; 16]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+
+    fn domain(id: u32, shutdown: Option<ShutdownReason>) -> DomainInfo {
+        DomainInfo {
+            domain: DomId::new(id).unwrap(),
+            uuid: [7; 16],
+            dying: false,
+            shutdown,
+            paused: false,
+            blocked: false,
+            running: false,
+            hvm: false,
+            hap: false,
+            tot_pages: 0,
+            max_pages: 0,
+            outstanding_pages: 0,
+            shared_pages: 0,
+            paged_pages: 0,
+            shared_info_frame: 0,
+            cpu_time: 0,
+            online_vcpus: 1,
+            max_vcpu_id: None,
+            ssidref: 0,
+            cpupool: 0,
+            physical_address_bits: 0,
+        }
+    }
+
+    #[test]
+    fn of_several_domains_of_a_uuid_the_one_that_has_not_ended_is_the_guest() {
+        use ShutdownReason::{Crash, Suspend};
+        let uuid = uuid_text(&[7; 16]);
+        let found = |domains: &[DomainInfo]| of_uuid(domains, &uuid).map(|info| info.domain.get());
+        assert_eq!(found(&[]), None);
+        assert_eq!(found(&[domain(3, Some(Crash))]), Some(3));
+        assert_eq!(found(&[domain(3, Some(Crash)), domain(4, None)]), Some(4));
+        let suspended = domain(4, Some(Suspend));
+        assert_eq!(found(&[domain(3, Some(Crash)), suspended]), Some(4));
+        let dying = DomainInfo {
+            dying: true,
+            ..domain(4, None)
+        };
+        assert_eq!(found(&[domain(3, Some(Crash)), dying]), Some(3));
+        assert_eq!(of_uuid(&[domain(3, None)], &uuid_text(&[8; 16])), None);
+    }
+
     #[test]
     fn a_uuid_reads_as_xl_prints_it() {
         let bytes: Vec<u8> = (0..16).collect();
