@@ -130,7 +130,8 @@ pub struct Limits {
     pub idle: Period,
     /// How long it may carry nothing after one direction has ended.
     pub half_closed: Period,
-    /// How long the last bytes may wait for the guest to acknowledge them.
+    /// How long the last bytes may wait to be acknowledged: by the guest, when both directions have
+    /// ended, and by either side, when the other one has failed.
     pub linger: Period,
     /// When a silent peer is first asked if it is there; 0 is never.
     pub keepalive: Period,

@@ -405,6 +405,84 @@ fn a_reset_reaches_the_other_side() {
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
 }
 
+/// What the kernel has taken of a side that is then reset is not lost, however slow the other is.
+#[test]
+fn what_was_sent_before_a_reset_arrives() {
+    const LENGTH: usize = 1 << 20;
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let setup = Setup::with(listener.local_addr().unwrap(), "", "", r#""127.0.0.1:0""#);
+    let data: Vec<u8> = (0..LENGTH)
+        .map(|i| u8::try_from(i % 251).unwrap())
+        .collect();
+    for from_client in [true, false] {
+        let (client, guest) = (setup.connect(), listener.accept().unwrap().0);
+        let (mut from, mut to) = match from_client {
+            true => (client, guest),
+            false => (guest, client),
+        };
+        // Closed with this unread, it resets.
+        to.write_all(b"unread").unwrap();
+        wait_until(|| from.peek(&mut [0; 6]).unwrap() == 6);
+        from.write_all(&data).unwrap();
+        wait_until(|| netproxy::repair::unacknowledged(&from).unwrap() == 0);
+        drop(from);
+        // The proxy hears of it before anything is read.
+        std::thread::sleep(Duration::from_millis(100));
+        let mut got = vec![0; LENGTH];
+        to.read_exact(&mut got).unwrap();
+        assert!(got == data);
+        let error = to.read(&mut [0]).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        wait_until(|| setup.proxy.open() == 0);
+    }
+}
+
+/// Mostly the proxy sees the words and the reset at once.
+#[test]
+fn a_word_just_before_a_reset_arrives() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let setup = Setup::with(listener.local_addr().unwrap(), "", "", r#""127.0.0.1:0""#);
+    for round in 0..200_u32 {
+        let (client, guest) = (setup.connect(), listener.accept().unwrap().0);
+        let (mut from, mut to) = match round % 2 {
+            0 => (client, guest),
+            _ => (guest, client),
+        };
+        to.write_all(b"unread").unwrap();
+        wait_until(|| from.peek(&mut [0; 6]).unwrap() == 6);
+        from.write_all(&round.to_le_bytes()).unwrap();
+        drop(from);
+        let mut got = [0; 4];
+        to.read_exact(&mut got).unwrap();
+        assert_eq!(got, round.to_le_bytes());
+    }
+}
+
+/// Nobody waits for ever for one who does not read.
+#[test]
+fn who_does_not_read_keeps_a_broken_connection_for_no_longer_than_the_limit() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let limits = "linger = \"200ms\"";
+    let setup = Setup::with(
+        listener.local_addr().unwrap(),
+        limits,
+        "",
+        r#""127.0.0.1:0""#,
+    );
+    let _client = setup.connect();
+    let (mut guest, _) = listener.accept().unwrap();
+    guest.set_nonblocking(true).unwrap();
+    // Until nobody takes any more.
+    for _ in 0..100 {
+        while guest.write(&[0; 65_536]).is_ok() {}
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let reset = socket2::SockRef::from(&guest).set_linger(Some(Duration::ZERO));
+    reset.unwrap();
+    drop(guest);
+    wait_until(|| setup.proxy.open() == 0);
+}
+
 #[test]
 fn draining_refuses_and_keeps() {
     let setup = Setup::new("", "");

@@ -53,7 +53,7 @@ impl Connection {
             Stage::Held { frozen, before } => self.go_back(frozen, before, ctx),
             Stage::Unmovable(why) => match self.upstream {
                 Upstream::Open(_) => self.go_back(true, None, ctx),
-                _ if self.client_lost => Ok(Step::Gone),
+                _ if self.client_is_lost() => Ok(Step::Gone),
                 _ => Err(why),
             },
             Stage::Moved(moved) if moved.old.is_some() => {
@@ -84,9 +84,6 @@ impl Connection {
                     repair::thaw(&endpoint.stream).map_err(|error| error.chain())?;
                     let _ = tune(SockRef::from(&endpoint.stream), ctx.limits);
                 }
-                if self.client_lost {
-                    return Ok(Step::Gone);
-                }
                 if let Some(proving) = before {
                     self.stage = Stage::Proving(proving);
                 }
@@ -94,7 +91,7 @@ impl Connection {
             }
             Upstream::Connecting(..) => Ok(Step::Waits),
             Upstream::Waiting => {
-                if self.client_lost {
+                if self.client_is_lost() && !self.client_left_words() {
                     return Ok(Step::Gone);
                 }
                 self.connect(ctx).map_err(|error| error.chain())?;

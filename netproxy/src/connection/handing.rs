@@ -6,6 +6,7 @@ use std::sync::Arc;
 use mio::net::TcpStream;
 use mio::{Interest, Registry};
 
+use super::lost::Lost;
 use super::moving::Proving;
 use super::{Connection, Context, Stage, Upstream, client_token};
 use crate::config::ServiceConfig;
@@ -39,6 +40,7 @@ impl Connection {
             // No guest is being moved.
             _ => None,
         };
+        let (client_lost, guest_lost) = (self.client_is_lost(), self.guest_is_lost());
         let mut client = self.client;
         let _ = registry.deregister(&mut client.stream);
         let upstream = match self.upstream {
@@ -59,7 +61,8 @@ impl Connection {
                 service: 0,
                 client_address: self.client_address,
                 client: handed(client.stream),
-                client_lost: self.client_lost,
+                client_lost,
+                guest_lost,
                 upstream,
                 to_guest: self.to_guest.pack(&shared.budget),
                 to_client: self.to_client.pack(&shared.budget),
@@ -103,7 +106,7 @@ impl Connection {
             service,
             client_address: state.client_address,
             client: Endpoint::new(client),
-            client_lost: state.client_lost,
+            lost: Lost::taken_over(state.client_lost, state.guest_lost),
             upstream: Upstream::Waiting,
             to_guest,
             to_client,

@@ -14,9 +14,12 @@
 //! While a connection is held the client's data is taken up to the flow's limit, and what the
 //! guest had sent goes on to the client. Nothing is written to the guest. Frozen sockets hear
 //! nothing any more. In `Moved`, the new socket exists and has sent nothing.
+//!
+//! When one side fails, the other one has what that had said, and then sees a reset: see [`lost`].
 
 mod going_back;
 mod handing;
+mod lost;
 mod moving;
 
 use std::io;
@@ -36,6 +39,7 @@ use crate::repair;
 use crate::repair::state::TcpState;
 use crate::retarget::late::Late;
 use crate::splice::{End, Endpoint, Failure, Flow, PipePool, Turn, Workspace};
+use lost::{Lost, Sign};
 use moving::{Moved, Proving};
 
 /// How long one turn of a flow may go on before the others have theirs, in bytes. With larger ones
@@ -127,8 +131,8 @@ pub(crate) struct Connection {
     service: Arc<ServiceConfig>,
     client_address: SocketAddr,
     client: Endpoint,
-    /// The client is gone, but the guest can't be told yet.
-    client_lost: bool,
+    /// The side that has failed first.
+    lost: Option<Lost>,
     upstream: Upstream,
     to_guest: Flow,
     to_client: Flow,
@@ -201,7 +205,7 @@ impl Connection {
             service,
             client_address,
             client: Endpoint::new(client),
-            client_lost: false,
+            lost: None,
             upstream: Upstream::Waiting,
             to_guest,
             to_client: Flow::new(),
@@ -267,7 +271,7 @@ impl Connection {
             .register(stream, upstream_token(self.key), interest)
     }
 
-    /// Notes what epoll says of one side.
+    /// Notes what epoll says of one side. Returns why, if the connection has to end now.
     pub(crate) fn note(&mut self, of_client: bool, event: &mio::event::Event) -> Option<String> {
         let endpoint = match (&mut self.upstream, of_client) {
             (_, true) => &mut self.client,
@@ -284,19 +288,14 @@ impl Connection {
         if !of_client && matches!(self.stage, Stage::Moved(_)) {
             return None;
         }
-        let error = endpoint.stream.take_error().ok().flatten()?;
-        self.side_failed(of_client, &error)
-    }
-
-    /// One side is broken. Returns why, if the connection has to end now.
-    fn side_failed(&mut self, of_client: bool, error: &io::Error) -> Option<String> {
-        let side = if of_client { "client" } else { "guest" };
-        if of_client && !matches!(self.stage, Stage::Normal) {
-            // The guest is told when it can be reached again.
-            self.client_lost = true;
+        let closed =
+            repair::tcp_info(&endpoint.stream).map_or(true, |info| info.state == TcpState::Closed);
+        if !closed {
             return None;
         }
-        Some(format!("the {side}'s side: {error}"))
+        // Up to the error.
+        endpoint.readable = true;
+        self.lose(of_client, Sign::Event)
     }
 
     /// Moves what can be moved.
@@ -328,6 +327,7 @@ impl Connection {
             self.counted = written;
         }
         match next {
+            Next::Wait if self.lost.is_some() => self.last_words(ctx),
             Next::Wait if self.ended() => self.settle(ctx),
             next => next,
         }
@@ -345,18 +345,37 @@ impl Connection {
         };
         let mut again = false;
         for to_guest in [true, false] {
-            let client = (!self.client_lost).then_some(&mut self.client);
+            let lost = self.lost.as_ref();
+            if lost.is_some_and(|lost| lost.of_client != to_guest) {
+                // It leads to who is lost.
+                let flow = match to_guest {
+                    true => &mut self.to_guest,
+                    false => &mut self.to_client,
+                };
+                flow.clear(work.pool, work.budget);
+                continue;
+            }
+            let (drained, endless) = lost.map_or((false, false), |it| (it.drained, it.endless));
             let open = match &mut self.upstream {
                 Upstream::Open(endpoint) => Some(endpoint),
                 _ => None,
             };
-            let result = if to_guest {
-                self.to_guest
-                    .pump(client, open.filter(|_| may_write), &mut work)
+            let (flow, source, sink) = if to_guest {
+                let source = Some(&mut self.client);
+                (&mut self.to_guest, source, open.filter(|_| may_write))
             } else {
-                self.to_client
-                    .pump(open.filter(|_| may_read), client, &mut work)
+                let source = open.filter(|_| may_read);
+                (&mut self.to_client, source, Some(&mut self.client))
             };
+            let source = source.filter(|_| !drained);
+            let result = if endless {
+                flow.carry(source, sink, &mut work)
+            } else {
+                flow.pump(source, sink, &mut work)
+            };
+            if let Some(lost) = &mut self.lost {
+                lost.drained |= flow.end() != End::Open;
+            }
             match result {
                 Ok((turn, moved)) => {
                     again |= turn == Turn::Again;
@@ -365,13 +384,15 @@ impl Connection {
                     }
                 }
                 Err(failure) => {
-                    let (of_client, error) = match failure {
-                        Failure::Source(error) => (to_guest, error),
-                        Failure::Sink(error) => (!to_guest, error),
+                    let lost = match failure {
+                        Failure::Source(error) => self.lose(to_guest, Sign::Read(error)),
+                        Failure::Sink(error) => self.lose(!to_guest, Sign::Write(error)),
                     };
-                    if let Some(reason) = self.side_failed(of_client, &error) {
+                    if let Some(reason) = lost {
                         return Next::Failed(reason);
                     }
+                    // What it had said before may be there still.
+                    again = true;
                 }
             }
         }
@@ -422,7 +443,7 @@ impl Connection {
         if let Upstream::Connecting(_, since) = &self.upstream {
             return *since + limits.connect.0;
         }
-        if self.settle_since.is_some() {
+        if self.settle_since.is_some() || self.has_last_words() {
             return now + SETTLE;
         }
         let idle = self.last_activity + self.idle_limit(limits);
@@ -468,6 +489,7 @@ impl Connection {
         if matches!(self.stage, Stage::Proving(_)) {
             let could_write = self.may_write();
             return match self.check(ctx) {
+                Next::Wait if self.lost.is_some() => self.advance(ctx),
                 Next::Wait if !could_write && self.may_write() => self.advance(ctx),
                 next => next,
             };
@@ -482,6 +504,9 @@ impl Connection {
                 return Next::Failed("the guest does not answer".into());
             }
             return Next::Wait;
+        }
+        if self.has_last_words() {
+            return self.advance(ctx);
         }
         if self.settle_since.is_some() {
             return self.settle(ctx);
@@ -537,7 +562,11 @@ impl Connection {
             (Stage::Proving(_), _) => "proving",
             (Stage::Normal, Upstream::Waiting) => "waiting",
             (Stage::Normal, Upstream::Connecting(..)) => "connecting",
-            (Stage::Normal, Upstream::Open(_)) if self.settle_since.is_some() => "closing",
+            (Stage::Normal, Upstream::Open(_))
+                if self.settle_since.is_some() || self.lost.is_some() =>
+            {
+                "closing"
+            }
             (Stage::Normal, Upstream::Open(_)) => "open",
         };
         let upstream = match &self.upstream {

@@ -152,7 +152,9 @@ impl Connection {
 
     /// From now on nothing is written to the guest.
     pub(crate) fn hold(&mut self) -> Step {
-        if matches!(self.stage, Stage::Normal | Stage::Proving(_)) {
+        // One whose guest has ended it waits for its client only.
+        let moves = !self.guest_is_lost();
+        if moves && matches!(self.stage, Stage::Normal | Stage::Proving(_)) {
             let before = self.take_proving();
             let frozen = false;
             self.stage = Stage::Held { frozen, before };
@@ -345,7 +347,7 @@ impl Connection {
                 self.proceed(*moved, false, ctx);
                 Ok(Step::Taken)
             }
-            Stage::Unmovable(_) if self.client_lost => Ok(Step::Gone),
+            Stage::Unmovable(_) if self.client_is_lost() => Ok(Step::Gone),
             Stage::Unmovable(why) => Err(why),
             // Not re-targeted: it goes on where it was.
             Stage::Held { frozen, before } => self.go_back(frozen, before, ctx),
@@ -457,7 +459,13 @@ impl Connection {
             limit: 0,
             turn: bytes,
         };
-        if let Err(failure) = self.to_guest.pump(None, Some(endpoint), &mut work) {
+        let endless = self.lost.as_ref().is_some_and(|lost| lost.endless);
+        let written = if endless {
+            self.to_guest.carry(None, Some(endpoint), &mut work)
+        } else {
+            self.to_guest.pump(None, Some(endpoint), &mut work)
+        };
+        if let Err(failure) = written {
             // The next turn meets it again.
             log::debug!("Connection {}: {failure:?}", self.admission.id);
         }
@@ -600,8 +608,8 @@ impl Connection {
                     .observe(age.as_secs_f64());
             }
             self.stage = Stage::Normal;
-            if self.client_lost {
-                return Next::Failed("the client has gone".into());
+            if self.lost.is_some() {
+                return self.last_words(ctx);
             }
             if self.ended() {
                 return self.settle(ctx);

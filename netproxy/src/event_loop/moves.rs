@@ -78,6 +78,10 @@ impl Work {
     }
 
     fn one(&self, connection: &mut Connection, ctx: &mut Context<'_>, tally: &mut Tally) -> Next {
+        if connection.guest_is_lost() {
+            // Its guest has ended it: nothing is left that could be moved.
+            return Next::Wait;
+        }
         let held = connection.is_held();
         let outcome = match self {
             Self::Freeze => Ok(connection.freeze()),

@@ -312,6 +312,30 @@ impl Flow {
     /// the flow still reads up to its limit.
     pub(crate) fn pump(
         &mut self,
+        source: Option<&mut Endpoint>,
+        mut sink: Option<&mut Endpoint>,
+        work: &mut Workspace<'_>,
+    ) -> Result<(Turn, usize), Failure> {
+        let carried = self.carry(source, sink.as_deref_mut(), work)?;
+        if carried.0 == Turn::Wait
+            && self.end == End::Seen
+            && self.queued == 0
+            && let Some(sink) = sink
+        {
+            match sink.stream.shutdown(std::net::Shutdown::Write) {
+                // Reset meanwhile: the read side says so.
+                Err(error) if error.kind() != io::ErrorKind::NotConnected => {
+                    return Err(Failure::Sink(error));
+                }
+                _ => self.end = End::Told,
+            }
+        }
+        Ok(carried)
+    }
+
+    /// The same, but the sink is not told of an end.
+    pub(crate) fn carry(
+        &mut self,
         mut source: Option<&mut Endpoint>,
         mut sink: Option<&mut Endpoint>,
         work: &mut Workspace<'_>,
@@ -334,22 +358,9 @@ impl Flow {
             };
             moved += taken;
             if out == 0 && taken == 0 {
-                break;
+                return Ok((Turn::Wait, moved));
             }
         }
-        if self.end == End::Seen
-            && self.queued == 0
-            && let Some(sink) = sink
-        {
-            match sink.stream.shutdown(std::net::Shutdown::Write) {
-                // Reset meanwhile: the read side says so.
-                Err(error) if error.kind() != io::ErrorKind::NotConnected => {
-                    return Err(Failure::Sink(error));
-                }
-                _ => self.end = End::Told,
-            }
-        }
-        Ok((Turn::Wait, moved))
     }
 
     /// Writes queued segments until the sink is full or nothing is left.

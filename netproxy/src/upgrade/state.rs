@@ -137,6 +137,8 @@ pub(crate) struct ConnectionState {
     pub client_address: SocketAddr,
     pub client: Handed,
     pub client_lost: bool,
+    #[serde(default)]
+    pub guest_lost: bool,
     pub upstream: UpstreamState,
     pub to_guest: FlowState,
     pub to_client: FlowState,
@@ -329,6 +331,7 @@ mod tests {
                     client_address: "192.0.2.1:7".parse().unwrap(),
                     client: handed(),
                     client_lost: false,
+                    guest_lost: false,
                     upstream: UpstreamState::Open(handed()),
                     to_guest: flow(b"one"),
                     to_client: flow(b"three"),

@@ -324,6 +324,47 @@ fn a_client_that_resets_while_its_guest_is_held() {
     assert_eq!(edge.metric("netproxy_stall_seconds_count"), 0);
 }
 
+/// It closes with something unread, which is a reset. What it had said before reaches the guest
+/// when that can be told, wherever it is.
+#[test]
+fn last_words_of_a_client_that_resets_while_its_guest_is_held() {
+    let world = World::new(Duration::from_millis(4));
+    let listener = world.in_namespace("guest", || {
+        std::net::TcpListener::bind(("0.0.0.0", 5900)).unwrap()
+    });
+    let edge = Edge::new(&world, "");
+    let mut control = edge.client();
+    for goes in [true, false] {
+        let at = control.list().unwrap().guests[0].site.clone();
+        let (mut client, mut guest) = both_ends(&world, &listener, 1).remove(0);
+        guest.write_all(b"unread").unwrap();
+        wait_until(|| client.peek(&mut [0; 6]).unwrap() == 6);
+        let to = if at == "a" { "b" } else { "a" };
+        control.prepare("desktop", to).unwrap();
+        world.place(None);
+        control.hold("desktop", LEASE).unwrap();
+        client.write_all(b"last words").unwrap();
+        drop(client);
+        // The proxy hears of it.
+        std::thread::sleep(Duration::from_millis(50));
+        control.retarget("desktop").unwrap();
+        if goes {
+            world.place(Some(to));
+            control.release("desktop", Duration::ZERO).unwrap();
+        } else {
+            world.place(Some(&at));
+            control.cancel("desktop").unwrap();
+        }
+        let mut heard = [0; 10];
+        guest.read_exact(&mut heard).unwrap();
+        assert_eq!(&heard, b"last words");
+        let error = guest.read(&mut [0]).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        wait_until(|| control.list().unwrap().connections.is_empty());
+    }
+    assert_eq!(edge.metric("netproxy_retarget_failures_total"), 0);
+}
+
 /// Two guests are under way at once, each at its own step; a third that stays notices nothing.
 #[test]
 fn several_guests_move_at_once() {
