@@ -340,7 +340,9 @@ impl Worker {
         let next = what(connection, &mut ctx);
         let reset = match next {
             Next::Wait | Next::Again => {
-                let deadline = connection.deadline(ctx.limits, ctx.now);
+                // One that has come already would be due again at once, and for ever.
+                let soonest = ctx.now + Duration::from_millis(1);
+                let deadline = connection.deadline(ctx.limits, ctx.now).max(soonest);
                 if connection.timer_at.is_none_or(|at| deadline < at) {
                     connection.timer_at = Some(deadline);
                     self.timers.push(Reverse((deadline, key)));

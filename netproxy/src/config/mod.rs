@@ -34,21 +34,29 @@
 //!
 //! Errors name the line. What the file does not say has the default of the field here.
 
+mod limits;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::IpNet;
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
 use crate::error::{Error, Result};
 use crate::site::{Forward, Translation};
 
+pub use limits::{ByteSize, Limits, Period};
+
 /// The version of the file's format.
 pub const VERSION: u32 = 1;
+
+/// What the kernel takes for `mss`.
+const MSS: RangeInclusive<u16> = 88..=32_767;
 
 /// The whole configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -105,72 +113,6 @@ impl Default for ProxySettings {
             table: 7_760,
             grace: Period(Duration::from_millis(250)),
         }
-    }
-}
-
-/// Limits. A connection that would break one is refused; those that are open go on.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Limits {
-    /// Connections in all.
-    pub connections: usize,
-    /// Connections of one client's address, to all services together.
-    pub connections_per_client: usize,
-    /// Bytes that one connection may hold in one direction while its sink is slow, beside the
-    /// kernel's own buffers.
-    pub buffer: ByteSize,
-    /// Bytes that all connections together may hold so.
-    pub buffer_total: ByteSize,
-    /// Bytes that one connection may take along at a re-target; one that holds more is closed. What
-    /// it can hold at all is what the kernel lets its buffers grow to, and `buffer` each way.
-    pub carry: Option<ByteSize>,
-    /// How long a connection to a guest may take to open.
-    pub connect: Period,
-    /// How long a connection may carry nothing.
-    pub idle: Period,
-    /// How long it may carry nothing after one direction has ended.
-    pub half_closed: Period,
-    /// How long the last bytes may wait to be acknowledged: by the guest, when both directions have
-    /// ended, and by either side, when the other one has failed.
-    pub linger: Period,
-    /// When a silent peer is first asked if it is there; 0 is never.
-    pub keepalive: Period,
-    /// How long between such questions.
-    pub keepalive_interval: Period,
-    /// How many of them may go unanswered.
-    pub keepalive_probes: u32,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            connections: 20_000,
-            connections_per_client: 1_000,
-            buffer: ByteSize(256 << 10),
-            buffer_total: ByteSize(512 << 20),
-            carry: None,
-            connect: Period(Duration::from_secs(10)),
-            idle: Period(Duration::from_secs(24 * 3600)),
-            half_closed: Period(Duration::from_secs(3600)),
-            linger: Period(Duration::from_secs(60)),
-            keepalive: Period(Duration::from_secs(60)),
-            keepalive_interval: Period(Duration::from_secs(15)),
-            keepalive_probes: 8,
-        }
-    }
-}
-
-impl Limits {
-    /// How long a peer may leave everything unanswered, keep-alive's questions or data. None where
-    /// it may do so for as long as the kernel goes on sending.
-    pub(crate) fn silence(&self) -> Option<Duration> {
-        const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
-        let asked = self
-            .keepalive_interval
-            .0
-            .saturating_mul(self.keepalive_probes);
-        let silence = self.keepalive.0.saturating_add(asked).min(YEAR);
-        (!self.keepalive.0.is_zero()).then_some(silence)
     }
 }
 
@@ -241,67 +183,6 @@ pub struct ServiceConfig {
     /// Whether the guest is told the client's address by a PROXY protocol header, version 2.
     #[serde(default)]
     pub proxy_protocol: bool,
-}
-
-/// A count of bytes: a number, or text such as "64KiB" or "1MiB".
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct ByteSize(pub usize);
-
-/// A length of time: text such as "250ms", "10s", "5m", "2h", or a number of seconds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Period(pub Duration);
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum NumberOrText {
-    Number(u64),
-    Text(String),
-}
-
-/// Splits "250ms" into 250 and the factor of its unit.
-fn with_unit(text: &str, units: &[(&str, u64)]) -> Option<u64> {
-    let text = text.trim();
-    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-    let (number, unit) = text.split_at(digits);
-    let (_, factor) = units.iter().find(|(name, _)| *name == unit.trim())?;
-    number.parse::<u64>().ok()?.checked_mul(*factor)
-}
-
-impl<'de> Deserialize<'de> for ByteSize {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        const UNITS: [(&str, u64); 5] = [
-            ("", 1),
-            ("B", 1),
-            ("KiB", 1 << 10),
-            ("MiB", 1 << 20),
-            ("GiB", 1 << 30),
-        ];
-        let bytes = match NumberOrText::deserialize(deserializer)? {
-            NumberOrText::Number(number) => Some(number),
-            NumberOrText::Text(text) => with_unit(&text, &UNITS),
-        };
-        bytes
-            .and_then(|bytes| usize::try_from(bytes).ok())
-            .map(Self)
-            .ok_or_else(|| {
-                serde::de::Error::custom("a size is a number of bytes, or one with KiB, MiB or GiB")
-            })
-    }
-}
-
-impl<'de> Deserialize<'de> for Period {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        const UNITS: [(&str, u64); 4] = [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000)];
-        let milliseconds = match NumberOrText::deserialize(deserializer)? {
-            NumberOrText::Number(seconds) => seconds.checked_mul(1000),
-            NumberOrText::Text(text) => with_unit(&text, &UNITS),
-        };
-        milliseconds
-            .map(|ms| Self(Duration::from_millis(ms)))
-            .ok_or_else(|| {
-                serde::de::Error::custom("a time is a number of seconds, or one with ms, s, m or h")
-            })
-    }
 }
 
 /// A mistake and the place of it in the text.
@@ -396,6 +277,13 @@ impl Config {
 
 impl GuestConfig {
     fn check(&self, listeners: &mut BTreeSet<SocketAddr>) -> std::result::Result<(), Mistake> {
+        // Not when it is read: a guest that another program hands over is taken as it is.
+        if self.mss.is_some_and(|mss| !MSS.contains(&mss)) {
+            return Err(mistake(
+                &self.name,
+                format!("An mss is {} to {}", MSS.start(), MSS.end()),
+            ));
+        }
         if !self.sites.contains_key(self.site.get_ref()) {
             return Err(mistake(
                 &self.site,
@@ -621,6 +509,8 @@ allow = ["203.0.113.0/24"]
         assert!(swap("idle =", "idel =").starts_with("proxy.toml:5: unknown field"));
         assert!(swap("192.0.2.1", "2001:db8::1").starts_with("proxy.toml:12: The source"));
         assert!(swap("name = \"vnc\"", "name = \"\"").starts_with("proxy.toml:18: A service"));
+        let mss = error(&GOOD.replace("site = \"a\"", "site = \"a\"\nmss = 80"));
+        assert!(mss.starts_with("proxy.toml:8: An mss"), "{mss}");
     }
 
     #[test]
@@ -650,7 +540,7 @@ allow = ["203.0.113.0/24"]
 
     #[test]
     fn the_example_in_the_documentation_is_valid() {
-        let source = include_str!("config.rs");
+        let source = include_str!("mod.rs");
         let example: String = source
             .lines()
             .map_while(|line| line.strip_prefix("//!"))
@@ -661,7 +551,7 @@ allow = ["203.0.113.0/24"]
             .collect();
         assert!(example.contains("[[guest.service]]"));
         Config::parse(&example, "example").unwrap();
-        let guide = include_str!("../../docs/guide/proxy.md");
+        let guide = include_str!("../../../docs/guide/proxy.md");
         let mut parts = guide.split("```toml\n").skip(1);
         let example = parts.next().unwrap().split("```").next().unwrap();
         Config::parse(example, "guide").unwrap();
