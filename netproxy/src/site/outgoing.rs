@@ -321,7 +321,7 @@ impl Detour {
         Ok(())
     }
 
-    /// The rules, as `nft -f` reads them: the table as a whole, replacing one of its name in the
+    /// The rules, as `nft -f` reads them: each table as a whole, replacing one of its name in the
     /// same transaction.
     #[must_use]
     pub fn rules(&self) -> String {
@@ -362,27 +362,40 @@ impl Detour {
                  \x20   {to} meta mark set {mark:#x}\n  }}\n"
             ),
         };
-        let network = NETWORK + u32::from(self.number);
-        let guard = match &self.tunnel {
-            // Only of this guest's network: others may come from other sites. And only of the
-            // family of the guest's own table: another one needs no guard in it.
-            Tunnel::Vxlan { remote, port, .. }
-                if remote.is_ipv4() == self.guest_address.is_ipv4() =>
-            {
-                format!(
-                    "  chain guard {{\n    type filter hook input priority raw; policy accept;\n\
-                     \x20   udp dport {port} @th,96,24 {network} {ip} saddr != {remote} drop\n  }}\n"
-                )
-            }
-            _ => String::new(),
+        let old = format!(
+            "  set old {{\n    type inet_proto . inet_service . {kind} . inet_service\n    \
+             flags timeout\n{elements}  }}\n"
+        );
+        replacement(&table, &format!("{old}{chains}")) + &self.guard()
+    }
+
+    /// The table that keeps everybody but the other site out of the tunnel: its family and name.
+    /// None where the tunnel is somebody else's.
+    fn guard_table(&self) -> Option<String> {
+        // The family is that of the tunnel's own packets, which may be another one than the guest's.
+        let ip = match &self.tunnel {
+            Tunnel::Vxlan { remote, .. } if remote.is_ipv4() => "ip",
+            Tunnel::Vxlan { .. } => "ip6",
+            Tunnel::Device { .. } => return None,
         };
-        format!(
-            "add table {table}\n\
-             delete table {table}\n\
-             table {table} {{\n  \
-               set old {{\n    type inet_proto . inet_service . {kind} . inet_service\n    \
-                 flags timeout\n{elements}  }}\n\
-             {chains}{guard}}}\n"
+        Some(format!("{ip} {}", super::table_name("guard", &self.guest)))
+    }
+
+    /// The rules of that table.
+    fn guard(&self) -> String {
+        let (Some(table), Tunnel::Vxlan { remote, port, .. }) = (self.guard_table(), &self.tunnel)
+        else {
+            return String::new();
+        };
+        let ip = if remote.is_ipv4() { "ip" } else { "ip6" };
+        // Only of this guest's network: others may come from other sites.
+        let network = NETWORK + u32::from(self.number);
+        replacement(
+            &table,
+            &format!(
+                "  chain guard {{\n    type filter hook input priority raw; policy accept;\n\
+                 \x20   udp dport {port} @th,96,24 {network} {ip} saddr != {remote} drop\n  }}\n"
+            ),
         )
     }
 
@@ -509,13 +522,9 @@ impl Detour {
         if matches!(self.tunnel, Tunnel::Vxlan { .. }) {
             let _ = ip(&format!("link del {}", self.device()));
         }
-        let table = self.table();
-        run(
-            "nft",
-            &["-f", "-"],
-            &format!("add table {table}\ndelete table {table}\n"),
-        )
-        .map(drop)
+        let tables = [Some(self.table()), self.guard_table()];
+        let removal: String = tables.iter().flatten().map(|it| removal(it)).collect();
+        run("nft", &["-f", "-"], &removal).map(drop)
     }
 
     /// Whether no flow is led around any more: it can be [removed](Self::remove).
@@ -527,6 +536,16 @@ impl Detour {
         arguments.push("old");
         run("nft", &arguments, "").map_or(true, |text| !text.contains("elements"))
     }
+}
+
+/// A table's removal, whether it is there or not, as `nft -f` reads it.
+fn removal(table: &str) -> String {
+    format!("add table {table}\ndelete table {table}\n")
+}
+
+/// A table as a whole, in place of one of its name.
+fn replacement(table: &str, contents: &str) -> String {
+    format!("{}table {table} {{\n{contents}}}\n", removal(table))
 }
 
 /// Before the main table, as the whole point is to go another way.
@@ -601,6 +620,17 @@ mod tests {
             NETWORK + 3
         );
         assert!(old.contains(&guard));
+        assert!(old.contains("table ip vmshadow_guard_desktop {"));
+        let mut six = detour(Side::Old);
+        six.tunnel = Tunnel::Vxlan {
+            local: "2001:db8::7".parse().unwrap(),
+            remote: "2001:db8::9".parse().unwrap(),
+            port: 4789,
+        };
+        let six = six.rules();
+        assert!(six.contains("table ip vmshadow_outgoing_desktop {"));
+        assert!(six.contains("table ip6 vmshadow_guard_desktop {"));
+        assert!(six.contains("ip6 saddr != 2001:db8::9 drop"));
         let mut none = detour(Side::New);
         none.flows.clear();
         assert!(!none.rules().contains("elements"));

@@ -224,45 +224,65 @@ fn a_detour_ends_by_itself() {
     assert_eq!(server.ask(&socket), OUTER[1]);
 }
 
-/// Tunnels of other guests come from other sites, to the same port.
+/// Tunnels of other guests come from other sites, to the same port. The sites may reach each other
+/// by another family than the guest's.
 #[test]
 fn a_detour_guards_its_own_network_only() {
     let world = World::new(Duration::from_millis(4));
-    // Those that nobody but the other site may send into, and somebody else's.
-    let (own, others) = (0x76_0001_u32, 0x76_0002_u32);
-    let detour = detour(Side::New, &[], Duration::from_secs(60));
-    world.in_namespace("b", move || {
-        detour.apply().unwrap();
-        let counted = [("own", own), ("others", others)].map(|(name, network)| {
-            format!(
-                "add counter ip seen {name}; add rule ip seen after \
-                 udp dport 4789 @th,96,24 {network} counter name {name}; "
-            )
+    world.ip("edge", "-6 address add fd00:2::1/64 dev to-b nodad");
+    world.ip("b", "-6 address add fd00:2::2/64 dev up0 nodad");
+    let before = everything(&world, "b");
+    for (family, [edge, local, remote]) in [
+        ("ip", ["10.2.2.1", OUTER[1], OUTER[0]]),
+        ("ip6", ["fd00:2::1", "fd00:2::2", "fd00:1::2"]),
+    ] {
+        // Those that nobody but the other site may send into, and somebody else's.
+        let (own, others) = (0x76_0001_u32, 0x76_0002_u32);
+        let mut detour = detour(Side::New, &[], Duration::from_secs(60));
+        detour.tunnel = Tunnel::Vxlan {
+            local: local.parse().unwrap(),
+            remote: remote.parse().unwrap(),
+            port: 4789,
+        };
+        let made = detour.clone();
+        world.in_namespace("b", move || {
+            made.apply().unwrap();
+            let counted = [("own", own), ("others", others)].map(|(name, network)| {
+                format!(
+                    "add counter {family} seen {name}; add rule {family} seen after \
+                     udp dport 4789 @th,96,24 {network} counter name {name}; "
+                )
+            });
+            let rules = format!(
+                "add table {family} seen; \
+                 add chain {family} seen after {{ type filter hook input priority 0; }}; {}{}",
+                counted[0], counted[1]
+            );
+            crate::world::run("nft", &[&rules]);
         });
-        let rules = format!(
-            "add table ip seen; \
-             add chain ip seen after {{ type filter hook input priority 0; }}; {}{}",
-            counted[0], counted[1]
-        );
-        crate::world::run("nft", &[&rules]);
-    });
-    world.in_namespace("edge", move || {
-        let socket = UdpSocket::bind("10.2.2.1:0").unwrap();
-        for network in [own, others] {
-            let mut packet = vec![8, 0, 0, 0];
-            packet.extend((network << 8).to_be_bytes());
-            socket.send_to(&packet, (OUTER[1], 4789)).unwrap();
-        }
-    });
-    let seen = |name: &'static str| {
-        let text = world.in_namespace("b", move || {
-            crate::world::run("nft", &["list", "counter", "ip", "seen", name])
+        world.in_namespace("edge", move || {
+            let socket = UdpSocket::bind((edge, 0)).unwrap();
+            for network in [own, others] {
+                let mut packet = vec![8, 0, 0, 0];
+                packet.extend((network << 8).to_be_bytes());
+                socket.send_to(&packet, (local, 4789)).unwrap();
+            }
         });
-        text.contains("packets 1 ")
-    };
-    // The second one was sent after the first.
-    crate::edge::wait_until(|| seen("others"));
-    assert!(!seen("own"));
+        let seen = |name: &'static str| {
+            let text = world.in_namespace("b", move || {
+                crate::world::run("nft", &["list", "counter", family, "seen", name])
+            });
+            text.contains("packets 1 ")
+        };
+        // The second one was sent after the first.
+        crate::edge::wait_until(|| seen("others"));
+        assert!(!seen("own"), "{family}");
+        world.in_namespace("b", move || {
+            detour.remove().unwrap();
+            crate::world::run("nft", &["delete", "table", family, "seen"]);
+        });
+        assert_eq!(everything(&world, "b"), before);
+    }
 }
 
 /// Half a detour is worse than none.
