@@ -534,6 +534,51 @@ fn a_reload_keeps_connections_and_a_bad_file_changes_nothing() {
     exchange(&mut stream, b"goes on");
 }
 
+/// What is open of a service that is gone follows its guest too, unless its port is another's now.
+#[test]
+fn sites_translate_for_connections_of_services_that_are_gone() {
+    let setup = Setup::new("", "");
+    let plain = setup.text("", "", r#""127.0.0.1:0""#);
+    let plain = plain.replace("site = \"a\"\n", "site = \"a\"\nsource = \"127.0.0.1\"\n");
+    let guest = plain.find("[[guest]]").unwrap();
+    let service = plain.find("[[guest.service]]").unwrap();
+    let b = "[guest.sites.b]\naddress = \"127.0.0.9\"\n";
+    let with = |services: &str| {
+        let text = format!("{}{b}{services}", &plain[..service]);
+        setup
+            .proxy
+            .reload(Config::parse(&text, "x").unwrap())
+            .unwrap();
+    };
+    let mut stream = setup.connect();
+    exchange(&mut stream, b"before");
+    let port = setup.guest.port();
+    let other = "[[guest.service]]\nname = \"other\"\nlisten = []\nport = 7\n";
+    let mut control = Client::connect(&setup.control()).unwrap();
+    let mut forwards = || {
+        let translation = control.reach("g", "b").unwrap().translation.unwrap();
+        let ports = translation.forwards.iter();
+        ports
+            .map(|forward| (forward.site_port, forward.guest_port))
+            .collect::<Vec<_>>()
+    };
+    // Another port of the sites: a site has one way back.
+    let moved = format!("{}site_port = 9\n", &plain[service..]);
+    with(&moved);
+    assert_eq!(forwards(), [(9, port)]);
+    with(other);
+    assert_eq!(forwards(), [(7, 7), (port, port)]);
+    with(&format!("{other}site_port = {port}\n"));
+    assert_eq!(forwards(), [(port, 7)]);
+    let second = plain[guest..service].replace("\"g\"", "\"second\"");
+    with(&format!("{other}{second}{b}{other}site_port = {port}\n"));
+    assert_eq!(forwards(), [(7, 7)]);
+    with(other);
+    drop(stream);
+    wait_until(|| setup.proxy.open() == 0);
+    assert_eq!(forwards(), [(7, 7)]);
+}
+
 /// Each looks at what the other one holds.
 #[test]
 fn lists_and_reloads_do_not_wait_for_each_other_for_ever() {

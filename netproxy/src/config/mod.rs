@@ -349,15 +349,34 @@ impl GuestConfig {
         Ok(())
     }
 
+    /// The address by which the guest is reached while it is at `site`.
+    #[must_use]
+    pub fn reach(&self, site: &str) -> Option<IpAddr> {
+        let site = self.sites.get(site)?.get_ref();
+        Some(site.address.unwrap_or(self.address))
+    }
+
     /// Where a service of the guest is reached while the guest is at `site`.
     #[must_use]
     pub fn upstream(&self, site: &str, service: &ServiceConfig) -> Option<SocketAddr> {
-        let site = self.sites.get(site)?.get_ref();
-        let port = *service.port.get_ref();
-        Some(match site.address {
-            Some(address) => SocketAddr::new(address, service.site_port.unwrap_or(port)),
-            None => SocketAddr::new(self.address, port),
-        })
+        let forward = self.forward(service);
+        let port = match self.sites.get(site)?.get_ref().address {
+            Some(_) => forward.site_port,
+            None => forward.guest_port,
+        };
+        Some(SocketAddr::new(self.reach(site)?, port))
+    }
+
+    /// The port of sites that translate for a service, which may be one that is not named any more.
+    /// A site has one way back for a port of the guest, so that is the one of who has it now.
+    pub(crate) fn forward(&self, service: &ServiceConfig) -> Forward {
+        let guest_port = *service.port.get_ref();
+        let mut named = self.services.iter();
+        let named = named.find(|own| *own.port.get_ref() == guest_port);
+        Forward {
+            site_port: named.unwrap_or(service).site_port.unwrap_or(guest_port),
+            guest_port,
+        }
     }
 
     /// What `site` has to translate so that the guest is reached there. None where the guest's own
@@ -382,11 +401,7 @@ impl GuestConfig {
         };
         let mut forwards: Vec<Forward> = Vec::new();
         for service in &self.services {
-            let guest_port = *service.port.get_ref();
-            let forward = Forward {
-                site_port: service.site_port.unwrap_or(guest_port),
-                guest_port,
-            };
+            let forward = self.forward(service);
             if !forwards.contains(&forward) {
                 forwards.push(forward);
             }

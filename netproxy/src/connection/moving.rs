@@ -10,6 +10,7 @@ use super::{Connection, Context, Next, Stage, Upstream, tune};
 use crate::error::{Error, Result};
 use crate::repair::state::{Snapshot, TcpState, covers};
 use crate::repair::{self, RestoreOptions};
+use crate::site::Forward;
 use crate::splice::{End, Endpoint, Workspace};
 use crate::upgrade::state::{Micros, ProvingState};
 
@@ -130,8 +131,24 @@ impl Connection {
         let Upstream::Open(endpoint) = &self.upstream else {
             return None;
         };
+        Some((endpoint.stream.peer_addr().ok()?, self.target(site)?))
+    }
+
+    /// Where it would lead while the guest is at `site`.
+    fn target(&self, site: &str) -> Option<SocketAddr> {
         let to = self.guest.settings().upstream(site, &self.service)?;
-        Some((endpoint.stream.peer_addr().ok()?, to))
+        let now = match &self.upstream {
+            Upstream::Open(endpoint) => endpoint.stream.peer_addr().ok(),
+            _ => None,
+        };
+        // Where it is at that address already it stays as it is: of another port, which a reload
+        // has given to the service since, the site may know nothing yet.
+        Some(now.filter(|now| now.ip() == to.ip()).unwrap_or(to))
+    }
+
+    /// What sites have to translate for it.
+    pub(crate) fn forward(&self) -> Forward {
+        self.guest.settings().forward(&self.service)
     }
 
     /// The round trip time to the guest, if known.
@@ -232,13 +249,10 @@ impl Connection {
     }
 
     fn try_retarget(&mut self, site: &str, mark: u32, ctx: &mut Context<'_>) -> Result<Step> {
-        let settings = self.guest.settings();
-        let remote = settings
-            .upstream(site, &self.service)
-            .ok_or_else(|| Error::UnknownSite {
-                guest: self.guest.name.clone(),
-                site: site.to_owned(),
-            })?;
+        let remote = self.target(site).ok_or_else(|| Error::UnknownSite {
+            guest: self.guest.name.clone(),
+            site: site.to_owned(),
+        })?;
         let Upstream::Open(endpoint) = &mut self.upstream else {
             return Ok(Step::Waits);
         };

@@ -32,6 +32,7 @@ use crate::connection::{Connection, ConnectionInfo, Context, Next, Way};
 use crate::error::{Result, system};
 use crate::guest::{Guest, Shared};
 use crate::retarget::late::Late;
+use crate::site::Forward;
 use crate::splice::PipePool;
 use accept::Listener;
 pub(crate) use accept::open as open_listener;
@@ -95,6 +96,11 @@ pub(crate) enum Command {
         guest: String,
         site: String,
         reply: Sender<BTreeSet<Way>>,
+    },
+    /// What sites have to translate for connections of the guest.
+    Forwards {
+        guest: String,
+        reply: Sender<BTreeSet<Forward>>,
     },
     Retarget {
         guest: String,
@@ -443,6 +449,9 @@ impl Worker {
             } => self.hold(guest, grace, reply),
             Command::Ways { guest, site, reply } => {
                 let _ = reply.send(self.ways(&guest, &site));
+            }
+            Command::Forwards { guest, reply } => {
+                let _ = reply.send(self.forwards(&guest));
             }
             Command::Retarget {
                 guest,

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use super::{Slot, Tally, Worker};
 use crate::connection::{Connection, Context, Next, Step, Way};
+use crate::site::Forward;
 
 /// So many connections are moved in one round of the loop.
 const BATCH: usize = 64;
@@ -173,6 +174,12 @@ impl Worker {
         let own = self.live().filter(|(_, c)| c.guest.name == guest);
         own.filter_map(|(_, connection)| connection.way(site))
             .collect()
+    }
+
+    /// What sites have to translate for all connections of a guest.
+    pub(super) fn forwards(&self, guest: &str) -> BTreeSet<Forward> {
+        let own = self.live().filter(|(_, c)| c.guest.name == guest);
+        own.map(|(_, connection)| connection.forward()).collect()
     }
 
     pub(super) fn retarget(&mut self, guest: &str, site: String, mark: u32, reply: Sender<Tally>) {

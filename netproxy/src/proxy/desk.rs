@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::{Proxy, lock};
-use crate::control::{Attendant, Reach, Request};
+use crate::control::{Attendant, Request};
 use crate::error::{Error, Result, system};
 use crate::retarget::lease::Term;
 
@@ -78,13 +78,7 @@ impl Proxy {
             }
             Request::Cancel { guest } => value(self.cancel(&guest)?),
             Request::Arrived { guest, site } => value(self.arrived(&guest, &site)?),
-            Request::Translation { guest, site } => {
-                let settings = self.guest(&guest)?.settings();
-                value(Reach {
-                    address: settings.address,
-                    translation: settings.translation(&site)?,
-                })
-            }
+            Request::Translation { guest, site } => value(self.reach(&guest, &site)?),
             Request::Drain { guest, on } => {
                 self.drain(guest.as_deref(), on)?;
                 nothing()

@@ -3,6 +3,7 @@
 mod desk;
 mod memory;
 mod moves;
+mod reach;
 mod turn;
 mod upgrade;
 
@@ -356,7 +357,8 @@ impl Proxy {
     }
 
     /// Takes another configuration: guests, services and limits. Connections go on, those of
-    /// removed services too; but a guest that is no longer named can't be moved. What is below
+    /// removed services too, also to where their guest moves; but a guest that is no longer named
+    /// can't be moved. What is below
     /// `[proxy]` is only read at the start.
     ///
     /// # Errors

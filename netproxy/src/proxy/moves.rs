@@ -237,13 +237,12 @@ impl Proxy {
     }
 
     /// Gives the re-targeted sockets of a guest a route of their own, by the way that its address
-    /// at `site` has now. False if it has no service that is reached there.
+    /// at `site` has now. False if there is no such site.
     fn open_path(&self, guest: &str, settings: &GuestConfig, site: &str) -> Result<bool> {
-        let upstream = |service| settings.upstream(site, service);
-        let Some(remote) = settings.services.iter().find_map(upstream) else {
+        let Some(remote) = settings.reach(site) else {
             return Ok(false);
         };
-        self.paths.open(guest, remote.ip(), settings.source)?;
+        self.paths.open(guest, remote, settings.source)?;
         Ok(true)
     }
 

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::program::run;
 
 /// One port of the site that stands for a port of the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Forward {
     /// The site's port.
     pub site_port: u16,

@@ -308,3 +308,62 @@ fn a_service_that_is_gone_has_a_rule_for_its_connections() {
     looking.join().unwrap();
     assert!(seen.load(Ordering::Relaxed), "There was no rule");
 }
+
+/// Of one service nothing is left in the configuration, and of the other the sites' port is another
+/// one: what is open of both follows the guest.
+#[test]
+fn a_service_that_is_gone_or_changed_moves_on() {
+    const OTHER: &str = "10.1.0.1:5901";
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    serve(&world, 5901);
+    let edge = Edge::new(&world, "");
+    let reload = |text: String| {
+        let proxy = Arc::clone(edge.proxy.as_ref().unwrap());
+        world.in_namespace("edge", move || {
+            proxy.reload(Config::parse(&text, "test").unwrap()).unwrap();
+        });
+    };
+    let translate = |site: &str| {
+        let translation = edge.client().reach("desktop", site).unwrap().translation;
+        world.in_namespace(site, move || translation.unwrap().apply().unwrap());
+    };
+    let both = configuration(&edge.control.display().to_string(), "", false);
+    let services = both.find("[[guest.service]]").unwrap();
+    let other = |port: u16| {
+        format!(
+            "[[guest.service]]\nname = \"other\"\nlisten = [{OTHER:?}]\nport = 5901\n\
+             site_port = {port}\n"
+        )
+    };
+    reload(format!("{both}{}", other(15901)));
+    translate("a");
+    let mut gone = echoing(&world);
+    let mut changed = world.in_namespace("client", || {
+        let mut stream = TcpStream::connect(OTHER).unwrap();
+        let limit = Some(Duration::from_secs(30));
+        stream.set_read_timeout(limit).unwrap();
+        stream.write_all(&0_u64.to_le_bytes()).unwrap();
+        stream
+    });
+    exchange(&mut gone, b"before");
+    exchange(&mut changed, b"before");
+    reload(format!("{}{}", &both[..services], other(15911)));
+    // Given up, they are where they were.
+    let mut control = edge.client();
+    control.prepare("desktop", "b").unwrap();
+    control.hold("desktop", LEASE).unwrap();
+    assert_eq!(control.cancel("desktop").unwrap().failed, 0);
+    exchange(&mut gone, b"as ever");
+    exchange(&mut changed, b"as ever");
+    translate("b");
+    control.prepare("desktop", "b").unwrap();
+    world.place(None);
+    control.hold("desktop", LEASE).unwrap();
+    control.retarget("desktop").unwrap();
+    world.place(Some("b"));
+    let tally = control.release("desktop", Duration::ZERO).unwrap();
+    assert_eq!((tally.connections, tally.failed), (2, 0));
+    exchange(&mut gone, b"after");
+    exchange(&mut changed, b"after");
+}

@@ -1,0 +1,71 @@
+//! How a guest is reached at a site.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::sync::PoisonError;
+
+use super::Proxy;
+use crate::control::Reach;
+use crate::error::Result;
+use crate::event_loop::Command;
+use crate::site::{Forward, Translation};
+
+impl Proxy {
+    /// How a guest is reached at a site, and what the site has to do for that.
+    pub(super) fn reach(&self, guest: &str, site: &str) -> Result<Reach> {
+        let settings = self.guest(guest)?.settings();
+        let mut translation = settings.translation(site)?;
+        if let Some(translation) = &mut translation {
+            self.add_what_is_open(translation)?;
+        }
+        Ok(Reach {
+            address: settings.address,
+            translation,
+        })
+    }
+
+    /// Connections of services that are not configured any more have to be reached as well.
+    fn add_what_is_open(&self, translation: &mut Translation) -> Result<()> {
+        let open: BTreeSet<Forward> = self
+            .ask_all(|reply| Command::Forwards {
+                guest: translation.guest.clone(),
+                reply,
+            })?
+            .into_iter()
+            .flatten()
+            .collect();
+        for forward in open {
+            let mut known = translation.forwards.iter();
+            if known.any(|known| known.guest_port == forward.guest_port) {
+                continue;
+            }
+            let at = SocketAddr::new(translation.site_address, forward.site_port);
+            if self.is_taken(at) {
+                log::warn!(
+                    "Connections to port {} of {} can't follow it: another service has {at} now",
+                    forward.guest_port,
+                    translation.guest
+                );
+                continue;
+            }
+            translation.forwards.push(forward);
+        }
+        Ok(())
+    }
+
+    /// Whether a configured service of any guest is reached there.
+    fn is_taken(&self, at: SocketAddr) -> bool {
+        let guests = self
+            .shared
+            .guests
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        guests.values().map(|guest| guest.settings()).any(|guest| {
+            let mut sites = guest.sites.keys();
+            sites.any(|site| {
+                let mut services = guest.services.iter();
+                services.any(|service| guest.upstream(site, service) == Some(at))
+            })
+        })
+    }
+}
