@@ -534,6 +534,30 @@ fn a_reload_keeps_connections_and_a_bad_file_changes_nothing() {
     exchange(&mut stream, b"goes on");
 }
 
+/// Its connections are its own still, and count.
+#[test]
+fn a_guest_that_is_named_again_is_the_same_one() {
+    let setup = Setup::new("", "");
+    let text = setup.text("", "", r#""127.0.0.1:0""#);
+    let guest = text.find("[[guest]]").unwrap();
+    let limited = text.replace("site = \"a\"\n", "site = \"a\"\nconnections = 2\n");
+    let reload = |text: &str| setup.proxy.reload(Config::parse(text, "x").unwrap());
+    let mut stream = setup.connect();
+    exchange(&mut stream, b"before");
+    setup.proxy.drain(Some("g"), true).unwrap();
+    reload(&text[..guest]).unwrap();
+    assert!(setup.proxy.list().unwrap().guests.is_empty());
+    reload(&limited).unwrap();
+    let open = || setup.proxy.list().unwrap().guests[0].connections;
+    assert_eq!(open(), 1);
+    let mut second = setup.connect();
+    exchange(&mut second, b"room for one");
+    assert!(refused(&setup));
+    drop(stream);
+    wait_until(|| open() == 1);
+    exchange(&mut setup.connect(), b"room again");
+}
+
 /// What is open of a service that is gone follows its guest too, unless its port is another's now.
 #[test]
 fn sites_translate_for_connections_of_services_that_are_gone() {

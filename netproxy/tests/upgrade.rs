@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use netproxy::control::Client;
+use netproxy::control::{Client, Request};
 use netproxy::{Error, Overview};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -357,6 +357,26 @@ fn the_new_program_reads_the_configuration_anew() {
     assert!(error.contains("proxy.toml:3:"), "{error}");
     exchange(&mut stream, b"as ever");
     exchange(&mut program.connect(), b"as ever");
+}
+
+/// What the program before knew of it is not forgotten: its connections are its own still.
+#[test]
+fn a_guest_that_was_removed_before_an_upgrade_can_be_named_again() {
+    let mut program = Program::start(echo_server());
+    let mut stream = program.connect();
+    exchange(&mut stream, b"before");
+    let file = program.directory.join("proxy.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let reload = |program: &Program, text: &str| {
+        std::fs::write(&file, text).unwrap();
+        program.client().call(&Request::Reload).unwrap();
+    };
+    reload(&program, &text[..text.find("[[guest]]").unwrap()]);
+    program.upgrade();
+    assert!(program.overview().guests.is_empty());
+    reload(&program, &text);
+    assert_eq!(program.overview().guests[0].connections, 1);
+    exchange(&mut stream, b"after");
 }
 
 #[test]

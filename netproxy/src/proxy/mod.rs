@@ -12,7 +12,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -82,8 +82,8 @@ struct Listeners {
 /// A running proxy. Dropping it ends it, and all its connections.
 // Whoever locks more than one thing does it in this order:
 //
-//   moves ──▶ a guest's turn ──▶ listeners ───▶ shared.guests ──▶ workers
-//                       └──────▶ remembering ──────▲
+//   moves ──▶ a guest's turn ──▶ listeners ──▶ removed ──▶ shared.guests ──▶ workers
+//                       └──────▶ remembering ─────────────────▲
 //
 // Nothing else is locked while one of the other locks is held. What has a turn, or anything after
 // it, never asks for `turns_of` a guest: an upgrade holds `moves` from its beginning to its end.
@@ -93,6 +93,8 @@ pub struct Proxy {
     workers: Mutex<Vec<WorkerHandle>>,
     listeners: Mutex<Listeners>,
     moves: Mutex<BTreeMap<String, Arc<Turns>>>,
+    /// Guests that are not named any more, for as long as they have connections.
+    removed: Mutex<BTreeMap<String, Weak<Guest>>>,
     /// When each guest last left a site.
     left: Mutex<BTreeMap<(String, String), Instant>>,
     /// What is lent, and a bell that rings when that changes.
@@ -154,6 +156,7 @@ impl Proxy {
             workers: Mutex::default(),
             listeners: Mutex::default(),
             moves: Mutex::default(),
+            removed: Mutex::default(),
             left: Mutex::default(),
             leases: Arc::default(),
             watch: Mutex::default(),
@@ -226,6 +229,7 @@ impl Proxy {
         }
         self.shared.set_limits(config.limits);
         self.send_all(|| Command::LimitsChanged);
+        let mut removed = lock(&self.removed);
         let mut guests = self
             .shared
             .guests
@@ -243,13 +247,20 @@ impl Proxy {
             let site = known
                 .get(&name)
                 .filter(|site| settings.sites.contains_key(*site));
-            let guest = match guests.get(&name) {
+            // One that has connections still is the same one as before, with all that counts it.
+            let again = || {
+                let guest = removed.remove(&name)?.upgrade();
+                let guest = guest.filter(|guest| guest.open() > 0)?;
+                guest.set_draining(false);
+                Some(guest)
+            };
+            let guest = match guests.get(&name).cloned().or_else(again) {
                 Some(guest) => {
                     guest.set_settings(Arc::clone(&settings));
                     if !settings.sites.contains_key(&guest.site()) {
                         guest.set_site(settings.site.get_ref());
                     }
-                    Arc::clone(guest)
+                    guest
                 }
                 None => {
                     let site = site.unwrap_or(settings.site.get_ref()).clone();
@@ -273,8 +284,16 @@ impl Proxy {
             }
             guests.insert(name, guest);
         }
-        guests.retain(|name, _| named.contains(name));
+        guests.retain(|name, guest| {
+            let stays = named.contains(name);
+            if !stays {
+                removed.insert(name.clone(), Arc::downgrade(guest));
+            }
+            stays
+        });
         drop(guests);
+        removed.retain(|_, guest| guest.strong_count() > 0);
+        drop(removed);
         listeners.by_configured.retain(|key, listening| {
             let stays = wanted.contains_key(key);
             if !stays {

@@ -336,12 +336,16 @@ impl Proxy {
             .guests
             .write()
             .unwrap_or_else(PoisonError::into_inner);
+        let mut removed = BTreeMap::new();
         for (guest, state) in guests.iter().zip(&state.guests) {
             if state.named {
                 named.insert(guest.name.clone(), Arc::clone(guest));
+            } else {
+                removed.insert(guest.name.clone(), Arc::downgrade(guest));
             }
         }
         drop(named);
+        *lock(&self.removed) = removed;
         self.shared.set_next_id(state.next_id);
         let mut listeners = lock(&self.listeners);
         for listener in &state.listeners {
