@@ -29,6 +29,21 @@ impl Proxy {
         Arc::clone(lock(&self.moves).entry(guest.to_owned()).or_default())
     }
 
+    /// Takes the turn at a guest's move for something.
+    fn in_turn<T>(
+        &self,
+        guest: &str,
+        what: impl FnOnce(&Guest, &mut Turn<'_>) -> Result<T>,
+    ) -> Result<T> {
+        // Nothing is kept of names that nobody has.
+        self.guest(guest)?;
+        let turns = self.turns_of(guest);
+        let mut turn = turns.wait();
+        // Again, as there may have been a reload while this waited. Now there is none.
+        let known = self.guest(guest)?;
+        what(&known, &mut turn)
+    }
+
     /// Warms the path to a site, ahead of a move there.
     ///
     /// # Errors
@@ -43,11 +58,11 @@ impl Proxy {
         site: &str,
         term: Option<Term>,
     ) -> Result<Warmth> {
-        let known = self.guest(guest)?;
-        refuse_unknown(&known, site)?;
-        repair::probe_permission()?;
-        let turns = self.turns_of(guest);
-        self.prepare_now(&known, &mut turns.wait(), site, term)
+        self.in_turn(guest, |known, turn| {
+            refuse_unknown(known, site)?;
+            repair::probe_permission()?;
+            self.prepare_now(known, turn, site, term)
+        })
     }
 
     fn prepare_now(
@@ -102,11 +117,10 @@ impl Proxy {
     }
 
     pub(super) fn hold_for(&self, guest: &str, term: Term, by: Option<u64>) -> Result<Tally> {
-        self.guest(guest)?;
-        let turns = self.turns_of(guest);
-        let mut turn = turns.wait();
-        self.refuse_stranger(guest, by)?;
-        self.hold_now(guest, &mut turn, term)
+        self.in_turn(guest, |_, turn| {
+            self.refuse_stranger(guest, by)?;
+            self.hold_now(guest, turn, term)
+        })
     }
 
     fn hold_now(&self, guest: &str, turn: &mut Turn<'_>, term: Term) -> Result<Tally> {
@@ -129,11 +143,10 @@ impl Proxy {
     }
 
     pub(super) fn retarget_by(&self, guest: &str, by: Option<u64>) -> Result<Tally> {
-        let known = self.guest(guest)?;
-        let turns = self.turns_of(guest);
-        let mut turn = turns.wait();
-        self.refuse_stranger(guest, by)?;
-        self.retarget_now(&known, &mut turn)
+        self.in_turn(guest, |known, turn| {
+            self.refuse_stranger(guest, by)?;
+            self.retarget_now(known, turn)
+        })
     }
 
     fn retarget_now(&self, known: &Guest, turn: &mut Turn<'_>) -> Result<Tally> {
@@ -192,11 +205,10 @@ impl Proxy {
     }
 
     pub(super) fn release_by(&self, guest: &str, wait: Duration, by: Option<u64>) -> Result<Tally> {
-        let known = self.guest(guest)?;
-        let turns = self.turns_of(guest);
-        let mut turn = turns.wait();
-        self.refuse_stranger(guest, by)?;
-        self.release_now(&known, &mut turn, wait)
+        self.in_turn(guest, |known, turn| {
+            self.refuse_stranger(guest, by)?;
+            self.release_now(known, turn, wait)
+        })
     }
 
     fn release_now(&self, known: &Guest, turn: &mut Turn<'_>, wait: Duration) -> Result<Tally> {
@@ -254,9 +266,7 @@ impl Proxy {
     /// # Errors
     /// When the guest is unknown or no move is under way.
     pub fn cancel(&self, guest: &str) -> Result<Tally> {
-        let known = self.guest(guest)?;
-        let turns = self.turns_of(guest);
-        self.cancel_now(&known, &mut turns.wait())
+        self.in_turn(guest, |known, turn| self.cancel_now(known, turn))
     }
 
     fn cancel_now(&self, known: &Guest, turn: &mut Turn<'_>) -> Result<Tally> {
@@ -289,25 +299,24 @@ impl Proxy {
     /// # Errors
     /// When there is no such guest or site; or why a step that was left to do failed.
     pub fn arrived(&self, guest: &str, site: &str) -> Result<Tally> {
-        let known = self.guest(guest)?;
-        refuse_unknown(&known, site)?;
-        let turns = self.turns_of(guest);
-        let mut turn = turns.wait();
-        let known_there = known.site() == site;
-        match turn.phase() {
-            Phase::Settled if known_there => return Ok(Tally::default()),
-            Phase::Settled => {}
-            Phase::Retargeted { to } if to == site => {}
-            // A move that leads nowhere, or elsewhere.
-            open if known_there || open.destination() != Some(site) => {
-                let tally = self.cancel_now(&known, &mut turn)?;
-                if known_there {
-                    return Ok(tally);
+        self.in_turn(guest, |known, turn| {
+            refuse_unknown(known, site)?;
+            let known_there = known.site() == site;
+            match turn.phase() {
+                Phase::Settled if known_there => return Ok(Tally::default()),
+                Phase::Settled => {}
+                Phase::Retargeted { to } if to == site => {}
+                // A move that leads nowhere, or elsewhere.
+                open if known_there || open.destination() != Some(site) => {
+                    let tally = self.cancel_now(known, turn)?;
+                    if known_there {
+                        return Ok(tally);
+                    }
                 }
+                _ => {}
             }
-            _ => {}
-        }
-        self.take_the_rest(&known, &mut turn, site)
+            self.take_the_rest(known, turn, site)
+        })
     }
 
     /// Takes all steps that are left of a move to `site`, however far it has come. Nobody else's
@@ -375,7 +384,9 @@ impl Proxy {
             return;
         }
         let Ok(known) = self.guest(guest) else {
-            lock(&self.leases.0).end(guest);
+            // There is no move of a guest that nobody knows.
+            turn.set(Phase::Settled);
+            self.end_move(guest);
             return;
         };
         let ended = self.shared.metrics.leases_ended.get_or_create(&known.label);
@@ -489,4 +500,70 @@ pub(super) fn watch(proxy: &Arc<Proxy>) -> Result<JoinHandle<()>> {
         .name("leases".into())
         .spawn(wait)
         .map_err(crate::error::system("Starting a thread"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::PoisonError;
+
+    use super::*;
+    use crate::config::Config;
+
+    /// A proxy on a directory of its own, with the guest `g`, who knows the sites `a` and `b`.
+    fn with_proxy(name: &str, test: impl FnOnce(&Proxy)) {
+        let directory =
+            std::env::temp_dir().join(format!("netproxy-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        let text = format!(
+            "version = 1\n[proxy]\nthreads = 1\ncontrol = {:?}\n\
+             [[guest]]\nname = \"g\"\naddress = \"192.0.2.1\"\nsite = \"a\"\n\
+             [guest.sites.a]\nrouted = true\n[guest.sites.b]\nrouted = true\n",
+            directory.join("control"),
+        );
+        test(&Proxy::start(Config::parse(&text, "test").unwrap(), None).unwrap());
+        std::fs::remove_dir_all(&directory).unwrap();
+    }
+
+    fn forget_guests(proxy: &Proxy) {
+        let guests = proxy.shared.guests.write();
+        guests.unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// Else nobody could end a move that is nobody's, and there were no reload any more.
+    #[test]
+    fn a_guest_that_is_removed_while_a_step_waits_is_not_moved() {
+        with_proxy("waits", |proxy| {
+            let turns = proxy.turns_of("g");
+            let turn = turns.wait();
+            std::thread::scope(|scope| {
+                let steps = [
+                    scope.spawn(|| proxy.prepare("g", "b").map(drop)),
+                    scope.spawn(|| proxy.arrived("g", "b").map(drop)),
+                ];
+                // Time to come to the turn.
+                std::thread::sleep(Duration::from_millis(100));
+                forget_guests(proxy);
+                drop(turn);
+                for step in steps {
+                    let refused = step.join().unwrap();
+                    assert!(
+                        matches!(refused, Err(Error::UnknownGuest(_))),
+                        "{refused:?}"
+                    );
+                }
+            });
+            assert_eq!(turns.phase(), Phase::Settled);
+        });
+    }
+
+    #[test]
+    fn the_move_of_a_guest_that_nobody_knows_ends_with_its_lease() {
+        with_proxy("unknown", |proxy| {
+            let turns = proxy.turns_of("g");
+            turns.wait().set(Phase::Prepared { to: "b".into() });
+            forget_guests(proxy);
+            proxy.give_up("g", "It is over", |_| true);
+            assert_eq!(turns.phase(), Phase::Settled);
+        });
+    }
 }
