@@ -55,7 +55,7 @@ impl Proxy {
             Request::List => value(self.list()?),
             Request::Prepare { guest, site, tied } => {
                 let term = tied.then(|| Term::of(caller, Instant::now()));
-                value(self.prepare_for(&guest, &site, term)?)
+                value(self.prepare_for(&guest, &site, term, Some(caller))?)
             }
             Request::Hold {
                 guest,

@@ -47,9 +47,9 @@ impl Proxy {
     /// Warms the path to a site, ahead of a move there.
     ///
     /// # Errors
-    /// When there is no such guest or site, or its move is past this step.
+    /// When there is no such guest or site, its move is past this step, or it is another caller's.
     pub fn prepare(&self, guest: &str, site: &str) -> Result<Warmth> {
-        self.prepare_for(guest, site, None)
+        self.prepare_for(guest, site, None, None)
     }
 
     pub(super) fn prepare_for(
@@ -57,9 +57,14 @@ impl Proxy {
         guest: &str,
         site: &str,
         term: Option<Term>,
+        by: Option<u64>,
     ) -> Result<Warmth> {
         self.in_turn(guest, |known, turn| {
             refuse_unknown(known, site)?;
+            if term.is_none() {
+                // It would lead another caller's guest elsewhere, and let everybody do so.
+                self.refuse_stranger(guest, by)?;
+            }
             repair::probe_permission()?;
             self.prepare_now(known, turn, site, term)
         })

@@ -10,9 +10,9 @@
 //!
 //! Whoever moves a guest can die in the middle, and its connections would be held for ever. So a
 //! hold is lent for a time, and may be tied to its caller's control connection as well: then nobody
-//! else takes a step of it, but to end it, or to prepare another move in its place. When either is
-//! over, the connections go back to where they were. The connection alone says too
-//! little: that of a host which has lost its power or its line stays open for hours.
+//! else takes a step of it, but to end it, or to prepare another move in its place that is tied as
+//! well. When either is over, the connections go back to where they were. The connection alone says
+//! too little: that of a host which has lost its power or its line stays open for hours.
 //!
 //! What is tied and only prepared is lent too, for [`PREPARED`]: it holds no connection, but as
 //! long as it is open there is no reload and no upgrade.

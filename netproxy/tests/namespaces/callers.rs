@@ -379,6 +379,11 @@ fn a_move_is_its_callers() {
     exchange(&mut stream, b"before");
     let (mut first, _) = Move::prepare(edge.client(), "desktop", "a", WITHIN).unwrap();
     let (mut second, _) = Move::prepare(edge.client(), "desktop", "b", WITHIN).unwrap();
+    // One that is tied to nobody takes nobody's place.
+    let refused = edge.client().prepare("desktop", "a").unwrap_err();
+    assert!(refused.to_string().contains("another caller"), "{refused}");
+    let library = edge.proxy.as_ref().unwrap().prepare("desktop", "a");
+    assert!(matches!(library, Err(netproxy::Error::Another(_))));
     world.place(None);
     let refused = first.hold(WITHIN).unwrap_err().to_string();
     assert!(refused.contains("another caller"), "{refused}");
