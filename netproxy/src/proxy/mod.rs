@@ -34,7 +34,7 @@ use crate::upgrade::state::State;
 use desk::Desk;
 use turn::Turns;
 
-/// How long the threads may take for one step.
+/// How long the threads may take for one step, beyond the time that they are asked to wait.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// One guest in a list.
@@ -332,6 +332,14 @@ impl Proxy {
 
     /// Sends a command to all threads, and gathers their answers.
     fn ask_all<T>(&self, command: impl Fn(Sender<T>) -> Command) -> Result<Vec<T>> {
+        self.ask_all_within(PATIENCE, command)
+    }
+
+    fn ask_all_within<T>(
+        &self,
+        patience: Duration,
+        command: impl Fn(Sender<T>) -> Command,
+    ) -> Result<Vec<T>> {
         let (sender, receiver) = channel();
         let mut asked = 0;
         for worker in lock(&self.workers).iter() {
@@ -339,13 +347,21 @@ impl Proxy {
         }
         drop(sender);
         (0..asked)
-            .map(|_| receiver.recv_timeout(PATIENCE).map_err(|_| Error::Worker))
+            .map(|_| receiver.recv_timeout(patience).map_err(|_| Error::Worker))
             .collect()
     }
 
     fn tally(&self, command: impl Fn(Sender<Tally>) -> Command) -> Result<Tally> {
+        self.tally_within(PATIENCE, command)
+    }
+
+    fn tally_within(
+        &self,
+        patience: Duration,
+        command: impl Fn(Sender<Tally>) -> Command,
+    ) -> Result<Tally> {
         let mut sum = Tally::default();
-        self.ask_all(command)?
+        self.ask_all_within(patience, command)?
             .into_iter()
             .for_each(|tally| sum += tally);
         Ok(sum)

@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::turn::{Turn, Turns};
-use super::{Proxy, lock};
+use super::{PATIENCE, Proxy, lock};
 use crate::config::GuestConfig;
 use crate::error::{Error, Result};
 use crate::event_loop::{Command, Tally};
@@ -235,14 +235,18 @@ impl Proxy {
                 error.chain()
             );
         }
-        let tally = self.tally(|reply| Command::Release {
+        let within = PATIENCE.saturating_add(wait);
+        let released = self.tally_within(within, |reply| Command::Release {
             guest: guest.to_owned(),
             wait,
             reply,
-        })?;
-        turn.set(next);
-        // After what is urgent.
-        self.end_move(guest);
+        });
+        if released.is_ok() {
+            turn.set(next);
+            // After what is urgent.
+            self.end_move(guest);
+        }
+        // Also if a thread has failed: new connections go there by now.
         if let Err(error) = self.remember() {
             // The connections are where they should be; only a restart would not know.
             log::error!(
@@ -250,7 +254,7 @@ impl Proxy {
                 error.chain()
             );
         }
-        Ok(tally)
+        released
     }
 
     /// Gives the re-targeted sockets of a guest a route of their own, by the way that its address

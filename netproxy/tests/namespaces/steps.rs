@@ -186,6 +186,29 @@ fn a_canary_finds_out_when_the_guest_can_be_reached() {
     }
 }
 
+/// Longer than the threads have for a step that waits for nobody.
+#[test]
+#[ignore = "takes more than a minute"]
+fn a_release_waits_for_as_long_as_it_is_asked_to() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let mut stream = echoing(&world);
+    exchange(&mut stream, b"before");
+    let mut control = edge.client();
+    control.set_patience(Duration::from_secs(120)).unwrap();
+    control.prepare("desktop", "b").unwrap();
+    world.place(None);
+    control.hold("desktop", LEASE).unwrap();
+    control.retarget("desktop").unwrap();
+    let release = std::thread::spawn(move || control.release("desktop", Duration::from_secs(90)));
+    std::thread::sleep(Duration::from_secs(63));
+    assert!(!release.is_finished(), "Nobody has answered yet");
+    world.place(Some("b"));
+    assert_eq!(release.join().unwrap().unwrap().connections, 1);
+    exchange(&mut stream, b"after");
+}
+
 #[test]
 fn an_end_that_is_lost_on_the_way_is_told_again() {
     let world = World::new(Duration::from_millis(4));
