@@ -36,7 +36,8 @@ RETARGET := one_stream_survives_one_move one_socket_is_made_anew_over_ipv6 a_tho
 	a_smaller_path_mtu a_guest_that_is_routed clients_who_come_or_go steps_out_of_order \
 	vanishing:: a_hold_whose_time_is_over a_site_that_refuses a_client_that_resets \
 	a_move_is_its_callers no_buffer_grows taken_along_once a_guest_that_comes_after_its_move \
-	a_held_guest_that_arrived a_connection_that_ends_while a_service_that_is_gone
+	a_held_guest_that_arrived a_connection_that_ends_while a_service_that_is_gone \
+	last_words_of a_routed_guest_is
 
 SCRIPTS := .ci/run packaging/build-deb packaging/deb/postinst packaging/deb/prerm \
 	packaging/deb/postrm packaging/netproxy/postinst packaging/netproxy/prerm \

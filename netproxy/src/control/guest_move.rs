@@ -23,7 +23,7 @@ use crate::retarget::path::Warmth;
 /// It is tied to the process that holds it: if that dies, or drops it, the proxy gives the move
 /// up by itself. Should nobody notice its death, as when a whole host is cut off, so does the end
 /// of the hold's lease, which a longer move [renews](Self::renew). A re-targeted guest that answers
-/// at the new site is then not sent back. After a commit whose release did not come through,
+/// at the new site is then not sent back, where that has an address of its own. After a commit whose release did not come through,
 /// [`Client::arrived`] settles it.
 ///
 /// Each step returns within the time it is given, or fails with [`Error::Timeout`]; then nothing

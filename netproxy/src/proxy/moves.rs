@@ -385,7 +385,9 @@ impl Proxy {
     /// take a step of it.
     ///
     /// The caller may have died when the guest ran at the new site already. So a re-targeted one
-    /// is asked there for a moment, and goes on there if it answers.
+    /// is asked there for a moment, and goes on there if it answers. Not where both sites are
+    /// reached by one address: it would answer from either. Connections go on by that address, and
+    /// whoever has the guest says so, if it is not at the old site.
     pub(super) fn give_up(&self, guest: &str, why: &str, over: impl Fn(&Leases) -> bool) {
         let turns = self.turns_of(guest);
         let mut turn = turns.wait();
@@ -401,7 +403,13 @@ impl Proxy {
         let ended = self.shared.metrics.leases_ended.get_or_create(&known.label);
         ended.inc();
         let phase = turn.phase();
-        let answers = matches!(phase, Phase::Retargeted { .. }) && self.answers(guest);
+        let answers = match &phase {
+            Phase::Retargeted { to } => {
+                let settings = known.settings();
+                settings.reach(to) != settings.reach(&known.site()) && self.answers(guest)
+            }
+            _ => false,
+        };
         let (result, site) = if answers {
             let to = phase.destination().unwrap_or_default().to_owned();
             (self.release_now(&known, &mut turn, Duration::ZERO), to)

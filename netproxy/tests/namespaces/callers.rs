@@ -178,6 +178,43 @@ fn a_guest_that_answers_at_the_new_site_is_not_sent_back() {
     exchange(&mut echoing(&world), b"new");
 }
 
+/// A routed guest has one address at both sites, so that it answers says nothing of where it is. The
+/// caller dies before it is settled; then the guest stays, or comes to the new site all the same.
+#[test]
+fn a_routed_guest_is_where_it_was_until_somebody_has_it() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    world.remove_translations();
+    world.route_guest("a");
+    let edge = Edge::with(&world, "", true);
+    let mut stream = echoing(&world);
+    exchange(&mut stream, b"before");
+    let at = || {
+        let guest = edge.client().list().unwrap().guests.remove(0);
+        (guest.site, guest.phase.destination().is_some())
+    };
+    for runs_at in ["a", "b"] {
+        let mut caller = edge.client();
+        caller.prepare_tied("desktop", "b").unwrap();
+        world.place(None);
+        caller.hold_tied("desktop", LEASE).unwrap();
+        stream.write_all(b"under way").unwrap();
+        caller.retarget("desktop").unwrap();
+        world.route_guest(runs_at);
+        world.place(Some(runs_at));
+        drop(caller);
+        let mut answer = [0; 9];
+        stream.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"under way");
+        wait_until(|| !at().1);
+        assert_eq!(at().0, "a");
+        exchange(&mut stream, b"as ever");
+        edge.client().arrived("desktop", runs_at).unwrap();
+        assert_eq!(at(), (runs_at.to_owned(), false));
+        exchange(&mut stream, b"after");
+    }
+}
+
 /// As `vmshadow` does it, and from another host: through a program that leads to the socket.
 #[test]
 fn a_move_is_driven_from_another_host() {
