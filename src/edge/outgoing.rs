@@ -226,27 +226,41 @@ impl Detours {
     /// Takes away what is over, and what was set up for guests that did not come. What can't be
     /// done is logged.
     pub fn tidy(&self, directories: &Directories) {
-        if let Err(error) = self.try_to_tidy(directories) {
-            log::warn!("Detours of guests that are gone may be left: {error:#}");
+        self.tidy_but(|| present_or_expected(directories));
+    }
+
+    /// `wanted` says which guests are here, or may come.
+    fn tidy_but(&self, wanted: impl Fn() -> anyhow::Result<Vec<String>>) {
+        let names = match self.records.names() {
+            Ok(names) => names,
+            Err(error) => {
+                log::warn!("Detours of guests that are gone may be left: {error:#}");
+                return;
+            }
+        };
+        for name in names {
+            if let Err(error) = self.tidy_one(&name, &wanted) {
+                log::warn!("The detour of {name} may be left: {error:#}");
+            }
         }
     }
 
-    fn try_to_tidy(&self, directories: &Directories) -> anyhow::Result<()> {
-        for name in self.records.names()? {
-            let Some(record) = self.record(&name)? else {
-                continue;
-            };
-            if record.open {
-                // How a guest's leaving ends is for its journal to tell.
-                if record.side == Side::New
-                    && !present_or_expected(directories)?.contains(&record.uuid)
-                {
-                    self.settle(&name, false)?;
-                }
-            } else if let Some(detour) = record.detour.filter(Detour::is_over) {
-                detour.remove()?;
-                self.records.forget(&name)?;
+    fn tidy_one(
+        &self,
+        name: &str,
+        wanted: impl Fn() -> anyhow::Result<Vec<String>>,
+    ) -> anyhow::Result<()> {
+        let Some(record) = self.record(name)? else {
+            return Ok(());
+        };
+        if record.open {
+            // How a guest's leaving ends is for its journal to tell.
+            if record.side == Side::New && !wanted()?.contains(&record.uuid) {
+                self.settle(name, false)?;
             }
+        } else if let Some(detour) = record.detour.filter(Detour::is_over) {
+            detour.remove()?;
+            self.records.forget(name)?;
         }
         Ok(())
     }
@@ -305,5 +319,25 @@ mod tests {
         detours.settle("g1", false).unwrap();
         assert!(detours.records.names().unwrap().is_empty());
         assert!(detours.settle("../x", true).is_err());
+    }
+    #[test]
+    fn each_detour_is_tidied_by_itself() {
+        let root = tempfile::tempdir().unwrap();
+        let detours = Detours::new(&Directories::under(root.path()));
+        let settings: Settings = toml::from_str(TEXT).unwrap();
+        let address = "10.7.0.5".parse().unwrap();
+        // Without flows nothing of the kernel is touched.
+        for (name, uuid) in [("gone", "gone"), ("here", "here")] {
+            let none = settings.detour(name, address, Side::New, "oslo", Vec::new());
+            detours.set(uuid, none.unwrap()).unwrap();
+        }
+        for number in 0..5 {
+            let name = format!("bad{number}");
+            detours.records.write(&name, &()).unwrap();
+        }
+        detours.tidy_but(|| Ok(vec!["here".into()]));
+        let mut left = detours.records.names().unwrap();
+        left.sort();
+        assert_eq!(left, ["bad0", "bad1", "bad2", "bad3", "bad4", "here"]);
     }
 }

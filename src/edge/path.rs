@@ -170,33 +170,54 @@ impl Paths {
     /// Takes back what moves have opened for guests that did not come, or are gone, unless the edge
     /// has yet to follow them. What can't be done is logged.
     pub fn tidy(&self, directories: &Directories, edge: Option<&Edge>) {
-        if let Err(error) = self.try_to_tidy(directories, edge) {
-            log::warn!("Paths to guests that are gone may be left: {error:#}");
-        }
+        self.tidy_but(|| present_or_expected(directories), edge);
     }
 
-    fn try_to_tidy(&self, directories: &Directories, edge: Option<&Edge>) -> anyhow::Result<()> {
-        let names = self.records.names()?;
-        if names.is_empty() {
-            return Ok(());
-        }
-        let wanted = present_or_expected(directories)?;
+    /// `wanted` says which guests are here, or may come.
+    fn tidy_but(&self, wanted: impl Fn() -> anyhow::Result<Vec<String>>, edge: Option<&Edge>) {
+        let names = match self.records.names() {
+            Ok(names) => names,
+            Err(error) => {
+                log::warn!("Paths to guests that are gone may be left: {error:#}");
+                return;
+            }
+        };
         for name in names {
-            let Some(record) = self.records.read::<Record>(&name)? else {
-                continue;
+            let gone = || {
+                let record = self.records.read::<Record>(&name)?;
+                let Some(record) = record.filter(|record| record.by_move) else {
+                    return Ok(false);
+                };
+                Ok::<_, anyhow::Error>(!wanted()?.contains(&record.uuid))
             };
-            if !record.by_move || wanted.contains(&record.uuid) {
-                continue;
+            let left = |error| log::warn!("The path to {name} may be left: {error:#}");
+            match gone() {
+                Ok(true) => {}
+                Ok(false) => continue,
+                Err(error) => {
+                    left(error);
+                    continue;
+                }
             }
-            if let Some(edge) = edge
-                && edge.needs_path(&name)?
-            {
-                log::info!("The path to {name} stays until the edge has followed");
-            } else {
-                self.close(&name)?;
+            match edge.map(|edge| edge.needs_path(&name)).transpose() {
+                Ok(Some(true)) => {
+                    log::info!("The path to {name} stays until the edge has followed");
+                    continue;
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    // It says no more of the others.
+                    left(error);
+                    return;
+                }
+            }
+            // Again, as the edge takes its time: the guest may be on its way here meanwhile.
+            match gone() {
+                Ok(true) => drop(self.close(&name).map_err(left)),
+                Ok(false) => {}
+                Err(error) => left(error),
             }
         }
-        Ok(())
     }
 }
 
@@ -216,6 +237,38 @@ fn interface(configuration: &serde_json::Value) -> Option<([u8; 6], String)> {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    /// Neither what can't be read nor a bridge that is gone keeps the other paths.
+    #[test]
+    fn each_path_is_tidied_by_itself() {
+        let root = tempfile::tempdir().unwrap();
+        let paths = Paths::new(&Directories::under(root.path()));
+        let record = |uuid: &str, by_move| {
+            json!({
+                "version": VERSION, "uuid": uuid, "by_move": by_move, "translation": null,
+                "neighbour": {
+                    "address": "192.0.2.7", "mac": [0, 22, 62, 0, 0, 1], "device": "nowhere0"
+                },
+            })
+        };
+        for number in 0..5 {
+            let write = |name: &str, record| paths.records.write(name, &record).unwrap();
+            write(&format!("bad{number}"), json!({}));
+            write(&format!("gone{number}"), record("gone", true));
+        }
+        paths.records.write("here", &record("here", true)).unwrap();
+        paths
+            .records
+            .write("by-hand", &record("by hand", false))
+            .unwrap();
+        paths.tidy_but(|| Ok(vec!["here".into()]), None);
+        let mut left = paths.records.names().unwrap();
+        left.sort();
+        assert_eq!(
+            left,
+            ["bad0", "bad1", "bad2", "bad3", "bad4", "by-hand", "here"]
+        );
+    }
 
     #[test]
     fn the_first_interface_counts() {

@@ -47,15 +47,35 @@ impl Neighbour {
         run("ip", &arguments, "").map(drop)
     }
 
-    /// Removes the entry. That there was none is no error.
+    /// Removes the entry. That there was none is no error, nor that its device is gone, and the
+    /// entry with it.
     ///
     /// # Errors
     /// With what `ip` said.
     pub fn remove(&self) -> Result<()> {
         let address = self.address.to_string();
+        let gone = |message: &str| {
+            message.contains("No such file") || message.contains("Cannot find device")
+        };
         match run("ip", &["neigh", "del", &address, "dev", &self.device], "") {
-            Err(Error::Program { message, .. }) if message.contains("No such file") => Ok(()),
+            Err(Error::Program { message, .. }) if gone(&message) => Ok(()),
             result => result.map(drop),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_whose_device_is_gone_is_gone_too() {
+        let neighbour = Neighbour {
+            address: "192.0.2.7".parse().unwrap(),
+            mac: [0, 22, 62, 0, 0, 1],
+            device: "nowhere0".into(),
+        };
+        assert!(neighbour.apply().is_err());
+        neighbour.remove().unwrap();
     }
 }
