@@ -42,6 +42,9 @@ const RELEASING: Duration = Duration::from_secs(40);
 /// How long the edge may take to follow: the destination waits for the source's worker first.
 const FOLLOWING: Duration = RELEASING.saturating_add(Duration::from_secs(20));
 
+/// How often it is looked whether the edge has followed.
+const LOOK: Duration = Duration::from_millis(500);
+
 /// `[edge]` of the configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -78,25 +81,30 @@ impl Edge {
     pub fn connect(&self) -> anyhow::Result<Client> {
         let client = match &self.host {
             None => Client::connect(&self.control),
-            Some(host) => {
-                // `ssh` reads a host that begins with a dash as an option.
-                anyhow::ensure!(!host.starts_with('-'), "{host:?} is no host");
-                let (program, options) = self
-                    .ssh
-                    .split_first()
-                    .context("The ssh of the edge is empty")?;
-                Client::through(
-                    Command::new(program)
-                        .args(options)
-                        .args(["-o", "BatchMode=yes", "-o", "ConnectTimeout=10", host])
-                        .args(["netproxy", "attach"])
-                        .arg(&self.control),
-                )
-            }
+            Some(host) => Client::through(&mut self.remote_command(host)?),
         };
         let mut client = client.with_context(|| self.unreachable())?;
         client.set_patience(PATIENCE)?;
         Ok(client)
+    }
+
+    /// What leads to the proxy of another host. One that has gone without a word is noticed as soon as
+    /// by the link of a move.
+    fn remote_command(&self, host: &str) -> anyhow::Result<Command> {
+        // `ssh` reads a host that begins with a dash as an option.
+        anyhow::ensure!(!host.starts_with('-'), "{host:?} is no host");
+        let (program, options) = self
+            .ssh
+            .split_first()
+            .context("The ssh of the edge is empty")?;
+        let mut command = Command::new(program);
+        command
+            .args(options)
+            .args(["-oBatchMode=yes", "-oConnectTimeout=10"])
+            .args(["-oServerAliveInterval=5", "-oServerAliveCountMax=3"])
+            .args([host, "netproxy", "attach"])
+            .arg(&self.control);
+        Ok(command)
     }
 
     /// The beginning of an error.
@@ -136,17 +144,31 @@ impl Edge {
     /// Where the edge can't be reached.
     pub fn see_to_arrival(&self, guest: &str) -> anyhow::Result<()> {
         let mut client = self.connect()?;
-        let start = Instant::now();
-        while let Some(known) = self.look_up(&mut client, guest)?
-            && known.site != self.site
-        {
-            if known.phase == Phase::Settled || start.elapsed() > RELEASING {
-                client.arrived(guest, &self.site)?;
-                return Ok(());
-            }
-            thread::sleep(Duration::from_millis(500));
+        let over = |known: &GuestInfo| known.site == self.site || known.phase == Phase::Settled;
+        let known = self.watch(&mut client, guest, RELEASING, over)?;
+        if known.is_some_and(|known| known.site != self.site) {
+            client.arrived(guest, &self.site)?;
         }
         Ok(())
+    }
+
+    /// Looks at the guest until it is `over`, for so long at most. Gives what the edge knew of it at
+    /// the end.
+    fn watch(
+        &self,
+        client: &mut Client,
+        guest: &str,
+        patience: Duration,
+        over: impl Fn(&GuestInfo) -> bool,
+    ) -> anyhow::Result<Option<GuestInfo>> {
+        let start = Instant::now();
+        loop {
+            let known = self.look_up(client, guest)?;
+            if known.as_ref().is_none_or(&over) || start.elapsed() > patience {
+                return Ok(known);
+            }
+            thread::sleep(LOOK);
+        }
     }
 
     /// Whether a path to a guest that is not here may still be needed: the edge has connections of it
@@ -167,18 +189,13 @@ impl Edge {
     /// # Errors
     /// Where the edge can't be reached, or does not follow.
     fn see_off(&self, guest: &str) -> anyhow::Result<()> {
-        let mut client = self.connect()?;
-        let start = Instant::now();
-        while let Some(known) = self.look_up(&mut client, guest)?
-            && known.site == self.site
-        {
-            anyhow::ensure!(
-                start.elapsed() < FOLLOWING,
-                "The edge still has {guest} at {}",
-                self.site
-            );
-            thread::sleep(Duration::from_millis(500));
-        }
+        let over = |known: &GuestInfo| known.site != self.site;
+        let known = self.watch(&mut self.connect()?, guest, FOLLOWING, over)?;
+        anyhow::ensure!(
+            known.is_none_or(|known| known.site != self.site),
+            "The edge still has {guest} at {}",
+            self.site
+        );
         Ok(())
     }
 }
@@ -242,4 +259,26 @@ pub fn follow(directories: &Directories, settled: &Settled) {
 /// The engine's error for a failure at the edge.
 fn refused(error: &anyhow::Error) -> migrate::Error {
     migrate::Error::Refused(format!("{error:#}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_host_is_reached_by_ssh_and_given_up_when_it_is_silent() {
+        let edge: Edge = toml::from_str(
+            "site = \"a\"\nssh = [\"ssh\", \"-p\", \"2222\"]\ncontrol = \"/run/x\"\n",
+        )
+        .unwrap();
+        let command = edge.remote_command("edge.example.org").unwrap();
+        let all: Vec<_> = command.get_args().map(|it| it.to_string_lossy()).collect();
+        assert_eq!(command.get_program(), "ssh");
+        assert_eq!(
+            all.join(" "),
+            "-p 2222 -oBatchMode=yes -oConnectTimeout=10 -oServerAliveInterval=5 \
+             -oServerAliveCountMax=3 edge.example.org netproxy attach /run/x"
+        );
+        assert!(edge.remote_command("-oProxyCommand=x").is_err());
+    }
 }
