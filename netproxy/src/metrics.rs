@@ -31,7 +31,6 @@ pub(crate) enum Refusal {
     guest_limit,
     client_limit,
     draining,
-    no_resources,
 }
 
 /// The label of a refusal.
@@ -47,6 +46,7 @@ pub(crate) struct Metrics {
     pub accepted: Family<OfGuest, Counter>,
     pub open: Family<OfGuest, Gauge>,
     pub refused: Family<Refused, Counter>,
+    pub accept_pauses: Counter,
     pub connect_failures: Family<OfGuest, Counter>,
     pub timeouts: Family<OfGuest, Counter>,
     pub to_guest: Family<OfGuest, Counter>,
@@ -85,6 +85,11 @@ impl Metrics {
             Family::default()
         );
         let refused = metric!("refused", "Clients turned away", Family::default());
+        let accept_pauses = metric!(
+            "accept_pauses",
+            "Times that clients had to wait for descriptors or memory",
+            Counter::default()
+        );
         let connect_failures = metric!(
             "connect_failures",
             "Connections that no guest took",
@@ -140,6 +145,7 @@ impl Metrics {
             accepted,
             open,
             refused,
+            accept_pauses,
             connect_failures,
             timeouts,
             to_guest,

@@ -99,7 +99,7 @@ impl Connection {
             .map_err(watched())?;
         let to_guest = Flow::unpack(state.to_guest, ctx.pool, &shared.budget);
         let to_client = Flow::unpack(state.to_client, ctx.pool, &shared.budget);
-        let counted = (to_guest.written(), to_client.written());
+        let counted = (to_guest.given(), to_client.given());
         let mut connection = Self {
             admission: shared.readmit(state.id, &guest, state.client_address.ip()),
             guest,

@@ -113,7 +113,7 @@ pub struct ConnectionInfo {
     pub upstream: Option<SocketAddr>,
     /// `open`, `connecting`, `waiting`, `held`, `moved`, `unmovable`, `proving` or `closing`.
     pub state: String,
-    /// Bytes given to the guest.
+    /// Bytes given to the guest, each of them once.
     pub to_guest: u64,
     /// Bytes given to the client.
     pub to_client: u64,
@@ -320,11 +320,11 @@ impl Connection {
             }
         }
         let next = self.pump(ctx);
-        let written = (self.to_guest.written(), self.to_client.written());
-        if written != self.counted {
-            self.guest.to_guest.inc_by(written.0 - self.counted.0);
-            self.guest.to_client.inc_by(written.1 - self.counted.1);
-            self.counted = written;
+        let given = (self.to_guest.given(), self.to_client.given());
+        if given != self.counted {
+            self.guest.to_guest.inc_by(given.0 - self.counted.0);
+            self.guest.to_client.inc_by(given.1 - self.counted.1);
+            self.counted = given;
         }
         match next {
             Next::Wait if self.lost.is_some() => self.last_words(ctx),
@@ -580,8 +580,8 @@ impl Connection {
             client: self.client_address,
             upstream,
             state: state.to_owned(),
-            to_guest: self.to_guest.written(),
-            to_client: self.to_client.written(),
+            to_guest: self.to_guest.given(),
+            to_client: self.to_client.given(),
             held: (self.to_guest.queued() + self.to_client.queued()) as u64,
             seconds: now.duration_since(self.opened).as_secs_f64(),
         }

@@ -113,7 +113,7 @@ impl Worker {
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                     Err(error) if is_exhaustion(&error) => {
                         log::warn!("Clients have to wait: {error}");
-                        self.shared.count_refusal(Refusal::no_resources);
+                        self.shared.metrics.accept_pauses.inc();
                         self.accepting.clear();
                         self.accept_again = Some(Instant::now() + PAUSE);
                         return;

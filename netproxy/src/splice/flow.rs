@@ -137,6 +137,10 @@ pub(crate) struct Flow {
     bulk: u8,
     may_splice: bool,
     written: u64,
+    /// Those that were written for the first time.
+    given: u64,
+    /// The bytes in front that were written before.
+    again: usize,
 }
 
 impl Flow {
@@ -148,6 +152,8 @@ impl Flow {
             bulk: 0,
             may_splice: true,
             written: 0,
+            given: 0,
+            again: 0,
         }
     }
 
@@ -160,9 +166,21 @@ impl Flow {
         self.queued
     }
 
-    /// Bytes given to sinks so far.
+    /// Bytes written to sinks so far, those that were written again included.
     pub(crate) fn written(&self) -> u64 {
         self.written
+    }
+
+    /// Bytes given to sinks so far, each of them once.
+    pub(crate) fn given(&self) -> u64 {
+        self.given
+    }
+
+    fn note_written(&mut self, bytes: usize) {
+        let again = bytes.min(self.again);
+        self.again -= again;
+        self.given += (bytes - again) as u64;
+        self.written += bytes as u64;
     }
 
     /// The source has ended, as known from elsewhere than a read.
@@ -207,6 +225,7 @@ impl Flow {
         }
         budget.take(bytes.len());
         self.queued += bytes.len();
+        self.again += bytes.len();
         self.queue.push_front(Segment::Bytes { bytes, start: 0 });
     }
 
@@ -229,6 +248,7 @@ impl Flow {
                 _ => break,
             }
         }
+        // They were written before, as what is put in front.
         self.written += start as u64;
         bytes.drain(..start);
         self.push_front(bytes, budget);
@@ -243,6 +263,7 @@ impl Flow {
             }
         }
         self.queued = 0;
+        self.again = 0;
     }
 
     /// Puts it down for the next program.
@@ -271,6 +292,8 @@ impl Flow {
             bulk: self.bulk,
             may_splice: self.may_splice,
             written: self.written,
+            given: Some(self.given),
+            again: self.again,
             segments: self.queue.into_iter().map(segment).collect(),
         }
     }
@@ -284,6 +307,8 @@ impl Flow {
             bulk: state.bulk,
             may_splice: state.may_splice,
             written: state.written,
+            given: state.given.unwrap_or(state.written),
+            again: state.again,
         };
         for segment in state.segments {
             match segment {
@@ -389,7 +414,7 @@ impl Flow {
                 Ok(written) => {
                     total += written;
                     self.queued = self.queued.saturating_sub(written);
-                    self.written += written as u64;
+                    self.note_written(written);
                     if written == 0 && !done {
                         sink.writable = false;
                     }
@@ -464,7 +489,7 @@ impl Flow {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(Failure::Sink(error)),
             }
-            self.written += given as u64;
+            self.note_written(given);
         }
         self.push_back(data.get(given..).unwrap_or(&[]), work.budget);
         Ok(taken)
@@ -656,6 +681,8 @@ mod tests {
         let mut got = String::new();
         to.read_to_string(&mut got).unwrap();
         assert_eq!(got, "first second third");
+        // What is in front was counted before.
+        assert_eq!((flow.written(), flow.given()), (18, 12));
     }
 
     #[test]

@@ -99,6 +99,11 @@ pub(crate) struct FlowState {
     pub bulk: u8,
     pub may_splice: bool,
     pub written: u64,
+    /// None in what an older program wrote.
+    #[serde(default)]
+    pub given: Option<u64>,
+    #[serde(default)]
+    pub again: usize,
     pub segments: Vec<SegmentState>,
 }
 
@@ -308,6 +313,8 @@ mod tests {
             bulk: 2,
             may_splice: true,
             written: 9,
+            given: Some(7),
+            again: 1,
             segments: vec![SegmentState::Bytes {
                 length: bytes.len() as u64,
                 bytes: bytes.to_vec(),

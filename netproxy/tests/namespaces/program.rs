@@ -114,6 +114,42 @@ fn an_ordinary_user_with_one_capability_is_enough() {
     std::fs::remove_dir_all(&directory).unwrap();
 }
 
+/// Nobody is turned away: it is not counted as that.
+#[test]
+fn clients_wait_while_there_are_no_descriptors() {
+    let world = World::new(Duration::from_millis(1));
+    serve(&world, 5900);
+    let directory = std::env::temp_dir().join(format!("netproxy-few-{}", world.ns("x")));
+    std::fs::create_dir_all(&directory).unwrap();
+    let control = directory.join("control");
+    let file = directory.join("proxy.toml");
+    let text = configuration(&control.display().to_string(), "", false);
+    std::fs::write(&file, text).unwrap();
+    let mut child = start_program(&world, &file);
+    let mut client = Client::connect(&control).unwrap();
+    client.list().unwrap();
+    let id = child.id().to_string();
+    let limit = |descriptors: usize| {
+        let limit = format!("--nofile={descriptors}:");
+        world::run("prlimit", &["--pid", &id, &limit]);
+    };
+    let open = std::fs::read_dir(format!("/proc/{id}/fd")).unwrap().count();
+    limit(open);
+    let mut stream = echoing(&world);
+    let mut metrics = || {
+        let answer = client.call(&netproxy::control::Request::Metrics).unwrap();
+        answer["text"].as_str().unwrap().to_owned()
+    };
+    // It is tried again.
+    wait_until(|| metrics().contains("netproxy_accept_pauses_total 3"));
+    assert!(!metrics().contains("netproxy_refused_total{"));
+    limit(open + 100);
+    exchange(&mut stream, b"served");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    std::fs::remove_dir_all(&directory).unwrap();
+}
+
 #[test]
 fn killed_in_the_middle_nothing_is_left_behind() {
     let world = World::new(Duration::from_millis(4));

@@ -186,6 +186,33 @@ fn a_canary_finds_out_when_the_guest_can_be_reached() {
     }
 }
 
+#[test]
+fn what_a_move_has_written_again_counts_once() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    let edge = Edge::new(&world, "");
+    let mut stream = echoing(&world);
+    let mut control = edge.client();
+    let mut sent = 8;
+    for to in ["b", "a", "b"] {
+        exchange(&mut stream, b"before");
+        control.prepare("desktop", to).unwrap();
+        world.place(None);
+        // Under way at the hold: the guest gets it by the new socket.
+        stream.write_all(&[7; 10_000]).unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        control.hold("desktop", LEASE).unwrap();
+        control.retarget("desktop").unwrap();
+        world.place(Some(to));
+        control.release("desktop", Duration::ZERO).unwrap();
+        let mut answer = vec![0; 10_000];
+        stream.read_exact(&mut answer).unwrap();
+        sent += 10_006;
+    }
+    assert_eq!(control.list().unwrap().connections[0].to_guest, sent);
+    assert_eq!(edge.metric("netproxy_to_guest_bytes_total"), sent);
+}
+
 /// Longer than the threads have for a step that waits for nobody.
 #[test]
 #[ignore = "takes more than a minute"]
