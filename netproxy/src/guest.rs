@@ -1,7 +1,7 @@
 //! What all threads know together: the guests, the limits, the counts.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
@@ -90,7 +90,20 @@ pub(crate) struct Shared {
     pub mark: AtomicBool,
     next_id: AtomicU64,
     open: AtomicUsize,
+    /// By what [`one_client`] makes of their addresses.
     clients: Mutex<HashMap<IpAddr, usize>>,
+}
+
+/// What counts as one client: an IPv4 address, or the 64 bits of an IPv6 network. Whoever has one
+/// IPv6 address mostly has all of its network, and could come from another one each time.
+fn one_client(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => {
+            let network = address.to_bits() & (u128::MAX << 64);
+            Ipv6Addr::from_bits(network).into()
+        }
+        four => four,
+    }
 }
 
 impl Shared {
@@ -144,6 +157,7 @@ impl Shared {
         if guest.open() >= guest.settings().connections {
             return Err(Refusal::guest_limit);
         }
+        let client = one_client(client);
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         let count = clients.entry(client).or_insert(0);
         if *count >= limits.connections_per_client {
@@ -170,6 +184,7 @@ impl Shared {
         guest: &Arc<Guest>,
         client: IpAddr,
     ) -> Admission {
+        let client = one_client(client);
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         *clients.entry(client).or_insert(0) += 1;
         drop(clients);
@@ -275,5 +290,29 @@ mod tests {
         let four = shared.admit(&first, c).unwrap();
         assert_eq!((shared.open(), first.open()), (3, 2));
         assert_eq!(four.id, 4);
+    }
+
+    #[test]
+    fn all_addresses_of_an_ipv6_network_are_one_client() {
+        let limits = Limits {
+            connections_per_client: 1,
+            ..Limits::default()
+        };
+        let shared = Arc::new(Shared::new(limits));
+        let guest = guest(10);
+        let admit = |client: &str| shared.admit(&guest, client.parse().unwrap());
+        let one = admit("2001:db8:0:1::1").unwrap();
+        for same in ["2001:db8:0:1::2", "2001:db8:0:1:ffff:ffff:ffff:ffff"] {
+            assert_eq!(admit(same).unwrap_err(), Refusal::client_limit);
+        }
+        let _other = admit("2001:db8:0:2::1").unwrap();
+        drop(one);
+        let _again = admit("2001:db8:0:1::2").unwrap();
+        let _four = admit("192.0.2.1").unwrap();
+        assert_eq!(
+            admit("::ffff:192.0.2.1").unwrap_err(),
+            Refusal::client_limit
+        );
+        let _next = admit("192.0.2.2").unwrap();
     }
 }

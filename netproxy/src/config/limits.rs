@@ -22,7 +22,8 @@ const PROBES: RangeInclusive<u32> = 1..=127;
 pub struct Limits {
     /// Connections in all.
     pub connections: usize,
-    /// Connections of one client's address, to all services together.
+    /// Connections of one client, to all services together: of one IPv4 address, or of all of an
+    /// IPv6 network of 64 bits.
     pub connections_per_client: usize,
     /// Bytes that one connection may hold in one direction while its sink is slow, beside the
     /// kernel's own buffers.

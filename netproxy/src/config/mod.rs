@@ -570,6 +570,11 @@ allow = ["203.0.113.0/24"]
         let mut parts = guide.split("```toml\n").skip(1);
         let example = parts.next().unwrap().split("```").next().unwrap();
         Config::parse(example, "guide").unwrap();
+        let example = include_str!("../../../packaging/netproxy/netproxy.toml");
+        Config::parse(example, "example").unwrap();
+        let limits = example.replace("\n#[", "\n[").replace("\n#c", "\nc");
+        let limits = Config::parse(&limits, "example").unwrap().limits;
+        assert_eq!(limits, Limits::default());
     }
 
     proptest! {
