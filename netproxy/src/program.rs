@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use crate::error::{Error, Result};
@@ -14,10 +15,19 @@ fn failed(program: &str, message: impl std::fmt::Display) -> Error {
 }
 
 /// Where the system's programs are, also if the caller's path lacks the directories of root.
+///
+/// The program is looked up here, and not by the child: else this process would be forked as a whole,
+/// and then each page that an event loop writes to, in the middle of a move, would be copied.
 fn command(program: &str) -> Command {
-    let mut command = Command::new(program);
     let path = std::env::var("PATH").unwrap_or_default();
-    command.env("PATH", format!("{path}:/usr/sbin:/sbin:/usr/bin:/bin"));
+    let path = format!("{path}:/usr/sbin:/sbin:/usr/bin:/bin");
+    let found = path
+        .split(':')
+        .filter(|directory| directory.starts_with('/'))
+        .map(|directory| PathBuf::from(directory).join(program))
+        .find(|file| file.is_file());
+    let mut command = Command::new(found.unwrap_or_else(|| program.into()));
+    command.env("PATH", path);
     command
 }
 

@@ -320,6 +320,7 @@ mod tests {
         assert!(detours.records.names().unwrap().is_empty());
         assert!(detours.settle("../x", true).is_err());
     }
+
     #[test]
     fn each_detour_is_tidied_by_itself() {
         let root = tempfile::tempdir().unwrap();

@@ -7,11 +7,13 @@
 //! - an initial congestion window that takes all that may be in flight, by a route in a table of
 //!   its own, which only marked sockets use. Nobody else's routes are touched.
 //!
-//! Rule and routes go with the last move that needs them, or with this process, however it ends.
+//! Rule and routes go some time after the last move that needs them, or with this process, however it
+//! ends. Not right after it: what takes them away would have processors that streams wait for.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -25,6 +27,8 @@ use crate::program::{Tethered, run};
 const INITIAL_WINDOW: &str = "12000";
 /// How long the ordinary connection may take.
 const PROBE: Duration = Duration::from_secs(3);
+/// How long the routes stay when nobody needs them any more.
+const STAYING: Duration = Duration::from_secs(2);
 
 /// What warming a path gave.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -42,7 +46,7 @@ pub struct Warmth {
 pub(crate) struct Paths {
     mark: u32,
     table: u32,
-    state: Mutex<State>,
+    state: Arc<Mutex<State>>,
 }
 
 #[derive(Debug, Default)]
@@ -50,6 +54,12 @@ struct State {
     /// Guests that need the routes.
     users: BTreeSet<String>,
     tether: Option<Tethered>,
+    /// How often they were needed.
+    opened: u64,
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[derive(Deserialize)]
@@ -65,7 +75,7 @@ impl Paths {
         let paths = Self {
             mark,
             table,
-            state: Mutex::default(),
+            state: Arc::default(),
         };
         let _ = run("/bin/sh", &["-c", &paths.removal()], "");
         paths
@@ -93,7 +103,7 @@ impl Paths {
 
     /// Gives `guest` a route with a large initial window to `remote`.
     pub(crate) fn open(&self, guest: &str, remote: IpAddr, source: Option<IpAddr>) -> Result<()> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(&self.state);
         let family = if remote.is_ipv4() { "-4" } else { "-6" };
         if state.tether.is_none() {
             // First what takes it away, then what is to be taken away.
@@ -110,6 +120,7 @@ impl Paths {
             }
         }
         state.users.insert(guest.to_owned());
+        state.opened += 1;
         let address = remote.to_string();
         let source = source.map(|source| source.to_string());
         let mut arguments = vec![family, "-j", "route", "get", &address];
@@ -139,11 +150,31 @@ impl Paths {
 
     /// `guest` needs no routes any more.
     pub(crate) fn close(&self, guest: &str) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(&self.state);
         state.users.remove(guest);
-        if state.users.is_empty() {
-            state.tether = None;
+        if !state.users.is_empty() || state.tether.is_none() {
+            return;
         }
+        let opened = state.opened;
+        drop(state);
+        let kept = Arc::clone(&self.state);
+        let later = thread::Builder::new().name("paths".into()).spawn(move || {
+            thread::sleep(STAYING);
+            let mut state = lock(&kept);
+            if state.users.is_empty() && state.opened == opened {
+                state.tether = None;
+            }
+        });
+        if let Err(error) = later {
+            log::debug!("Routes go at once: {error}");
+            lock(&self.state).tether = None;
+        }
+    }
+}
+
+impl Drop for Paths {
+    fn drop(&mut self) {
+        lock(&self.state).tether = None;
     }
 }
 

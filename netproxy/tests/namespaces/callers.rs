@@ -83,7 +83,7 @@ fn a_caller_that_is_killed_gives_its_move_up() {
     }
     assert_eq!(edge.metric("netproxy_leases_ended_total"), 3);
     assert_eq!(edge.metric("netproxy_retargets_total"), 0);
-    assert_eq!(world.rules("edge"), rules);
+    wait_until(|| world.rules("edge") == rules);
 }
 
 /// Whether the caller's host is cut off, so that its connection stays open, or it just forgets.

@@ -231,7 +231,7 @@ fn upgrades_between_moves() {
     for stream in streams {
         assert!(stream.finish() > 0);
     }
-    assert_eq!(world.rules("edge"), rules);
+    wait_until(|| world.rules("edge") == rules);
     child.kill().unwrap();
     child.wait().unwrap();
     std::fs::remove_dir_all(&directory).unwrap();

@@ -5,7 +5,7 @@ use std::net::TcpStream;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crate::edge::{Edge, LEASE, echoing, exchange, exchange_all, listen, many_echoing};
+use crate::edge::{Edge, LEASE, echoing, exchange, exchange_all, listen, many_echoing, wait_until};
 use crate::traffic::{Kind, Noise, Reads, Running, Sends, serve, start};
 use crate::world::{SITES, World, run};
 
@@ -307,7 +307,7 @@ fn a_guest_that_is_routed_keeps_its_address() {
         30,
         21,
     );
-    assert_eq!(world.rules("edge"), rules);
+    wait_until(|| world.rules("edge") == rules);
 }
 
 /// Between preparing and releasing the way to its address changes: nothing goes the old one.
