@@ -67,9 +67,10 @@ demo: deb
 	$(CARGO) build --release --locked -p testbed
 	VMSHADOW_DEB='$(DEB)' $(TESTBED) demo
 
+# What is named is run, also where `make test` leaves it out.
 test: unit deb
 	$(NAMED)
-	$(E2E) $(ONLY)
+	$(E2E) $(if $(ONLY),--include-ignored) $(ONLY)
 
 test-full: unit deb
 	$(CARGO) test --release --locked -p netproxy --test namespaces -- --include-ignored --skip be_a_caller

@@ -29,7 +29,6 @@ mod shadow;
 mod shadows;
 mod status;
 
-use std::io::{IsTerminal, stderr};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -62,15 +61,12 @@ fn main() -> ExitCode {
     };
     let mut logger =
         env_logger::Builder::from_env(env_logger::Env::new().filter_or("VMSHADOW_LOG", level));
-    let lines = stderr().is_terminal().then(output::Lines::new);
-    if let Some(lines) = lines.clone() {
+    if let Some(lines) = output::log_lines() {
         logger.target(env_logger::Target::Pipe(Box::new(lines)));
     }
     logger.format_timestamp_millis().init();
     let status = run(&cli);
-    if let Some(lines) = lines {
-        lines.finish();
-    }
+    output::finish_log();
     status
 }
 
@@ -98,6 +94,7 @@ fn run(cli: &Cli) -> ExitCode {
         }
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
+            output::finish_log();
             tell!("vmshadow: {error:#}");
             ExitCode::from(1)
         }

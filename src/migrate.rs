@@ -92,6 +92,7 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
         &crate::cancelled()?,
     );
     drop(observer);
+    crate::output::finish_log();
     close_path(&moved, policy.edge.as_ref(), directories);
     // What became of the guest matters more than a report that can't be written.
     if let Err(error) = publish(options, &moved, report) {

@@ -5,7 +5,8 @@
 //! whose work is what they print.
 
 use std::fmt::Arguments;
-use std::io::{self, Write, stderr, stdout};
+use std::io::{self, IsTerminal, Write, stderr, stdout};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread;
@@ -16,6 +17,9 @@ const KEPT: usize = 1024;
 
 /// How long the end waits for log lines that are to be shown still.
 const LAST_LINES: Duration = Duration::from_secs(1);
+
+/// The log lines of this process, where they are for a terminal.
+static LOG: OnceLock<Lines> = OnceLock::new();
 
 static INCOMPLETE: AtomicBool = AtomicBool::new(false);
 
@@ -44,8 +48,23 @@ enum Line {
     Mark(SyncSender<()>),
 }
 
+/// Where log lines go, if standard error is a terminal.
+pub fn log_lines() -> Option<Lines> {
+    stderr()
+        .is_terminal()
+        .then(|| LOG.get_or_init(Lines::new).clone())
+}
+
+/// Waits until what was logged is written, unless the terminal stands still: it comes before the last
+/// word.
+pub fn finish_log() {
+    if let Some(lines) = LOG.get() {
+        lines.finish();
+    }
+}
+
 impl Lines {
-    pub fn new() -> Self {
+    fn new() -> Self {
         let (lines, coming) = sync_channel(KEPT);
         thread::spawn(move || {
             for line in coming {
@@ -59,8 +78,7 @@ impl Lines {
         Lines(lines)
     }
 
-    /// Waits until what was logged is written, unless the terminal stands still.
-    pub fn finish(&self) {
+    fn finish(&self) {
         let (mark, written) = sync_channel(0);
         if self.0.try_send(Line::Mark(mark)).is_ok() {
             let _ = written.recv_timeout(LAST_LINES);

@@ -287,7 +287,7 @@ mod tests {
             observer.notice(Progress::Phase(name));
         }
         drop(observer);
-        let shown: Vec<_> = shown.iter().collect();
+        let shown: Vec<_> = shown.try_iter().collect();
         assert_eq!(shown, ["copying", "suspending", "handing over"]);
     }
 

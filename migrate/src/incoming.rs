@@ -231,6 +231,13 @@ fn prepare(
     };
     let ranges = kind.memory_ranges(offer.pages, most);
     let shadows = Shadows::new(directories, policies.shadows.clone());
+    // What comes to be a shadow pushes none away.
+    if !shadow_only
+        && let Err(error) =
+            shadows.make_room_for_guest(&offer.uuid, &ranges, &directories.incoming())
+    {
+        log::warn!("{}", chain(&error));
+    }
     let (image, shadow) = shadows.image(
         &offer.uuid,
         offer.pages,

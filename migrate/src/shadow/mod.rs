@@ -224,8 +224,7 @@ impl Shadows {
         reserved: &[Range<u64>],
         memory: &Path,
     ) -> Result<(Image, Option<ShadowHead>)> {
-        let room = || self.make_room_for_guest(uuid, reserved, memory);
-        if let Err(error) = self.prune().and_then(|()| room()) {
+        if let Err(error) = self.prune() {
             log::warn!("{}", chain(&error));
         }
         let recalled = match self.policy.keep {

@@ -10,8 +10,11 @@ use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use nix::fcntl::FlockArg;
+use nix::sys::statvfs::{Statvfs, statvfs};
+
 use super::policy::{self, Kept};
-use super::{Shadows, now, table_file};
+use super::{Shadows, lending, now, table_file};
 use crate::error::{IoContext, Result, chain};
 use crate::pages::PAGE_SIZE;
 
@@ -20,7 +23,7 @@ impl Shadows {
     /// shadow; and what is free there, with what the shadows of others would give back. In bytes.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::Io`](crate::error::Error::Io).
     pub fn room_for_guest(
         &self,
         uuid: &str,
@@ -34,13 +37,15 @@ impl Shadows {
 
     /// Drops shadows of others, the oldest first, until a guest that comes finds room. Where it finds
     /// none in any case nothing goes.
-    pub(super) fn make_room_for_guest(
+    ///
+    /// # Errors
+    /// [`Error::Io`](crate::error::Error::Io).
+    pub fn make_room_for_guest(
         &self,
         uuid: &str,
         reserved: &[Range<u64>],
-        to: &Path,
+        incoming: &Path,
     ) -> Result<()> {
-        let incoming = to.parent().unwrap_or(to);
         let (needed, free, others) = self.room(uuid, reserved, incoming)?;
         for uuid in policy::oldest_for(&others, needed.saturating_sub(free)) {
             log::info!("The shadow of {uuid} goes: a guest comes that needs the room");
@@ -65,15 +70,25 @@ impl Shadows {
         let mut needed = pages.saturating_mul(PAGE_SIZE as u64);
         let mut others = Vec::new();
         if self.directory.exists() && device(&self.directory)? == device(incoming)? {
-            let own = |kept: &mut Kept| kept.uuid.eq_ignore_ascii_case(uuid);
             (others, _) = self.kept()?;
-            let own: u64 = others.extract_if(.., own).map(|kept| kept.bytes).sum();
-            // It becomes the memory of the guest.
+            // It becomes the memory of the guest. Where shadows are of no use it goes as any other.
             if self.policy.keep {
+                let own = |kept: &mut Kept| kept.uuid.eq_ignore_ascii_case(uuid);
+                let own: u64 = others.extract_if(.., own).map(|kept| kept.bytes).sum();
                 needed = needed.saturating_sub(own);
             }
+            // One that another guest is built from gives nothing back.
+            others.retain(|kept| {
+                let locked = self
+                    .memory_path(&kept.uuid)
+                    .and_then(|memory| lending::lock(&memory, FlockArg::LockExclusiveNonblock));
+                matches!(locked, Ok(Some(_)))
+            });
         }
-        Ok((needed, free_at(incoming)?, others))
+        // A guest's memory may take what is set apart for root.
+        let disk = look_at(incoming)?;
+        let free = disk.blocks_free() * disk.fragment_size();
+        Ok((needed, free, others))
     }
 
     /// Drops what is too old or too much, so that `bytes` of `uuid` find room; whether they do. So
@@ -164,11 +179,15 @@ impl Shadows {
     }
 }
 
-/// The bytes that are free where `directory` is.
+/// The bytes that are free where `directory` is, for anybody.
 fn free_at(directory: &Path) -> Result<u64> {
+    let disk = look_at(directory)?;
+    Ok(disk.blocks_available() * disk.fragment_size())
+}
+
+fn look_at(directory: &Path) -> Result<Statvfs> {
     let doing = || format!("Can't look at {}", directory.display());
-    let stat = nix::sys::statvfs::statvfs(directory)
+    statvfs(directory)
         .map_err(std::io::Error::from)
-        .context(doing)?;
-    Ok(stat.blocks_available() * stat.fragment_size())
+        .context(doing)
 }

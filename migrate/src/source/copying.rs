@@ -33,6 +33,7 @@ impl Session<'_> {
         for number in 1.. {
             let started = Instant::now();
             let (_, held) = self.backlog.begin_round(hold_back);
+            self.unclear = false;
             let mut round = self.round(number, Moment::Live, started)?;
             round.held = held;
             self.look()?;
@@ -57,12 +58,15 @@ impl Session<'_> {
                 bytes: round.wire_bytes,
                 took,
             });
-            self.history.push(RoundFacts {
-                sent: round.sent(),
-                left: all,
-                wire_bytes: round.wire_bytes,
-                took: round.took,
-            });
+            // What is left after a round that ended so tells nothing.
+            if !self.unclear {
+                self.history.push(RoundFacts {
+                    sent: round.sent(),
+                    left: all,
+                    wire_bytes: round.wire_bytes,
+                    took: round.took,
+                });
+            }
             if number == 1 {
                 let seconds = round.took.as_secs_f64().max(1e-6);
                 self.report.link.mbit =
@@ -88,9 +92,13 @@ impl Session<'_> {
     /// far behind: it would be silent until the restore has what crossed long ago.
     fn next(&mut self, number: u32, mut left: Left) -> Result<Next> {
         loop {
-            let next = match self.time_is_up {
-                true => Next::Suspend(Stop::Timeout),
-                false => self.decide(&left)?,
+            let next = if self.time_is_up {
+                Next::Suspend(Stop::Timeout)
+            } else if self.unclear && number < self.limits().rounds {
+                // All of it would be looked at with the guest suspended.
+                Next::Round { hold: false }
+            } else {
+                self.decide(&left)?
             };
             match next {
                 Next::Suspend(_) if self.behind > self.go.plan.limits.behind => {}
@@ -180,6 +188,7 @@ impl Session<'_> {
             // Each has to be looked at, and which were written nobody knows.
             Dirty::Everything => {
                 self.backlog.changed(&written);
+                self.unclear = !self.scans();
             }
             Dirty::Written => {
                 let grown = self.backlog.written(&written, over);

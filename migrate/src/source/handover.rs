@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::{Committed, Copied, READ_BATCH, Session, Suspended};
 use crate::error::{Error, Result};
-use crate::guest::{Batch, Moment};
+use crate::guest::{Batch, Dirty, Moment};
 use crate::handover::journal::Phase;
 use crate::hold::hold;
 use crate::pages::PageSet;
@@ -52,7 +52,7 @@ impl Session<'_> {
         self.go.guest.next_dirty(&mut written, Moment::Last)?;
         self.backlog.changed(&written);
         self.backlog.begin_last();
-        let number = self.history.len() as u32 + 1;
+        let number = self.report.rounds.len() as u32 + 1;
         let read_last = self.backlog.this_round().clone();
         let round = self.round(number, Moment::Last, last)?;
         self.report.rounds.push(round);
@@ -106,7 +106,11 @@ impl Session<'_> {
         // dom0 goes on filling the buffers that the guest has posted for its network: what it
         // copied there since the suspend was logged, and is no change of the guest's.
         let mut since = PageSet::new(pages);
-        self.go.guest.next_dirty(&mut since, Moment::Live)?;
+        let named = self.go.guest.next_dirty(&mut since, Moment::Live)?;
+        if named == Dirty::Everything && !self.scans() {
+            let what = "What was logged meanwhile is not known; try again";
+            return Err(Error::Verify(what.into()));
+        }
         missed.retain(|pfn| !since.contains(*pfn));
         if missed.is_empty() {
             self.report.verified = true;

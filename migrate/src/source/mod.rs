@@ -168,6 +168,8 @@ struct Session<'a> {
     /// sent.
     last_round: Option<(u64, Receiver<u64>)>,
     history: Vec<RoundFacts>,
+    /// Since the round began everything was named as dirty, for once.
+    unclear: bool,
     forecast: Forecast,
     meter: Meter,
     /// The time that the operator gave is over, and the guest is to be handed over.
@@ -264,6 +266,7 @@ impl<'a> Session<'a> {
             watch: Stopwatch::default(),
             report,
             history: Vec::new(),
+            unclear: false,
             forecast,
             meter: Meter::default(),
             time_is_up: false,

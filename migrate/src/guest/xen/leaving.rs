@@ -152,16 +152,13 @@ impl Leaving {
     ///
     /// # Errors
     /// What Xen refuses; [`Error::Busy`] where a stock tool has begun meanwhile: it suspends the
-    /// guest, and lets it go on or destroys it, when it likes. Or had begun, and it is too late to
-    /// look at everything.
-    pub fn has_logged(&mut self, moment: Moment) -> Result<bool> {
+    /// guest, and lets it go on or destroys it, when it likes.
+    pub fn has_logged(&mut self) -> Result<bool> {
+        // First those that are gone: one that has come since is at work.
+        let lost = self.tracker.lost_to_others();
         self.host.refuse_saver(self.domid)?;
-        let logged = self.tracker.has_logged(&self.host)?;
-        if !logged && moment == Moment::Last {
-            let what = "Another tool has ended the log of the guest's dirty pages; try again";
-            return Err(Error::Busy(what.into()));
-        }
-        Ok(logged)
+        let was_off = self.tracker.turn_on(&self.host)?;
+        Ok(!lost && !was_off)
     }
 
     /// Frames that dom0's backends keep mapped for writing, the rings of devices above all: what

@@ -197,7 +197,7 @@ impl Source for PvSource {
         // Clear first, look at the p2m after: what changes in between is dirty next time.
         self.leaving.take_logged(dirty, moment)?;
         self.follow_p2m(dirty)?;
-        let logged = self.leaving.has_logged(moment)?;
+        let logged = self.leaving.has_logged()?;
         let mut named = Dirty::Written;
         if self.leaving.tracker.all_count() || !logged {
             dirty.fill();

@@ -136,20 +136,28 @@ impl PvhSource {
 }
 
 /// Whether pages may be written to that the log does not see: those that came since it was read.
+/// For how many more looks everything is dirty.
 #[derive(Default)]
-struct Unlogged(bool);
+struct Unlogged(u8);
 
 impl Unlogged {
     /// The log was read, and then it was seen whether pages had `moved`. True: everything is dirty.
     fn note(&mut self, moved: bool, moment: Moment) -> bool {
-        // Who is suspended writes no more.
-        let later = moved && moment == Moment::Live;
-        std::mem::replace(&mut self.0, later) || moved
+        let before = self.0 > 0;
+        self.0 = match moment {
+            Moment::Live => self.0.saturating_sub(1).max(moved.into()),
+            // Who is suspended writes no more.
+            Moment::Last => 0,
+        };
+        before || moved
     }
 
-    /// A page was not where it was seen. It may have come back until that is looked at again.
+    /// A page was not where it was seen. It may have come back until that is looked at again, also
+    /// after the log was read.
     fn missed(&mut self, moment: Moment) {
-        self.0 |= moment == Moment::Live;
+        if moment == Moment::Live {
+            self.0 = 2;
+        }
     }
 }
 
@@ -175,7 +183,7 @@ impl Source for PvhSource {
         self.leaving.take_logged(dirty, moment)?;
         let moved = self.follow(dirty)?;
         let unlogged = self.unlogged.note(moved, moment);
-        let logged = self.leaving.has_logged(moment)?;
+        let logged = self.leaving.has_logged()?;
         let mut named = Dirty::Written;
         if self.leaving.tracker.all_count() || unlogged || !logged {
             dirty.union_with(self.presence.pages());
@@ -338,6 +346,8 @@ mod tests {
         assert!(!unlogged.note(false, Live));
         unlogged.missed(Live);
         assert!(unlogged.note(false, Live));
+        assert!(unlogged.note(false, Live));
+        assert!(!unlogged.note(false, Live));
         // What was read once after the suspend is right.
         assert!(unlogged.note(true, Last));
         unlogged.missed(Last);

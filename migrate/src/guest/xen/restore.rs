@@ -348,7 +348,6 @@ impl XenDestination {
         self.changed(&held.iter().collect::<Vec<_>>())
     }
 
-    /// How many pages of the guest are in the image.
     /// A new domain has all pages that its page tables have ever named. The guest must not have more
     /// than it had: it believes that it gave them away.
     fn refuse_surplus(&self, domid: DomId) -> Result<()> {
@@ -364,6 +363,7 @@ impl XenDestination {
         }
     }
 
+    /// How many pages of the guest are in the image.
     fn pages_here(&self) -> Result<u64> {
         let image = self.image.as_ref().ok_or_else(no_restore)?;
         Ok(locked(image)?.pages_of(PageType::has_data).len())

@@ -60,21 +60,24 @@ fn programs() -> Vec<PathBuf> {
         .collect()
 }
 
-/// Sees savers that come and go.
+/// Sees savers of a domain that come and go.
 pub(super) struct Savers {
+    domid: DomId,
     /// None where nothing tells.
     programs: Option<Inotify>,
     /// The helpers that were at work when it looked last.
     known: BTreeSet<u32>,
+    /// Of these, one that saves the domain.
+    own: Option<u32>,
 }
 
 impl Savers {
     /// Begins to look.
-    pub fn watch() -> Self {
-        Self::watching(&programs())
+    pub fn watch(domid: DomId) -> Self {
+        Self::watching(domid, &programs())
     }
 
-    fn watching(programs: &[PathBuf]) -> Self {
+    fn watching(domid: DomId, programs: &[PathBuf]) -> Self {
         let flags = AddWatchFlags::IN_OPEN | AddWatchFlags::IN_CLOSE_NOWRITE;
         let watched = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)
             .and_then(|inotify| {
@@ -88,13 +91,16 @@ impl Savers {
             log::warn!("There is no {HELPER}: stock tools that meddle may not be seen");
         }
         Savers {
+            domid,
             programs: watched.ok(),
             known: helpers().map(|(id, _)| id).collect(),
+            own: None,
         }
     }
 
     /// Whether one may have come and gone since this was asked last. What is at work still does not
-    /// count.
+    /// count yet. Helpers of other domains count where they can't be told from it: programs that were
+    /// opened and closed meanwhile, whoever did so.
     pub fn came_and_went(&mut self) -> bool {
         let (mut opened, mut closed) = (false, false);
         // An error is that there is no more.
@@ -108,7 +114,9 @@ impl Savers {
         let living: BTreeSet<u32> = helpers().map(|(id, _)| id).collect();
         let came = living.difference(&self.known).next().is_some();
         self.known = living;
-        opened && (closed || !came)
+        let own = std::mem::replace(&mut self.own, saver_at_work(self.domid));
+        let has_gone = own.is_some_and(|own| self.own != Some(own));
+        has_gone || opened && (closed || !came)
     }
 }
 
@@ -123,18 +131,35 @@ mod tests {
         let program = directory.path().join(HELPER);
         std::fs::copy("/bin/sleep", &program).unwrap();
         let start = |seconds: &str| Command::new(&program).arg(seconds).spawn().unwrap();
-        let mut savers = Savers::watching(std::slice::from_ref(&program));
+        let domid = DomId::new(1).unwrap();
+        let mut savers = Savers::watching(domid, std::slice::from_ref(&program));
         assert!(!savers.came_and_went());
         start("0").wait().unwrap();
         assert!(savers.came_and_went());
+        // The kernel closes a program some time after it has ended.
+        std::thread::sleep(std::time::Duration::from_millis(300));
         assert!(!savers.came_and_went());
         // Of one that is at work its process tells.
         let mut long = start("60");
+        // It has its name a moment after it was started.
+        while !helpers().any(|(id, _)| id == long.id()) {
+            std::thread::yield_now();
+        }
         assert!(!savers.came_and_went());
         start("0").wait().unwrap();
         assert!(savers.came_and_went());
         long.kill().unwrap();
         long.wait().unwrap();
+        // It was of another domain.
+        assert!(!savers.came_and_went());
+    }
+
+    /// It was seen at work, so that it does not matter when its program was opened.
+    #[test]
+    fn one_that_was_at_work_and_has_gone_is_seen() {
+        let mut savers = Savers::watching(DomId::new(1).unwrap(), &[]);
+        savers.own = Some(1);
+        assert!(savers.came_and_went());
         assert!(!savers.came_and_went());
     }
 }

@@ -9,7 +9,7 @@ use xen_sys::DomId;
 use xen_sys::ctl::DirtyBitmap;
 
 use super::host::{Host, is_invalid};
-use super::savers::Savers;
+use super::savers::{Savers, saver_at_work};
 use crate::error::{Error, IoContext, Result};
 use crate::guest::{Facts, Kind, Moment};
 use crate::pages::PageSet;
@@ -46,7 +46,7 @@ impl Tracker {
     pub fn begin(&mut self, host: &Host, facts: &Facts) -> Result<TrackerKind> {
         if self.wanted != Some(TrackerKind::Scan) {
             // First: none is to come and go unseen.
-            self.savers = Some(Savers::watch());
+            self.savers = Some(Savers::watch(self.domid));
             self.log_dirty = self.try_log_dirty(host, facts)?;
         }
         match (&self.log_dirty, self.wanted) {
@@ -66,7 +66,17 @@ impl Tracker {
 
     /// Starts log-dirty if the hypervisor can. `None`: it can't, for this guest or at all.
     fn try_log_dirty(&self, host: &Host, facts: &Facts) -> Result<Option<DirtyBitmap>> {
-        match host.ctl().log_dirty_enable(self.domid) {
+        let mut enabled = host.ctl().log_dirty_enable(self.domid);
+        let is_on = matches!(&enabled, Err(error) if is_invalid(error));
+        if is_on && saver_at_work(self.domid).is_none() {
+            // A saver that was killed leaves it so. Nobody else needs it.
+            log::warn!("The log of dirty pages of {} was left on", facts.name);
+            enabled = host
+                .ctl()
+                .log_dirty_off(self.domid)
+                .and_then(|()| host.ctl().log_dirty_enable(self.domid));
+        }
+        match enabled {
             Ok(()) => {}
             Err(error) if error.is_not_supported() || error.is_out_of_memory() => {
                 log::info!("No log-dirty for {}: {error}", facts.name);
@@ -110,27 +120,26 @@ impl Tracker {
         Ok(())
     }
 
-    /// Whether the hypervisor has logged for us alone since this was asked last. Another tool that took
-    /// the log over and has ended took what was in it, and may have turned it off: it is on again then,
-    /// and what was written meanwhile nobody knows. To be asked while no other tool is at work.
+    /// Whether another tool may have come and gone since this was asked last, and with it what was
+    /// logged for us.
+    pub fn lost_to_others(&mut self) -> bool {
+        let lost = self.savers.as_mut().is_some_and(Savers::came_and_went);
+        if lost {
+            log::info!("Another tool may have taken the log of dirty pages");
+        }
+        lost
+    }
+
+    /// Turns the log on where it is off; whether it was. Another tool that took it over has turned it
+    /// off at its end, and of a log that is off the hypervisor hands out that nothing is dirty. To be
+    /// asked while no other tool is at work.
     ///
     /// # Errors
     /// What Xen refuses.
-    pub fn has_logged(&mut self, host: &Host) -> Result<bool> {
+    pub fn turn_on(&self, host: &Host) -> Result<bool> {
         if self.log_dirty.is_none() {
-            return Ok(true);
-        }
-        if self.savers.as_mut().is_some_and(Savers::came_and_went) {
-            log::warn!("A stock tool may have taken the log of dirty pages");
-            self.turn_on(host)?;
             return Ok(false);
         }
-        self.turn_on(host).map(|was_off| !was_off)
-    }
-
-    /// Turns the log on where it is off; whether it was. Of a log that is off, the hypervisor hands out
-    /// that nothing is dirty.
-    fn turn_on(&self, host: &Host) -> Result<bool> {
         match host.ctl().log_dirty_enable(self.domid) {
             Err(error) if is_invalid(&error) => Ok(false),
             Err(error) => Err(error).context(|| "Can't track dirty pages"),
