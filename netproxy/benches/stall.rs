@@ -345,14 +345,16 @@ fn main() {
     }
     println!(
         "{moves} moves each, in ms: median of the streams' first bytes | the slowest stream's | \
-         all pending bytes; the worst move in brackets. Then how long the release itself took; the \
+         all pending bytes; the worst move in brackets. Then how long the re-target itself took, with the \
+         guest silent, and the release; the \
          time that processors worked until all bytes had come, for the proxy and for everything \
          here; and the same exchange without a move.\n"
     );
     println!(
-        "| RTT | connections | pending | at a move | | | release | CPU: proxy | all | without | | |"
+        "| RTT | connections | pending | at a move | | | retarget | release | CPU: proxy | all | without \
+         | | |"
     );
-    println!("|---|---|---|---|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|---|---|---|---|");
     for rtt in chosen(1, [10, 40, 200]) {
         for count in chosen(2, [1, 100, 1000]) {
             let count = usize::try_from(count).unwrap();
@@ -372,7 +374,8 @@ fn main() {
                 // An idle stream is asked something when the guest can be reached.
                 let length = if size == 0 { 10 } else { size };
                 let (mut with, mut without) = (Row::default(), Row::default());
-                let (mut releases, mut own, mut total) = (Vec::new(), Vec::new(), Vec::new());
+                let (mut retargets, mut releases) = (Vec::new(), Vec::new());
+                let (mut own, mut total) = (Vec::new(), Vec::new());
                 for _ in 0..moves {
                     let start = Instant::now();
                     send(&mut streams, length);
@@ -387,7 +390,9 @@ fn main() {
                     send(&mut streams, size);
                     std::thread::sleep(Duration::from_millis(20));
                     go.hold(WITHIN).unwrap();
+                    let asked = Instant::now();
                     assert_eq!(go.retarget(WITHIN).unwrap().connections, count);
+                    retargets.push(asked.elapsed().as_secs_f64() * 1e3);
                     // The guest's last delta, commit, unpause.
                     std::thread::sleep(Duration::from_millis(20));
                     world.place(Some(site));
@@ -412,8 +417,9 @@ fn main() {
                     releases.push(release.as_secs_f64() * 1e3);
                 }
                 println!(
-                    "| {rtt} | {count} | {name} | {} | {:.1} | {:.1} | {:.1} | {} |",
+                    "| {rtt} | {count} | {name} | {} | {:.1} | {:.1} | {:.1} | {:.1} | {} |",
                     with.show(),
+                    median(retargets),
                     median(releases),
                     median(own),
                     median(total),
