@@ -379,6 +379,24 @@ fn a_guest_that_was_removed_before_an_upgrade_can_be_named_again() {
     exchange(&mut stream, b"after");
 }
 
+/// The new program names it before its threads have taken up a single connection.
+#[test]
+fn a_guest_can_be_named_again_by_the_upgrade_itself() {
+    let mut program = Program::start(echo_server());
+    let file = program.directory.join("proxy.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let mut streams: Vec<_> = (0..20).map(|_| program.connect()).collect();
+    for _ in 0..5 {
+        streams.iter_mut().for_each(|it| exchange(it, b"before"));
+        std::fs::write(&file, &text[..text.find("[[guest]]").unwrap()]).unwrap();
+        program.client().call(&Request::Reload).unwrap();
+        std::fs::write(&file, &text).unwrap();
+        program.upgrade();
+        assert_eq!(program.overview().guests[0].connections, streams.len());
+    }
+    streams.iter_mut().for_each(|it| exchange(it, b"after"));
+}
+
 #[test]
 fn a_program_that_can_not_take_over_is_given_nothing() {
     let mut program = Program::start(echo_server());

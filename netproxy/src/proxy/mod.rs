@@ -248,9 +248,9 @@ impl Proxy {
                 .get(&name)
                 .filter(|site| settings.sites.contains_key(*site));
             // One that has connections still is the same one as before, with all that counts it.
+            // How many these are says nothing: after an upgrade they may not be taken up yet.
             let again = || {
-                let guest = removed.remove(&name)?.upgrade();
-                let guest = guest.filter(|guest| guest.open() > 0)?;
+                let guest = removed.remove(&name)?.upgrade()?;
                 guest.set_draining(false);
                 Some(guest)
             };

@@ -15,6 +15,7 @@ use crate::control::ControlServer;
 use crate::error::{Error, Result, system};
 use crate::event_loop::{self, Command, PackedWorker, WorkerHandle};
 use crate::guest::Guest;
+use crate::metrics::Metrics;
 use crate::upgrade::state::{
     ConnectionState, GuestState, Handed, ListenerState, Micros, State, WorkerState,
 };
@@ -102,6 +103,27 @@ fn as_text(settings: &impl serde::Serialize) -> Result<String> {
 
 fn from_text<T: serde::de::DeserializeOwned>(text: &str) -> Result<T> {
     toml::from_str(text).map_err(|error| Error::Config(error.to_string()))
+}
+
+/// The guests of a state, each name once: of several, the one that the configuration names. Older
+/// programs have made a second one when a guest was named again, and a move knows it by its name.
+fn known_guests(states: &[GuestState], metrics: &Metrics) -> Result<Vec<Arc<Guest>>> {
+    let mut by_name: BTreeMap<String, Arc<Guest>> = BTreeMap::new();
+    let mut known: Vec<Option<Arc<Guest>>> = vec![None; states.len()];
+    for named in [true, false] {
+        let own = states.iter().zip(&mut known);
+        for (state, place) in own.filter(|(state, _)| state.named == named) {
+            let settings: GuestConfig = from_text(&state.settings)?;
+            let name = settings.name.get_ref().clone();
+            let guest = by_name.entry(name).or_insert_with(|| {
+                let guest = Guest::new(Arc::new(settings), state.site.clone(), metrics);
+                guest.set_draining(state.draining);
+                Arc::new(guest)
+            });
+            *place = Some(Arc::clone(guest));
+        }
+    }
+    Ok(known.into_iter().flatten().collect())
 }
 
 impl Proxy {
@@ -315,17 +337,7 @@ impl Proxy {
 
     /// Goes on where the program before was.
     pub(super) fn take_over(&self, state: State) -> Result<ControlSeed> {
-        let guests = state
-            .guests
-            .iter()
-            .map(|guest| {
-                let settings: GuestConfig = from_text(&guest.settings)?;
-                let known =
-                    Guest::new(Arc::new(settings), guest.site.clone(), &self.shared.metrics);
-                known.set_draining(guest.draining);
-                Ok(Arc::new(known))
-            })
-            .collect::<Result<Vec<_>>>()?;
+        let guests = known_guests(&state.guests, &self.shared.metrics)?;
         let services = state
             .services
             .iter()
@@ -344,6 +356,7 @@ impl Proxy {
                 removed.insert(guest.name.clone(), Arc::downgrade(guest));
             }
         }
+        removed.retain(|name, _| !named.contains_key(name));
         drop(named);
         *lock(&self.removed) = removed;
         self.shared.set_next_id(state.next_id);
@@ -399,4 +412,41 @@ pub(super) struct ControlSeed {
     listener: OwnedFd,
     path: PathBuf,
     caller: Option<OwnedFd>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state(name: &str, site: &str, named: bool) -> GuestState {
+        let settings = format!(
+            "name = {name:?}\naddress = \"192.0.2.1\"\nsite = \"a\"\n[sites.a]\nrouted = true\n"
+        );
+        let (site, draining) = (site.to_owned(), !named);
+        GuestState {
+            settings,
+            site,
+            draining,
+            named,
+        }
+    }
+
+    #[test]
+    fn what_has_one_name_is_one_guest() {
+        let states = [
+            state("split", "old", false),
+            state("split", "here", true),
+            state("gone", "a", false),
+            state("other", "a", true),
+            state("gone", "a", false),
+        ];
+        let guests = known_guests(&states, &Metrics::new()).unwrap();
+        let names: Vec<&str> = guests.iter().map(|guest| guest.name.as_str()).collect();
+        assert_eq!(names, ["split", "split", "gone", "other", "gone"]);
+        assert!(Arc::ptr_eq(&guests[0], &guests[1]) && Arc::ptr_eq(&guests[2], &guests[4]));
+        assert_eq!(
+            (guests[0].site().as_str(), guests[0].draining()),
+            ("here", false)
+        );
+    }
 }
