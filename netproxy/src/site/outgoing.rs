@@ -283,8 +283,13 @@ impl Detour {
     fn device(&self) -> String {
         match &self.tunnel {
             Tunnel::Device { name, .. } => name.clone(),
-            Tunnel::Vxlan { .. } => format!("vmshadow{}", self.number),
+            Tunnel::Vxlan { .. } => self.own_device(),
         }
+    }
+
+    /// The name of a VXLAN that is made for it.
+    fn own_device(&self) -> String {
+        format!("vmshadow{}", self.number)
     }
 
     fn check(&self) -> Result<()> {
@@ -369,25 +374,19 @@ impl Detour {
         replacement(&table, &format!("{old}{chains}")) + &self.guard()
     }
 
-    /// The table that keeps everybody but the other site out of the tunnel: its family and name.
-    /// None where the tunnel is somebody else's.
-    fn guard_table(&self) -> Option<String> {
-        // The family is that of the tunnel's own packets, which may be another one than the guest's.
-        let ip = match &self.tunnel {
-            Tunnel::Vxlan { remote, .. } if remote.is_ipv4() => "ip",
-            Tunnel::Vxlan { .. } => "ip6",
-            Tunnel::Device { .. } => return None,
-        };
-        Some(format!("{ip} {}", super::table_name("guard", &self.guest)))
+    /// The table that keeps everybody but the other site out of the tunnel: its family, that of
+    /// the tunnel's own packets, and its name.
+    fn guard_table(&self, family: &str) -> String {
+        format!("{family} {}", super::table_name("guard", &self.guest))
     }
 
-    /// The rules of that table.
+    /// The rules of that table. None where the tunnel is somebody else's.
     fn guard(&self) -> String {
-        let (Some(table), Tunnel::Vxlan { remote, port, .. }) = (self.guard_table(), &self.tunnel)
-        else {
+        let Tunnel::Vxlan { remote, port, .. } = &self.tunnel else {
             return String::new();
         };
         let ip = if remote.is_ipv4() { "ip" } else { "ip6" };
+        let table = self.guard_table(ip);
         // Only of this guest's network: others may come from other sites.
         let network = NETWORK + u32::from(self.number);
         replacement(
@@ -501,7 +500,7 @@ impl Detour {
         Ok(gateway)
     }
 
-    /// Takes it away. That it was not there is no error.
+    /// Takes it away, with whatever tunnel it was made. That it was not there is no error.
     ///
     /// # Errors
     /// With what `nft` said.
@@ -519,11 +518,17 @@ impl Detour {
         .is_ok()
         {}
         let _ = ip(&format!("{family} route flush table {table}"));
-        if matches!(self.tunnel, Tunnel::Vxlan { .. }) {
-            let _ = ip(&format!("link del {}", self.device()));
+        // Whatever its tunnel is now: the one before may have had another.
+        let own = self.own_device();
+        if !matches!(&self.tunnel, Tunnel::Device { name, .. } if *name == own) {
+            let _ = ip(&format!("link del {own}"));
         }
-        let tables = [Some(self.table()), self.guard_table()];
-        let removal: String = tables.iter().flatten().map(|it| removal(it)).collect();
+        // A kernel without IPv6 has none of its tables, and takes nothing that names one.
+        let six = std::path::Path::new("/proc/sys/net/ipv6").exists();
+        let families = ["ip", "ip6"].into_iter().take(1 + usize::from(six));
+        let guards = families.map(|family| self.guard_table(family));
+        let tables = std::iter::once(self.table()).chain(guards);
+        let removal: String = tables.map(|table| removal(&table)).collect();
         run("nft", &["-f", "-"], &removal).map(drop)
     }
 

@@ -301,3 +301,49 @@ fn a_detour_that_can_not_be_made_leaves_nothing() {
     });
     assert_eq!(everything(&world, "a"), before);
 }
+
+/// A move that was never settled went through another tunnel: nothing of that stays behind.
+#[test]
+fn a_detour_replaces_one_with_another_tunnel() {
+    let world = World::new(Duration::from_millis(4));
+    world.ip("edge", "-6 address add fd00:2::1/64 dev to-b nodad");
+    world.ip("b", "-6 address add fd00:2::2/64 dev up0 nodad");
+    let before = everything(&world, "b");
+    let vxlan = |local: &str, remote: &str| Tunnel::Vxlan {
+        local: local.parse().unwrap(),
+        remote: remote.parse().unwrap(),
+        port: 4789,
+    };
+    let device = Tunnel::Device {
+        name: "up0".into(),
+        gateway: Some("10.2.2.1".parse().unwrap()),
+    };
+    let (four, six) = (vxlan(OUTER[1], OUTER[0]), vxlan("fd00:2::2", "fd00:1::2"));
+    for (first, second) in [
+        (&four, &device),
+        (&six, &device),
+        (&four, &six),
+        (&six, &four),
+    ] {
+        let of = |tunnel: &Tunnel| Detour {
+            tunnel: tunnel.clone(),
+            ..detour(Side::New, &[], Duration::from_secs(60))
+        };
+        let apply = |tunnel: &Tunnel| {
+            let detour = of(tunnel);
+            world.in_namespace("b", move || detour.apply().unwrap());
+        };
+        let remove = || {
+            let detour = of(second);
+            world.in_namespace("b", move || detour.remove().unwrap());
+            assert_eq!(everything(&world, "b"), before);
+        };
+        apply(second);
+        let alone = everything(&world, "b");
+        remove();
+        apply(first);
+        apply(second);
+        assert_eq!(everything(&world, "b"), alone, "{first:?} {second:?}");
+        remove();
+    }
+}
