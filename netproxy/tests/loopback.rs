@@ -305,13 +305,9 @@ fn many_clients_that_do_not_read_hold_no_more_than_all_may() {
 
 #[test]
 fn a_guest_that_does_not_even_refuse_is_given_up() {
-    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
-    let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
-    socket.bind(&any.into()).unwrap();
-    socket.listen(0).unwrap();
-    let guest = socket.local_addr().unwrap().as_socket().unwrap();
-    // Its queue is full: who comes now hears nothing.
-    let _first = TcpStream::connect(guest).unwrap();
+    // Who comes now hears nothing.
+    let (listener, _first) = busy_guest();
+    let guest = listener.local_addr().unwrap();
     let setup = Setup::with(guest, "connect = \"300ms\"", "", r#""127.0.0.1:0""#);
     assert!(refused(&setup));
     wait_until(|| setup.proxy.open() == 0);
@@ -334,6 +330,37 @@ fn one_that_has_half_ended_does_not_stay_for_ever() {
     wait_until(|| setup.proxy.open() == 0);
     let metrics = setup.proxy.metrics();
     assert!(metrics.contains("timeouts_total{guest=\"g\"} 1"));
+}
+
+/// With no time at all for what is left to say, who ends ends both.
+#[test]
+fn one_end_is_the_end_where_nothing_is_waited_for() {
+    let setup = Setup::new("half_closed = 0", "");
+    let mut ends = setup.connect();
+    let mut stays = setup.connect();
+    exchange(&mut ends, b"before");
+    exchange(&mut stays, b"before");
+    ends.shutdown(Shutdown::Write).unwrap();
+    wait_until(|| setup.proxy.open() == 1);
+    exchange(&mut stays, b"after");
+}
+
+#[test]
+fn a_buffer_may_be_as_small_as_it_likes() {
+    let setup = Setup::new("buffer = 1", "");
+    exchange(&mut setup.connect(), &[7; 3000]);
+}
+
+#[test]
+fn an_mss_of_0_is_none() {
+    let setup = Setup::new("", "");
+    let text = setup.text("", "", r#""127.0.0.1:0""#);
+    let text = text.replace("site = \"a\"\n", "site = \"a\"\nmss = 0\n");
+    setup
+        .proxy
+        .reload(Config::parse(&text, "x").unwrap())
+        .unwrap();
+    exchange(&mut setup.connect(), b"hello");
 }
 
 #[test]
@@ -459,6 +486,16 @@ fn a_word_just_before_a_reset_arrives() {
 }
 
 /// Nobody waits for ever for one who does not read.
+/// A guest that takes nobody yet: its queue is full until the first one is taken out of it.
+fn busy_guest() -> (TcpListener, TcpStream) {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
+    socket.bind(&any.into()).unwrap();
+    socket.listen(0).unwrap();
+    let first = TcpStream::connect(socket.local_addr().unwrap().as_socket().unwrap()).unwrap();
+    (socket.into(), first)
+}
+
 #[test]
 fn who_does_not_read_keeps_a_broken_connection_for_no_longer_than_the_limit() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();

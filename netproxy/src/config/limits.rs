@@ -8,9 +8,10 @@ use std::time::Duration;
 
 use serde::de::Error;
 use serde::{Deserialize, Deserializer};
+use toml::Spanned;
 
-/// The smallest `buffer`. Without any, nothing would pass at all.
-const SMALLEST_BUFFER: usize = 1 << 10;
+use super::{Mistake, mistake};
+
 /// What the kernel takes for the times of keep-alive, in whole seconds.
 const SECONDS: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(32_767);
 /// What it takes for the number of questions.
@@ -40,8 +41,7 @@ pub struct Limits {
     /// How long a connection may carry nothing.
     #[serde(deserialize_with = "some_time")]
     pub idle: Period,
-    /// How long it may carry nothing after one direction has ended.
-    #[serde(deserialize_with = "some_time")]
+    /// How long it may carry nothing after one direction has ended; with 0, both end with the first.
     pub half_closed: Period,
     /// How long the last bytes may wait to be acknowledged: by the guest, when both directions have
     /// ended, and by either side, when the other one has failed.
@@ -50,11 +50,9 @@ pub struct Limits {
     #[serde(deserialize_with = "asked_after")]
     pub keepalive: Period,
     /// How long between such questions.
-    #[serde(deserialize_with = "seconds")]
-    pub keepalive_interval: Period,
+    pub keepalive_interval: Spanned<Period>,
     /// How many of them may go unanswered.
-    #[serde(deserialize_with = "probes")]
-    pub keepalive_probes: u32,
+    pub keepalive_probes: Spanned<u32>,
 }
 
 impl Default for Limits {
@@ -70,21 +68,37 @@ impl Default for Limits {
             half_closed: Period(Duration::from_secs(3600)),
             linger: Period(Duration::from_secs(60)),
             keepalive: Period(Duration::from_secs(60)),
-            keepalive_interval: Period(Duration::from_secs(15)),
-            keepalive_probes: 8,
+            keepalive_interval: Spanned::new(0..0, Period(Duration::from_secs(15))),
+            keepalive_probes: Spanned::new(0..0, 8),
         }
     }
 }
 
 impl Limits {
+    /// What depends on more than one value.
+    pub(super) fn check(&self) -> Result<(), Mistake> {
+        // Who is never asked needs neither.
+        if self.keepalive.0.is_zero() {
+            return Ok(());
+        }
+        if !SECONDS.contains(&self.keepalive_interval.get_ref().0) {
+            return Err(mistake(&self.keepalive_interval, "it is 1 s to 32767 s"));
+        }
+        if !PROBES.contains(self.keepalive_probes.get_ref()) {
+            return Err(mistake(&self.keepalive_probes, "it is 1 to 127"));
+        }
+        Ok(())
+    }
+
     /// How long a peer may leave everything unanswered, keep-alive's questions or data. None where
     /// it may do so for as long as the kernel goes on sending.
     pub(crate) fn silence(&self) -> Option<Duration> {
         const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
         let asked = self
             .keepalive_interval
+            .get_ref()
             .0
-            .saturating_mul(self.keepalive_probes);
+            .saturating_mul(*self.keepalive_probes.get_ref());
         let silence = self.keepalive.0.saturating_add(asked).min(YEAR);
         (!self.keepalive.0.is_zero()).then_some(silence)
     }
@@ -93,9 +107,9 @@ impl Limits {
 /// A buffer in which something can be held.
 fn buffer<'de, D: Deserializer<'de>>(from: D) -> Result<ByteSize, D::Error> {
     let size = ByteSize::deserialize(from)?;
-    (size.0 >= SMALLEST_BUFFER)
+    (size.0 > 0)
         .then_some(size)
-        .ok_or_else(|| D::Error::custom("it is 1KiB at least"))
+        .ok_or_else(|| D::Error::custom("it can't be 0: nothing would pass"))
 }
 
 /// A time after which a connection is ended: one that is over at once would end all of them.
@@ -106,27 +120,11 @@ fn some_time<'de, D: Deserializer<'de>>(from: D) -> Result<Period, D::Error> {
         .ok_or_else(|| D::Error::custom("it can't be 0: each connection would end at once"))
 }
 
-fn seconds<'de, D: Deserializer<'de>>(from: D) -> Result<Period, D::Error> {
-    let period = Period::deserialize(from)?;
-    SECONDS
-        .contains(&period.0)
-        .then_some(period)
-        .ok_or_else(|| D::Error::custom("it is 1 s to 32767 s"))
-}
-
 fn asked_after<'de, D: Deserializer<'de>>(from: D) -> Result<Period, D::Error> {
     let period = Period::deserialize(from)?;
     (period.0.is_zero() || SECONDS.contains(&period.0))
         .then_some(period)
         .ok_or_else(|| D::Error::custom("it is 1 s to 32767 s, or 0 for never"))
-}
-
-fn probes<'de, D: Deserializer<'de>>(from: D) -> Result<u32, D::Error> {
-    let count = u32::deserialize(from)?;
-    PROBES
-        .contains(&count)
-        .then_some(count)
-        .ok_or_else(|| D::Error::custom("it is 1 to 127"))
 }
 
 /// A count of bytes: a number, or text such as "64KiB" or "1MiB".
@@ -202,10 +200,8 @@ mod tests {
         };
         for line in [
             "buffer = 0",
-            "buffer = 1023",
             "connect = 0",
             "idle = 0",
-            "half_closed = \"0s\"",
             "keepalive = \"500ms\"",
             "keepalive = 32768",
             "keepalive_interval = 0",
@@ -218,11 +214,13 @@ mod tests {
             assert!(error.starts_with("x:4: it "), "{line}: {error}");
         }
         for line in [
-            "buffer = \"1KiB\"",
+            "buffer = 1",
             "buffer_total = 0",
             "idle = \"1ms\"",
+            "half_closed = \"0s\"",
             "linger = 0",
             "keepalive = 0",
+            "keepalive = 0\nkeepalive_interval = 0\nkeepalive_probes = 0",
             "keepalive = 1",
             "keepalive = 32767",
             "keepalive_interval = 32767",

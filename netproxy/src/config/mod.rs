@@ -55,7 +55,7 @@ pub use limits::{ByteSize, Limits, Period};
 /// The version of the file's format.
 pub const VERSION: u32 = 1;
 
-/// What the kernel takes for `mss`.
+/// What the kernel takes for `mss`, beside 0 for none.
 const MSS: RangeInclusive<u16> = 88..=32_767;
 
 /// The whole configuration.
@@ -127,7 +127,7 @@ pub struct GuestConfig {
     /// The address of this host that the guest sees. Routing chooses it if not given.
     pub source: Option<IpAddr>,
     /// The largest segment on connections to the guest, for sites with a smaller path MTU: a
-    /// connection keeps what it agreed on when it was opened.
+    /// connection keeps what it agreed on when it was opened. 0 is as if it was not given.
     pub mss: Option<u16>,
     /// The site where it is at first.
     pub site: Spanned<String>,
@@ -241,6 +241,7 @@ impl Config {
                 ),
             ));
         }
+        self.limits.check()?;
         let mut names = BTreeSet::new();
         let mut listeners = BTreeSet::new();
         // Where each guest's ports are reached, and what is behind them.
@@ -278,10 +279,10 @@ impl Config {
 impl GuestConfig {
     fn check(&self, listeners: &mut BTreeSet<SocketAddr>) -> std::result::Result<(), Mistake> {
         // Not when it is read: a guest that another program hands over is taken as it is.
-        if self.mss.is_some_and(|mss| !MSS.contains(&mss)) {
+        if self.mss.is_some_and(|mss| mss != 0 && !MSS.contains(&mss)) {
             return Err(mistake(
                 &self.name,
-                format!("An mss is {} to {}", MSS.start(), MSS.end()),
+                format!("An mss is {} to {}, or 0 for none", MSS.start(), MSS.end()),
             ));
         }
         if !self.sites.contains_key(self.site.get_ref()) {

@@ -169,8 +169,8 @@ fn tune(socket: SockRef<'_>, limits: &Limits) -> io::Result<()> {
     }
     let keepalive = TcpKeepalive::new()
         .with_time(limits.keepalive.0)
-        .with_interval(limits.keepalive_interval.0)
-        .with_retries(limits.keepalive_probes);
+        .with_interval(limits.keepalive_interval.get_ref().0)
+        .with_retries(*limits.keepalive_probes.get_ref());
     socket.set_tcp_keepalive(&keepalive)
 }
 
@@ -447,6 +447,11 @@ impl Connection {
             return now + SETTLE;
         }
         let idle = self.last_activity + self.idle_limit(limits);
+        // One that is held is not ended by it, and would be due again and again.
+        let idle = match self.is_held() {
+            true => idle.max(now + SETTLE),
+            false => idle,
+        };
         match limits.silence() {
             Some(silence) => idle.min(self.looked + silence / 2),
             None => idle,
