@@ -61,6 +61,9 @@ pub enum Error {
         /// Bytes that the client's socket has not taken.
         to_client: usize,
     },
+    /// A connection's guest is not reached any more where the connection leads.
+    #[error("Another service is reached at {0} now")]
+    Taken(SocketAddr),
     /// A socket's state, as read, contradicts itself.
     #[error("The state of the connection contradicts itself: {0}")]
     Inconsistent(&'static str),

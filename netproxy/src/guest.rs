@@ -1,7 +1,7 @@
 //! What all threads know together: the guests, the limits, the counts.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
@@ -135,6 +135,25 @@ impl Shared {
             .unwrap_or_else(PoisonError::into_inner)
             .get(name)
             .cloned()
+    }
+
+    /// Whether a configured service is reached at `at` that is not the one of this guest's port.
+    pub(crate) fn is_anothers(&self, at: SocketAddr, guest: &str, port: u16) -> bool {
+        let guests = self.guests.read().unwrap_or_else(PoisonError::into_inner);
+        let ports = |settings: &GuestConfig| -> Vec<u16> {
+            let services = settings.reached_at(at);
+            services.map(|service| *service.port.get_ref()).collect()
+        };
+        // Its own first: no configuration has two at one place, and with many connections this is
+        // asked often.
+        if let Some(own) = guests.get(guest) {
+            let ports = ports(&own.settings());
+            if !ports.is_empty() {
+                return ports.iter().any(|own| *own != port);
+            }
+        }
+        let mut others = guests.values();
+        others.any(|other| !ports(&other.settings()).is_empty())
     }
 
     pub(crate) fn open(&self) -> usize {
@@ -290,6 +309,45 @@ mod tests {
         let four = shared.admit(&first, c).unwrap();
         assert_eq!((shared.open(), first.open()), (3, 2));
         assert_eq!(four.id, 4);
+    }
+
+    #[test]
+    fn what_is_reached_at_one_place_is_one_service() {
+        let guest = |name: &str, address: &str, site_port: u16| {
+            format!(
+                "[[guest]]\nname = {name:?}\naddress = {address:?}\nsite = \"a\"\n\
+                 [guest.sites.a]\naddress = \"198.51.100.7\"\n[guest.sites.b]\nrouted = true\n\
+                 [[guest.service]]\nname = \"s\"\nlisten = []\nport = 5900\n\
+                 site_port = {site_port}\n"
+            )
+        };
+        let text = format!(
+            "version = 1\n{}{}",
+            guest("one", "10.0.0.1", 15900),
+            guest("two", "10.0.0.2", 15901)
+        );
+        let shared = Shared::new(Limits::default());
+        for settings in Config::parse(&text, "x").unwrap().guests {
+            let guest = Guest::new(Arc::new(settings), "a".into(), &shared.metrics);
+            let mut guests = shared.guests.write().unwrap();
+            guests.insert(guest.name.clone(), Arc::new(guest));
+        }
+        let anothers =
+            |at: &str, guest: &str, port| shared.is_anothers(at.parse().unwrap(), guest, port);
+        for (at, of_one, of_two) in [
+            ("198.51.100.7:15900", false, true),
+            ("198.51.100.7:15901", true, false),
+            ("10.0.0.1:5900", false, true),
+            ("198.51.100.7:5900", false, false),
+            ("10.0.0.3:5900", false, false),
+        ] {
+            assert_eq!(anothers(at, "one", 5900), of_one, "{at}");
+            assert_eq!(anothers(at, "two", 5900), of_two, "{at}");
+        }
+        // Another port of the same guest, and a guest that is not named any more.
+        assert!(anothers("198.51.100.7:15900", "one", 5901));
+        assert!(anothers("198.51.100.7:15900", "gone", 5900));
+        assert!(!anothers("198.51.100.7:5901", "gone", 5900));
     }
 
     #[test]

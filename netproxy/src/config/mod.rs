@@ -368,6 +368,19 @@ impl GuestConfig {
         Some(SocketAddr::new(self.reach(site)?, port))
     }
 
+    /// The services that are reached at `at` while the guest is at one of its sites.
+    pub(crate) fn reached_at(&self, at: SocketAddr) -> impl Iterator<Item = &ServiceConfig> {
+        // Most sites are elsewhere: that is cheaper to see than where each service is.
+        let sites = self.sites.keys().filter(move |site| {
+            let reach = self.reach(site);
+            reach.is_some_and(|reach| reach == at.ip())
+        });
+        let services = sites.flat_map(|site| self.services.iter().map(move |it| (site, it)));
+        services
+            .filter(move |(site, service)| self.upstream(site, service) == Some(at))
+            .map(|(_, service)| service)
+    }
+
     /// The port of sites that translate for a service, which may be one that is not named any more.
     /// A site has one way back for a port of the guest, so that is the one of who has it now.
     pub(crate) fn forward(&self, service: &ServiceConfig) -> Forward {

@@ -232,6 +232,11 @@ impl Connection {
                 site,
             });
         };
+        // It may have waited for so long that its service is gone.
+        let port = *self.service.port.get_ref();
+        if ctx.shared.is_anothers(remote, &self.guest.name, port) {
+            return Err(Error::Taken(remote));
+        }
         let failed = || system("Connecting to the guest");
         let socket = Socket::new(
             Domain::for_address(remote),

@@ -256,6 +256,12 @@ impl Connection {
         let Upstream::Open(endpoint) = &mut self.upstream else {
             return Ok(Step::Waits);
         };
+        // Where the guest is already it stays as it is: what was translated there is so still.
+        let stays = site == self.guest.site() && endpoint.stream.peer_addr().ok() == Some(remote);
+        let port = *self.service.port.get_ref();
+        if !stays && ctx.shared.is_anothers(remote, &self.guest.name, port) {
+            return Err(Error::Taken(remote));
+        }
         let (to_guest, to_client) = (self.to_guest.queued(), self.to_client.queued());
         let refuse_more = |unacknowledged: usize, unread: usize| {
             let (to_guest, to_client) = (unacknowledged + to_guest, unread + to_client);

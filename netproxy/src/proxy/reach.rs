@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
-use std::sync::PoisonError;
 
 use super::Proxy;
 use crate::control::Reach;
@@ -40,7 +39,10 @@ impl Proxy {
                 continue;
             }
             let at = SocketAddr::new(translation.site_address, forward.site_port);
-            if self.is_taken(at) {
+            if self
+                .shared
+                .is_anothers(at, &translation.guest, forward.guest_port)
+            {
                 log::warn!(
                     "Connections to port {} of {} can't follow it: another service has {at} now",
                     forward.guest_port,
@@ -51,21 +53,5 @@ impl Proxy {
             translation.forwards.push(forward);
         }
         Ok(())
-    }
-
-    /// Whether a configured service of any guest is reached there.
-    fn is_taken(&self, at: SocketAddr) -> bool {
-        let guests = self
-            .shared
-            .guests
-            .read()
-            .unwrap_or_else(PoisonError::into_inner);
-        guests.values().map(|guest| guest.settings()).any(|guest| {
-            let mut sites = guest.sites.keys();
-            sites.any(|site| {
-                let mut services = guest.services.iter();
-                services.any(|service| guest.upstream(site, service) == Some(at))
-            })
-        })
     }
 }

@@ -403,3 +403,52 @@ fn a_service_that_is_gone_or_changed_moves_on() {
     exchange(&mut gone, b"after");
     exchange(&mut changed, b"after");
 }
+
+/// The sites lead the port of a service that is gone to somebody else: what is open of it has no
+/// way any more, and says nothing there. Where it is it goes on.
+#[test]
+fn a_service_whose_place_is_taken_does_not_move_to_another() {
+    let world = World::new(Duration::from_millis(4));
+    serve(&world, 5900);
+    for of_another in [true, false] {
+        world.place(Some("a"));
+        let edge = Edge::new(&world, "");
+        let mut stream = echoing(&world);
+        exchange(&mut stream, b"before");
+        let text = configuration(&edge.control.display().to_string(), "", false);
+        let services = text.find("[[guest.service]]").unwrap();
+        let service = "[[guest.service]]\nname = \"x\"\nlisten = [\"10.1.0.1:5901\"]\n\
+                       port = 5902\nsite_port = 15900\n";
+        let mut taken = text[..services].to_owned();
+        if of_another {
+            let guest = text[text.find("[[guest]]").unwrap()..services].to_owned();
+            let guest = guest.replace("desktop", "other");
+            taken.push_str(&guest.replace(crate::world::GUEST, "10.7.0.6"));
+        }
+        taken.push_str(service);
+        let proxy = Arc::clone(edge.proxy.as_ref().unwrap());
+        world.in_namespace("edge", move || {
+            proxy
+                .reload(Config::parse(&taken, "test").unwrap())
+                .unwrap();
+        });
+        let mut control = edge.client();
+        control.prepare("desktop", "b").unwrap();
+        control.hold("desktop", LEASE).unwrap();
+        assert_eq!(control.cancel("desktop").unwrap().failed, 0);
+        exchange(&mut stream, b"as ever");
+        control.prepare("desktop", "b").unwrap();
+        world.place(None);
+        control.hold("desktop", LEASE).unwrap();
+        stream.write_all(b"not for others").unwrap();
+        let tally = control.retarget("desktop").unwrap();
+        assert_eq!((tally.connections, tally.failed), (0, 1));
+        // Who answers there gets none of it.
+        world.place(Some("b"));
+        let tally = control.release("desktop", Duration::ZERO).unwrap();
+        assert_eq!((tally.connections, tally.failed), (0, 1));
+        let error = stream.read(&mut [0]).unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+        assert_eq!(edge.metric("netproxy_retargets_total"), 0);
+    }
+}
