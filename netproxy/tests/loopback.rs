@@ -496,6 +496,40 @@ fn busy_guest() -> (TcpListener, TcpStream) {
     (socket.into(), first)
 }
 
+/// The time for last words begins when there is somebody to hear them.
+#[test]
+fn last_words_wait_for_a_guest_that_is_connected_late() {
+    let (listener, _first) = busy_guest();
+    let setup = Setup::with(
+        listener.local_addr().unwrap(),
+        "linger = \"500ms\"",
+        "",
+        r#""127.0.0.1:0""#,
+    );
+    let mut client = setup.connect();
+    let words: Vec<u8> = (0..200_000_u32)
+        .map(|i| u8::try_from(i % 251).unwrap())
+        .collect();
+    client.write_all(&words).unwrap();
+    wait_until(|| {
+        let connections = setup.proxy.list().unwrap().connections;
+        connections.iter().any(|it| it.held == words.len() as u64)
+    });
+    socket2::SockRef::from(&client)
+        .set_linger(Some(Duration::ZERO))
+        .unwrap();
+    drop(client);
+    std::thread::sleep(Duration::from_millis(700));
+    drop(listener.accept().unwrap());
+    let (mut guest, _) = listener.accept().unwrap();
+    let mut heard = vec![0; words.len()];
+    guest.read_exact(&mut heard).unwrap();
+    assert!(heard == words);
+    let error = guest.read(&mut [0]).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    wait_until(|| setup.proxy.open() == 0);
+}
+
 #[test]
 fn who_does_not_read_keeps_a_broken_connection_for_no_longer_than_the_limit() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -26,7 +26,7 @@ pub(super) struct Lost {
     pub(super) drained: bool,
     /// The error is taken already: what reads as an end is none.
     pub(super) endless: bool,
-    /// When the other side could first be told.
+    /// Since when the other side can be told, without a move between.
     since: Option<Instant>,
 }
 
@@ -106,6 +106,13 @@ impl Connection {
         self.guest_is_lost() || self.client_is_lost() && matches!(self.stage, Stage::Normal)
     }
 
+    /// The other side can't be told now. When it can, it has its time again.
+    pub(super) fn begin_anew(&mut self) {
+        if let Some(lost) = &mut self.lost {
+            lost.since = None;
+        }
+    }
+
     /// Whether a lost client has said something that was not written to the guest yet.
     pub(super) fn client_left_words(&self) -> bool {
         let drained = self.lost.as_ref().is_some_and(|lost| lost.drained);
@@ -115,6 +122,7 @@ impl Connection {
     /// Keeps the connection until the other side has what the lost one had said.
     pub(super) fn last_words(&mut self, ctx: &Context<'_>) -> Next {
         if !self.has_last_words() {
+            self.begin_anew();
             return if self.ended() {
                 self.settle(ctx)
             } else {
@@ -133,11 +141,17 @@ impl Connection {
         } else {
             (&self.to_client, upstream, Some(&self.client.stream))
         };
-        let since = *lost.since.get_or_insert(ctx.now);
         let heard = |stream| repair::unacknowledged(stream).unwrap_or(0) == 0;
         let told = lost.drained && flow.queued() == 0 && to.is_none_or(heard);
-        if !told && ctx.now.duration_since(since) < ctx.limits.linger.0 {
-            return Next::Wait;
+        if !told {
+            if to.is_none() {
+                // How long it may be until there is somebody is the limit of a connect.
+                return Next::Wait;
+            }
+            let since = *lost.since.get_or_insert(ctx.now);
+            if ctx.now.duration_since(since) < ctx.limits.linger.0 {
+                return Next::Wait;
+            }
         }
         let side = if lost.of_client { "client" } else { "guest" };
         let taken = || from.and_then(|stream| stream.take_error().ok().flatten());

@@ -175,6 +175,7 @@ impl Connection {
             let before = self.take_proving();
             let frozen = false;
             self.stage = Stage::Held { frozen, before };
+            self.begin_anew();
         }
         if self.is_waiting() {
             Step::Waits

@@ -415,6 +415,47 @@ fn last_words_of_a_client_that_resets_while_its_guest_is_held() {
     assert_eq!(edge.metric("netproxy_retarget_failures_total"), 0);
 }
 
+/// The guest is out of reach for longer than last words may take. Their time begins again when it
+/// can be told.
+#[test]
+fn last_words_have_their_time_after_the_move() {
+    let world = World::new(Duration::from_millis(4));
+    let listener = world.in_namespace("guest", || {
+        std::net::TcpListener::bind(("0.0.0.0", 5900)).unwrap()
+    });
+    let edge = Edge::new(&world, "[limits]\nlinger = \"1s\"");
+    let (mut client, mut guest) = both_ends(&world, &listener, 1).remove(0);
+    let mut control = edge.client();
+    control.prepare("desktop", "b").unwrap();
+    world.place(None);
+    let words = vec![7; 200_000];
+    client.write_all(&words).unwrap();
+    let to_guest = || {
+        let connection = edge.client().list().unwrap().connections.remove(0);
+        connection.to_guest + connection.held
+    };
+    wait_until(|| to_guest() >= words.len() as u64);
+    socket2::SockRef::from(&client)
+        .set_linger(Some(Duration::ZERO))
+        .unwrap();
+    drop(client);
+    wait_until(|| control.list().unwrap().connections[0].state == "closing");
+    control.hold("desktop", LEASE).unwrap();
+    std::thread::sleep(Duration::from_millis(1500));
+    assert_eq!(control.retarget("desktop").unwrap().connections, 1);
+    world.place(Some("b"));
+    assert_eq!(
+        control.release("desktop", Duration::ZERO).unwrap().failed,
+        0
+    );
+    let mut heard = vec![0; words.len()];
+    guest.read_exact(&mut heard).unwrap();
+    assert!(heard == words);
+    let error = guest.read(&mut [0]).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    wait_until(|| control.list().unwrap().connections.is_empty());
+}
+
 /// Two guests are under way at once, each at its own step; a third that stays notices nothing.
 #[test]
 fn several_guests_move_at_once() {
