@@ -530,6 +530,27 @@ fn last_words_wait_for_a_guest_that_is_connected_late() {
     wait_until(|| setup.proxy.open() == 0);
 }
 
+/// What the proxy itself says of a client is nothing that the guest has to hear.
+#[test]
+fn who_resets_without_a_word_is_gone_at_once() {
+    let (listener, _first) = busy_guest();
+    for service in ["", "proxy_protocol = true"] {
+        let setup = Setup::with(
+            listener.local_addr().unwrap(),
+            "connect = \"1h\"",
+            service,
+            r#""127.0.0.1:0""#,
+        );
+        let client = setup.connect();
+        wait_until(|| setup.proxy.open() == 1);
+        socket2::SockRef::from(&client)
+            .set_linger(Some(Duration::ZERO))
+            .unwrap();
+        drop(client);
+        wait_until(|| setup.proxy.open() == 0);
+    }
+}
+
 #[test]
 fn who_does_not_read_keeps_a_broken_connection_for_no_longer_than_the_limit() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -65,6 +65,7 @@ impl Connection {
                 guest_lost,
                 upstream,
                 to_guest: self.to_guest.pack(&shared.budget),
+                header: self.header,
                 to_client: self.to_client.pack(&shared.budget),
                 proving,
                 opened: Micros::since(self.opened, now),
@@ -109,6 +110,7 @@ impl Connection {
             lost: Lost::taken_over(state.client_lost, state.guest_lost),
             upstream: Upstream::Waiting,
             to_guest,
+            header: state.header,
             to_client,
             stage: match state.proving {
                 Some(proving) => Stage::Proving(Box::new(Proving::unpack(&proving, ctx.now))),

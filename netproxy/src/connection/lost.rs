@@ -116,7 +116,13 @@ impl Connection {
     /// Whether a lost client has said something that was not written to the guest yet.
     pub(super) fn client_left_words(&self) -> bool {
         let drained = self.lost.as_ref().is_some_and(|lost| lost.drained);
-        self.client_is_lost() && (!drained || self.to_guest.queued() > 0)
+        let left = self.to_guest.queued() > 0 && !self.client_was_silent();
+        self.client_is_lost() && (!drained || left)
+    }
+
+    /// Whether its client has said nothing so far. What the proxy says of it is not its own.
+    fn client_was_silent(&self) -> bool {
+        self.to_guest.taken() <= self.header as u64
     }
 
     /// Keeps the connection until the other side has what the lost one had said.
@@ -129,6 +135,7 @@ impl Connection {
                 Next::Wait
             };
         }
+        let silent = self.client_was_silent();
         let upstream = match &self.upstream {
             Upstream::Open(endpoint) => Some(&endpoint.stream),
             _ => None,
@@ -142,7 +149,9 @@ impl Connection {
             (&self.to_client, upstream, Some(&self.client.stream))
         };
         let heard = |stream| repair::unacknowledged(stream).unwrap_or(0) == 0;
-        let told = lost.drained && flow.queued() == 0 && to.is_none_or(heard);
+        let nothing = lost.of_client && silent;
+        let all_heard = || flow.queued() == 0 && to.is_none_or(heard);
+        let told = lost.drained && (nothing || all_heard());
         if !told {
             if to.is_none() {
                 // How long it may be until there is somebody is the limit of a connect.

@@ -135,6 +135,8 @@ pub(crate) struct Connection {
     lost: Option<Lost>,
     upstream: Upstream,
     to_guest: Flow,
+    /// What the proxy itself says first to the guest, in bytes.
+    header: usize,
     to_client: Flow,
     stage: Stage,
     opened: Instant,
@@ -187,9 +189,10 @@ impl Connection {
         let set_up = || system("Setting up a client's connection");
         tune(SockRef::from(&client), ctx.limits).map_err(set_up())?;
         let mut to_guest = Flow::new();
+        let mut header = Vec::new();
         if service.proxy_protocol {
             let destination = client.local_addr().map_err(set_up())?;
-            let header = proxy_protocol::header(client_address, destination);
+            header = proxy_protocol::header(client_address, destination);
             to_guest.push_back(&header, &ctx.shared.budget);
         }
         ctx.registry
@@ -208,6 +211,7 @@ impl Connection {
             lost: None,
             upstream: Upstream::Waiting,
             to_guest,
+            header: header.len(),
             to_client: Flow::new(),
             stage: Stage::Normal,
             opened: ctx.now,

@@ -176,6 +176,11 @@ impl Flow {
         self.given
     }
 
+    /// Bytes that came into the queue so far or went past it, each of them once.
+    pub(crate) fn taken(&self) -> u64 {
+        self.given + self.queued.saturating_sub(self.again) as u64
+    }
+
     fn note_written(&mut self, bytes: usize) {
         let again = bytes.min(self.again);
         self.again -= again;
@@ -675,6 +680,7 @@ mod tests {
         flow.push_back(b"second", &bench.budget);
         flow.push_front(b"first ".to_vec(), &bench.budget);
         flow.push_back(b" third", &bench.budget);
+        assert_eq!((flow.queued(), flow.taken()), (18, 12));
         flow.source_ended();
         flow.pump(None, Some(&mut sink), &mut bench.work()).unwrap();
         assert_eq!(flow.end(), End::Told);
@@ -683,6 +689,7 @@ mod tests {
         assert_eq!(got, "first second third");
         // What is in front was counted before.
         assert_eq!((flow.written(), flow.given()), (18, 12));
+        assert_eq!(flow.taken(), 12);
     }
 
     #[test]

@@ -146,6 +146,9 @@ pub(crate) struct ConnectionState {
     pub guest_lost: bool,
     pub upstream: UpstreamState,
     pub to_guest: FlowState,
+    /// 0 in what an older program wrote.
+    #[serde(default)]
+    pub header: usize,
     pub to_client: FlowState,
     pub proving: Option<ProvingState>,
     pub opened: Micros,
@@ -341,6 +344,7 @@ mod tests {
                     guest_lost: false,
                     upstream: UpstreamState::Open(handed()),
                     to_guest: flow(b"one"),
+                    header: 0,
                     to_client: flow(b"three"),
                     proving: None,
                     opened: Micros::since(now, now),
