@@ -397,6 +397,81 @@ fn a_guest_can_be_named_again_by_the_upgrade_itself() {
     streams.iter_mut().for_each(|it| exchange(it, b"after"));
 }
 
+/// A client that has said more than its guest has taken, and has reset since. Returns the guest's
+/// end, and what was said.
+fn last_words(program: &Program, listener: &TcpListener) -> (TcpStream, Vec<u8>) {
+    let mut client = program.connect();
+    let (inner, _) = listener.accept().unwrap();
+    inner
+        .set_read_timeout(Some(Duration::from_secs(30)))
+        .unwrap();
+    client
+        .set_write_timeout(Some(Duration::from_millis(300)))
+        .unwrap();
+    // Until every buffer on the way is full.
+    let mut data = bytes(40_000_000);
+    let mut sent = 0;
+    while let Ok(length) = client.write(&data[sent..(sent + 100_000).min(data.len())]) {
+        sent += length;
+    }
+    data.truncate(sent);
+    socket2::SockRef::from(&client)
+        .set_linger(Some(Duration::ZERO))
+        .unwrap();
+    drop(client);
+    while program.overview().connections[0].state != "closing" {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    (inner, data)
+}
+
+/// What a client had said before it reset is the guest's in the next program too.
+#[test]
+fn last_words_are_handed_over() {
+    let (listener, guest) = listen();
+    let mut program = Program::start(guest);
+    let (mut inner, words) = last_words(&program, &listener);
+    let known = program.overview().connections[0].to_guest;
+    program.upgrade();
+    assert_eq!(program.overview().connections[0].state, "closing");
+    let (mut got, mut part) = (Vec::new(), vec![0; 1 << 16]);
+    let end = loop {
+        match inner.read(&mut part) {
+            Ok(length @ 1..) => got.extend_from_slice(&part[..length]),
+            end => break end,
+        }
+    };
+    // What the client's own kernel had not sent yet is lost with it.
+    assert!(got.len() as u64 > known && got == words[..got.len()]);
+    let error = end.unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+/// An older program waits for the end of a move with those whose clients it is told to be lost, and
+/// for ever if there is none.
+#[test]
+fn an_older_program_finds_out_by_itself_who_is_lost() {
+    let (listener, guest) = listen();
+    let program = Program::start(guest);
+    let _inner = last_words(&program, &listener);
+    program.replace_by(
+        "#!/bin/sh\n\
+         if [ \"$NETPROXY_UPGRADE\" = check ]\n\
+         then cat >/dev/null; echo netproxy takes over state version 1\n\
+         else cat /proc/self/fd/$NETPROXY_UPGRADE >${0%/*}/seen; mv ${0%/*}/seen ${0%/*}/state\n\
+         fi\n",
+    );
+    // Nobody answers any more.
+    let _ = program.client().upgrade();
+    let file = program.directory.join("state");
+    while !file.exists() {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let state = std::fs::read(file).unwrap();
+    let state = String::from_utf8_lossy(&state);
+    assert!(state.contains("\"client_lost\":false"));
+}
+
 #[test]
 fn a_program_that_can_not_take_over_is_given_nothing() {
     let mut program = Program::start(echo_server());

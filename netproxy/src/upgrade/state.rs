@@ -141,7 +141,12 @@ pub(crate) struct ConnectionState {
     pub service: usize,
     pub client_address: SocketAddr,
     pub client: Handed,
+    /// Only with `proving`: an older program does not look at such a client any more, and ends the
+    /// connection when that is over.
     pub client_lost: bool,
+    /// The same, for programs that end it by themselves.
+    #[serde(default)]
+    pub client_gone: bool,
     #[serde(default)]
     pub guest_lost: bool,
     pub upstream: UpstreamState,
@@ -341,6 +346,7 @@ mod tests {
                     client_address: "192.0.2.1:7".parse().unwrap(),
                     client: handed(),
                     client_lost: false,
+                    client_gone: false,
                     guest_lost: false,
                     upstream: UpstreamState::Open(handed()),
                     to_guest: flow(b"one"),
