@@ -29,7 +29,7 @@
 //!
 //!   processors  those that nobody else needs, see `LinkRate`
 //!   reading'    CPU seconds per byte that the producer spends on anything but compressing
-//!   sending     CPU seconds that ssh, and the thread that sends, take for a byte that is sent
+//!   sending     CPU seconds that a byte that is sent takes of who sends, and of ssh, if that carries it
 //! ```
 //!
 //! The cheapest technique within 2 % of the highest rate is taken, and the one in use is kept

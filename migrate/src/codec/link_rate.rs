@@ -18,9 +18,9 @@
 //!
 //! Where the host's processors are never idle, a writer is held up by those that need them too: ssh,
 //! and who compresses. Then it tells nothing about the link. What sending takes of the processors for
-//! each byte is measured beside it: the CPU time of who writes and carries, where that is known. What
-//! else the processors do, for other guests or for a destination on the same host, only leaves fewer
-//! of them to share. Where nobody knows who carries, all of it counts for sending.
+//! each byte is measured beside it. Where all of it is done in the writer's own time that is what
+//! counts; what else the processors do, as for a destination on the same host, only leaves fewer of
+//! them to share. Where ssh carries it all counts for sending.
 //!
 //! Buffers between the writer and the link (pipes, ssh, TCP) take the first megabytes after a pause
 //! as fast as they come. These are no proof of a fast link, and are left out where they would be.
@@ -34,7 +34,7 @@ pub struct Sent {
     pub bytes: u64,
     /// How long its writes took, and the pauses that keep it below a rate.
     pub held_up: Duration,
-    /// The CPU time of who writes, and of who carries what was written, if that is known.
+    /// The CPU time of who writes, if what was written is carried in that.
     pub cpu: Option<Duration>,
 }
 

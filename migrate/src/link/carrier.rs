@@ -1,56 +1,27 @@
-//! What carrying bytes takes of this host's processors.
+//! What sending bytes takes of this host's processors.
 //!
 //! ```text
-//!   writer thread --> pipe --> ssh: encrypts --> TCP
-//!         |                     |
-//!       Worked               Carrier             clocks of their CPU time
+//!   writer thread --> socket: the kernel works in the writer's time       Carrier::Writer
+//!   writer thread --> pipe --> ssh --> TCP, interrupts, other threads     Carrier::Others
 //! ```
 //!
 //! Where a host has few processors, what sending a byte takes decides how much compressing it pays.
+//! Of what ssh sends a good part is done by nobody's time in particular: there only what all
+//! processors did tells.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use nix::time::{ClockId, clock_getcpuclockid};
-use nix::unistd::Pid;
+use nix::time::ClockId;
 
-/// Who carries what is written to a link, beside the thread that writes.
-#[derive(Debug, Clone, Default)]
-pub struct Carrier(Arc<OnceLock<By>>);
-
-#[derive(Debug)]
-enum By {
-    /// The kernel, in the time of whoever writes.
-    Kernel,
-    Process(ClockId),
-}
-
-impl Carrier {
-    /// The kernel does, and no other process.
-    #[must_use]
-    pub fn kernel() -> Self {
-        Carrier(Arc::new(By::Kernel.into()))
-    }
-
-    /// That process does, as was found out. What was known before stays.
-    pub(super) fn found(&self, process: u32) {
-        let clock = i32::try_from(process)
-            .ok()
-            .and_then(|id| clock_getcpuclockid(Pid::from_raw(id)).ok());
-        if let Some(clock) = clock {
-            self.0.get_or_init(|| By::Process(clock));
-        }
-    }
-
-    /// The CPU time that it took so far. None as long as nobody knows who it is, and once it has
-    /// ended.
-    pub(super) fn cpu(&self) -> Option<Duration> {
-        match self.0.get()? {
-            By::Kernel => Some(Duration::ZERO),
-            By::Process(clock) => clock.now().ok().map(Duration::from),
-        }
-    }
+/// In whose time what is written to a link is carried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Carrier {
+    /// In that of the thread that writes.
+    Writer,
+    /// In that of others too.
+    Others,
 }
 
 /// The CPU time of the thread that writes, for another thread to read.
@@ -74,33 +45,9 @@ impl Worked {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::process::{Command, Stdio};
 
     #[test]
-    fn what_a_process_works_counts_until_it_has_ended() {
-        let mut child = Command::new("sh")
-            .args(["-c", "while :; do :; done"])
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        let carrier = Carrier::default();
-        let shared = carrier.clone();
-        assert_eq!(carrier.cpu(), None);
-        shared.found(child.id());
-        let before = carrier.cpu().unwrap();
-        while carrier.cpu().unwrap() < before + Duration::from_millis(20) {
-            std::thread::yield_now();
-        }
-        // Who was found is who it is.
-        carrier.found(std::process::id());
-        child.kill().unwrap();
-        child.wait().unwrap();
-        assert_eq!(carrier.cpu(), None);
-    }
-
-    #[test]
-    fn the_kernel_works_in_the_writers_time() {
-        assert_eq!(Carrier::kernel().cpu(), Some(Duration::ZERO));
+    fn what_a_writer_works_is_noted() {
         let worked = Worked::default();
         worked.note();
         let before = worked.total();

@@ -337,9 +337,9 @@ impl Conversation {
         }
     }
 
-    /// The CPU time that writing took, and carrying it, of this connection alone.
+    /// The CPU time that this connection alone took for writing, if that is all.
     fn own_cpu(&self) -> Option<Duration> {
-        Some(self.worked.total() + self.carrier.cpu()?)
+        (self.carrier == Carrier::Writer).then(|| self.worked.total())
     }
 
     /// From `deadline` on every send and receive fails with [`Error::Stalled`], whatever the peer

@@ -32,18 +32,18 @@ pub struct Link {
     pub reader: Box<dyn Read + Send>,
     /// What we say.
     pub writer: Box<dyn Write + Send>,
-    /// Who carries that.
+    /// In whose time that is carried.
     pub carrier: Carrier,
 }
 
 impl Link {
-    /// A link that the kernel carries.
+    /// A link that the kernel carries, in the time of whoever writes.
     #[must_use]
     pub fn new(reader: impl Read + Send + 'static, writer: impl Write + Send + 'static) -> Self {
         Link {
             reader: Box::new(reader),
             writer: Box::new(writer),
-            carrier: Carrier::kernel(),
+            carrier: Carrier::Writer,
         }
     }
 }

@@ -144,14 +144,12 @@ impl Remote {
         let link = Link {
             reader: Box::new(stdout),
             writer: Box::new(stdin),
-            carrier: Carrier::default(),
+            carrier: Carrier::Others,
         };
-        let carrier = link.carrier.clone();
         Ok((
             link,
             Session {
                 child,
-                carrier,
                 said,
                 heard_all,
                 congestion: self.congestion.clone(),
@@ -187,7 +185,6 @@ impl Remote {
                 let (said, heard_all) = listen(self.host.clone(), stderr);
                 Session {
                     child,
-                    carrier: Carrier::default(),
                     said,
                     heard_all,
                     congestion: None,
@@ -259,8 +256,6 @@ fn listen(host: String, stderr: impl Read + Send + 'static) -> Said {
 #[derive(Debug)]
 pub struct Session {
     child: Child,
-    /// Of its link: this process, once its connection was seen.
-    carrier: Carrier,
     said: Arc<Mutex<LastLines>>,
     heard_all: Receiver<()>,
     /// What it is to go by.
@@ -282,12 +277,7 @@ impl Session {
     /// # Errors
     /// [`Error::Refused`] and [`Error::Io`], only where one was asked for.
     pub fn follow_congestion(&self) -> Result<Option<String>> {
-        let id = self.child.id();
-        let used = congestion::of_process(id, self.congestion.as_deref())?;
-        if used.is_some() {
-            self.carrier.found(id);
-        }
-        Ok(used)
+        congestion::of_process(self.child.id(), self.congestion.as_deref())
     }
 
     /// Where nobody chose how the connection is to send, and packets are lost all the time, lets it
