@@ -10,6 +10,7 @@ macro_rules! tell {
     ($($text:tt)*) => { $crate::output::tell(format_args!($($text)*)) };
 }
 
+mod beside;
 mod cancel;
 mod check;
 mod cli;
@@ -59,12 +60,11 @@ fn main() -> ExitCode {
         Command::Guard(_) | Command::Keeper(_) => "info",
         _ => "warn",
     };
-    let mut logger =
-        env_logger::Builder::from_env(env_logger::Env::new().filter_or("VMSHADOW_LOG", level));
-    if let Some(lines) = output::log_lines() {
-        logger.target(env_logger::Target::Pipe(Box::new(lines)));
-    }
-    logger.format_timestamp_millis().init();
+    output::begin_log();
+    env_logger::Builder::from_env(env_logger::Env::new().filter_or("VMSHADOW_LOG", level))
+        .target(env_logger::Target::Pipe(Box::new(output::Log)))
+        .format_timestamp_millis()
+        .init();
     let status = run(&cli);
     output::finish_log();
     status

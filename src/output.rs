@@ -6,20 +6,13 @@
 
 use std::fmt::Arguments;
 use std::io::{self, IsTerminal, Write, stderr, stdout};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{SyncSender, sync_channel};
-use std::thread;
-use std::time::Duration;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// So many log lines are kept for a terminal that stands still.
-const KEPT: usize = 1024;
+use crate::beside::Beside;
 
-/// How long the end waits for log lines that are to be shown still.
-const LAST_LINES: Duration = Duration::from_secs(1);
-
-/// The log lines of this process, where they are for a terminal.
-static LOG: OnceLock<Lines> = OnceLock::new();
+/// Log lines on their way to a terminal.
+static LOG: Mutex<Option<Beside<Vec<u8>>>> = Mutex::new(None);
 
 static INCOMPLETE: AtomicBool = AtomicBool::new(false);
 
@@ -38,58 +31,36 @@ pub fn tell(text: Arguments<'_>) {
     let _ = writeln!(stderr(), "{text}");
 }
 
-/// Log lines for a terminal, by a thread of its own: see [`progress`](crate::progress).
-#[derive(Clone)]
-pub struct Lines(SyncSender<Line>);
+/// Where log lines go.
+pub struct Log;
 
-enum Line {
-    Text(Vec<u8>),
-    /// All before it were written.
-    Mark(SyncSender<()>),
-}
-
-/// Where log lines go, if standard error is a terminal.
-pub fn log_lines() -> Option<Lines> {
-    stderr()
-        .is_terminal()
-        .then(|| LOG.get_or_init(Lines::new).clone())
+/// From now on log lines for a terminal hold nobody up.
+pub fn begin_log() {
+    if stderr().is_terminal() {
+        // There is nowhere else to tell what can't be written.
+        let lines = Beside::new(|line: Vec<u8>| drop(stderr().write_all(&line)));
+        *log_lines() = Some(lines);
+    }
 }
 
 /// Waits until what was logged is written, unless the terminal stands still: it comes before the last
-/// word.
+/// word. What is logged after it waits for the terminal.
 pub fn finish_log() {
-    if let Some(lines) = LOG.get() {
-        lines.finish();
-    }
+    let lines = log_lines().take();
+    drop(lines);
 }
 
-impl Lines {
-    fn new() -> Self {
-        let (lines, coming) = sync_channel(KEPT);
-        thread::spawn(move || {
-            for line in coming {
-                match line {
-                    // There is nowhere else to tell it.
-                    Line::Text(text) => drop(stderr().write_all(&text)),
-                    Line::Mark(mark) => drop(mark),
-                }
-            }
-        });
-        Lines(lines)
-    }
-
-    fn finish(&self) {
-        let (mark, written) = sync_channel(0);
-        if self.0.try_send(Line::Mark(mark)).is_ok() {
-            let _ = written.recv_timeout(LAST_LINES);
-        }
-    }
+/// Whoever had it in hand and failed has left it whole.
+fn log_lines() -> MutexGuard<'static, Option<Beside<Vec<u8>>>> {
+    LOG.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Write for Lines {
+impl Write for Log {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        // Nobody sees what a terminal that stands still does not show.
-        let _ = self.0.try_send(Line::Text(bytes.to_vec()));
+        match &*log_lines() {
+            Some(lines) => lines.show(bytes.to_vec()),
+            None => return stderr().write(bytes),
+        }
         Ok(bytes.len())
     }
 

@@ -2,17 +2,8 @@
 //!
 //! On a terminal one line that changes, with rate, what remains and when it ends; elsewhere plain
 //! lines, one a phase and round.
-//!
-//! ```text
-//!   move -- notice() --> [ ][ ][ ] --> a thread of its own --> terminal
-//! ```
-//!
-//! A terminal may stand still: by Ctrl-S, or as the end of a session that hangs. Whoever writes to it
-//! waits then, and that must not be who has a guest suspended.
 
 use std::io::{IsTerminal, stderr};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
@@ -20,16 +11,12 @@ use migrate::pages::PAGE_SIZE;
 use migrate::report::{Observer, Progress, Report};
 use migrate::rounds::Outlook;
 
-/// So much is kept for a terminal that stands still. What comes then is not shown.
-const KEPT: usize = 256;
-
-/// How long the end waits for what is to be shown still.
-const LAST_LINES: Duration = Duration::from_secs(1);
+use crate::beside::Beside;
 
 /// The observer that fits where we write to. Progress goes to standard error; `quiet` leaves only
 /// warnings.
 pub fn observer(quiet: bool) -> Box<dyn Observer> {
-    let shown: Box<dyn Observer> = if quiet {
+    let mut shown: Box<dyn Observer> = if quiet {
         Box::new(Warnings)
     } else if let Some(terminal) = Terminal::new() {
         Box::new(terminal)
@@ -38,48 +25,17 @@ pub fn observer(quiet: bool) -> Box<dyn Observer> {
             start: Instant::now(),
         })
     };
-    Box::new(Beside::new(shown))
+    Box::new(Unhurried(Beside::new(move |progress| {
+        shown.notice(progress);
+    })))
 }
 
-/// Shows by a thread of its own.
-struct Beside {
-    notices: Option<SyncSender<Progress>>,
-    /// Closes when all is shown.
-    shown: Receiver<()>,
-}
+/// Never waits for a terminal.
+struct Unhurried(Beside<Progress>);
 
-impl Beside {
-    fn new(mut observer: Box<dyn Observer>) -> Self {
-        let (notices, coming) = sync_channel(KEPT);
-        let (showing, shown) = sync_channel::<()>(0);
-        thread::spawn(move || {
-            // Dropped when this thread ends.
-            let _showing = showing;
-            for progress in coming {
-                observer.notice(progress);
-            }
-        });
-        Beside {
-            notices: Some(notices),
-            shown,
-        }
-    }
-}
-
-impl Observer for Beside {
+impl Observer for Unhurried {
     fn notice(&mut self, progress: Progress) {
-        if let Some(notices) = &self.notices {
-            // Nobody sees what a terminal that stands still does not show.
-            let _ = notices.try_send(progress);
-        }
-    }
-}
-
-impl Drop for Beside {
-    fn drop(&mut self) {
-        self.notices = None;
-        // It closes, or the terminal stands still.
-        let _ = self.shown.recv_timeout(LAST_LINES);
+        self.0.show(progress);
     }
 }
 
@@ -248,48 +204,6 @@ pub fn summary(report: &Report) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// A terminal that stands still.
-    struct Stuck(Receiver<()>);
-
-    impl Observer for Stuck {
-        fn notice(&mut self, _: Progress) {
-            let _ = self.0.recv();
-        }
-    }
-
-    #[test]
-    fn a_terminal_that_stands_still_holds_nothing_up() {
-        let (keep, stuck) = sync_channel(0);
-        let mut observer = Beside::new(Box::new(Stuck(stuck)));
-        for _ in 0..2 * KEPT {
-            observer.notice(Progress::Phase("suspending"));
-        }
-        drop(observer);
-        drop(keep);
-    }
-
-    struct Counting(SyncSender<&'static str>);
-
-    impl Observer for Counting {
-        fn notice(&mut self, progress: Progress) {
-            if let Progress::Phase(name) = progress {
-                self.0.send(name).unwrap();
-            }
-        }
-    }
-
-    #[test]
-    fn all_is_shown_in_order_before_the_end() {
-        let (sender, shown) = sync_channel(KEPT);
-        let mut observer = Beside::new(Box::new(Counting(sender)));
-        for name in ["copying", "suspending", "handing over"] {
-            observer.notice(Progress::Phase(name));
-        }
-        drop(observer);
-        let shown: Vec<_> = shown.try_iter().collect();
-        assert_eq!(shown, ["copying", "suspending", "handing over"]);
-    }
 
     #[test]
     fn the_line_says_what_is_known() {

@@ -365,7 +365,7 @@ mod tests {
         let (mut link, mut writer) = start();
         (writer.idle, writer.elsewhere) = (Some(0.5), 0.4);
         writer.run(&mut link, 1e6, 8e6, 5.0);
-        // Nobody knows who carries.
+        // Where others carry, all of it counts.
         assert!(link.sending().unwrap().per_byte > 10.0 * CARRYING);
         writer.sent.cpu = Some(Duration::ZERO);
         writer.run(&mut link, 1e6, 8e6, 10.0);

@@ -29,6 +29,11 @@ pub enum Carrier {
 pub(super) struct Worked(Arc<AtomicU64>);
 
 impl Worked {
+    /// None where it is not all.
+    pub(super) fn of(carrier: Carrier) -> Option<Self> {
+        (carrier == Carrier::Writer).then(Self::default)
+    }
+
     /// Notes what the calling thread took so far.
     pub(super) fn note(&self) {
         if let Ok(cpu) = ClockId::CLOCK_THREAD_CPUTIME_ID.now() {

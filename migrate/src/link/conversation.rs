@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded};
 
-use super::carrier::{Carrier, Worked};
+use super::carrier::Worked;
 use super::sign_of_life::{LastHeard, Listening};
 use super::spreading::Spreading;
 use super::writing::{Outgoing, write_frames};
@@ -113,8 +113,8 @@ pub struct Conversation {
     pub(super) written: Arc<AtomicU64>,
     pub(super) read: Arc<AtomicU64>,
     held_up: HeldUp,
-    worked: Worked,
-    carrier: Carrier,
+    /// None where others work for what is written too.
+    worked: Option<Worked>,
     broken: Arc<Mutex<Option<String>>>,
     pub(super) rate: Rate,
     pub(super) cancel: Arc<AtomicBool>,
@@ -193,7 +193,7 @@ impl Conversation {
         let mut writer = Counted::new(link.writer, Arc::clone(&written));
         let held_up = HeldUp::default();
         let holding = held_up.clone();
-        let worked = Worked::default();
+        let worked = Worked::of(link.carrier);
         let working = worked.clone();
         let break_reason = Arc::clone(&broken);
         let hurry = Arc::<AtomicBool>::default();
@@ -209,7 +209,7 @@ impl Conversation {
                 rate,
                 &hurried,
                 &holding,
-                &working,
+                working.as_ref(),
             );
             if let Err(error) = end
                 && let Ok(mut broken) = break_reason.lock()
@@ -283,7 +283,6 @@ impl Conversation {
             read,
             held_up,
             worked,
-            carrier: link.carrier,
             broken,
             rate: kept_rate,
             cancel,
@@ -339,7 +338,7 @@ impl Conversation {
 
     /// The CPU time that this connection alone took for writing, if that is all.
     fn own_cpu(&self) -> Option<Duration> {
-        (self.carrier == Carrier::Writer).then(|| self.worked.total())
+        self.worked.as_ref().map(Worked::total)
     }
 
     /// From `deadline` on every send and receive fails with [`Error::Stalled`], whatever the peer

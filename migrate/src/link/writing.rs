@@ -60,7 +60,7 @@ pub(super) fn write_frames(
     rate: Rate,
     hurry: &AtomicBool,
     held_up: &HeldUp,
-    worked: &Worked,
+    worked: Option<&Worked>,
 ) -> std::result::Result<(), WireError> {
     Hello::new(role).write(&mut *writer)?;
     let mut sign_of_life = Vec::new();
@@ -113,7 +113,7 @@ struct Paced<'a, W> {
     pace: Pace,
     hurry: &'a AtomicBool,
     held_up: &'a HeldUp,
-    worked: &'a Worked,
+    worked: Option<&'a Worked>,
 }
 
 impl<W: Write> Paced<'_, W> {
@@ -141,7 +141,7 @@ impl<W: Write> Paced<'_, W> {
             let mut both = [IoSlice::new(header), IoSlice::new(slice)];
             write_all_vectored(self.writer, &mut both)?;
             self.writer.flush()?;
-            self.worked.note();
+            self.worked.inspect(|worked| worked.note());
             self.pace.wait(header.len() + slice.len(), self.hurry);
             header = &[];
         }

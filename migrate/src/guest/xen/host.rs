@@ -8,7 +8,7 @@ use xen_sys::ctl::{Ctl, DomainInfo, ShutdownReason};
 use xen_sys::store::Store;
 use xen_sys::toolstack::{DomainKind, Toolstack};
 
-use super::savers::saver_at_work;
+use super::savers::{refuse_saver, saver_at_work};
 use crate::error::{Error, IoContext, Result, chain};
 
 /// How long a destroyed domain may take to be gone: its memory is freed page by page.
@@ -208,27 +208,13 @@ impl Host {
         }
     }
 
-    /// Refuses while a stock tool saves or moves the domain. It suspends the guest by itself, and
-    /// takes log-dirty mode for its own: what was dirty is lost to whoever had it before.
-    ///
-    /// # Errors
-    /// [`Error::Busy`].
-    pub fn refuse_saver(&self, domid: DomId) -> Result<()> {
-        match saver_at_work(domid) {
-            None => Ok(()),
-            Some(process) => Err(Error::Busy(format!(
-                "xl is saving or moving the guest (process {process})"
-            ))),
-        }
-    }
-
     /// Suspends the domain, and returns once it is.
     ///
     /// # Errors
     /// Where it doesn't in libxl's time (60 s), where it ends meanwhile, and where somebody else
     /// has suspended it.
     pub fn suspend(&self, domid: DomId) -> Result<()> {
-        self.refuse_saver(domid)?;
+        refuse_saver(domid)?;
         let stopped = |info: &DomainInfo| match info.shutdown {
             Some(ShutdownReason::Suspend) => "is suspended already".to_owned(),
             Some(reason) => format!("has stopped by itself ({reason})"),
@@ -277,7 +263,7 @@ impl Host {
     /// # Errors
     /// What libxl refuses; [`Error::Busy`] where another tool has suspended it.
     pub fn resume(&self, domid: DomId) -> Result<()> {
-        self.refuse_saver(domid)?;
+        refuse_saver(domid)?;
         self.toolstack
             .resume(domid, true)
             .context(|| "Can't resume the guest")

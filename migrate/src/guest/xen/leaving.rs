@@ -14,6 +14,7 @@ use xen_sys::DomId;
 use xen_sys::memory::{Access, ForeignMemory, Mapping};
 
 use super::host::{Host, SUSPENDING};
+use super::savers::refuse_saver;
 use super::tracker::Tracker;
 use crate::digest::{DigestKey, Digester, PageDigest};
 use crate::error::{Error, IoContext, Result};
@@ -143,7 +144,7 @@ impl Leaving {
     /// What Xen refuses; [`Error::Busy`] where a stock tool is at work on the guest. It takes the
     /// log over, and what is read there then it would miss.
     pub fn take_logged(&mut self, dirty: &mut PageSet, moment: Moment) -> Result<()> {
-        self.host.refuse_saver(self.domid)?;
+        refuse_saver(self.domid)?;
         self.tracker
             .take_logged(&self.host, self.facts.pages, dirty, moment)
     }
@@ -154,9 +155,7 @@ impl Leaving {
     /// What Xen refuses; [`Error::Busy`] where a stock tool has begun meanwhile: it suspends the
     /// guest, and lets it go on or destroys it, when it likes.
     pub fn has_logged(&mut self) -> Result<bool> {
-        // First those that are gone: one that has come since is at work.
-        let lost = self.tracker.lost_to_others();
-        self.host.refuse_saver(self.domid)?;
+        let lost = self.tracker.lost_to_others()?;
         let was_off = self.tracker.turn_on(&self.host)?;
         Ok(!lost && !was_off)
     }

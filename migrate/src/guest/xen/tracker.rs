@@ -9,7 +9,7 @@ use xen_sys::DomId;
 use xen_sys::ctl::DirtyBitmap;
 
 use super::host::{Host, is_invalid};
-use super::savers::{Savers, saver_at_work};
+use super::savers::{Savers, Seen, refuse, refuse_saver, saver_at_work};
 use crate::error::{Error, IoContext, Result};
 use crate::guest::{Facts, Kind, Moment};
 use crate::pages::PageSet;
@@ -48,6 +48,9 @@ impl Tracker {
             // First: none is to come and go unseen.
             self.savers = Some(Savers::watch(self.domid));
             self.log_dirty = self.try_log_dirty(host, facts)?;
+        }
+        if self.log_dirty.is_none() {
+            self.savers = None;
         }
         match (&self.log_dirty, self.wanted) {
             (Some(_), _) => Ok(TrackerKind::LogDirty),
@@ -122,12 +125,19 @@ impl Tracker {
 
     /// Whether another tool may have come and gone since this was asked last, and with it what was
     /// logged for us.
-    pub fn lost_to_others(&mut self) -> bool {
-        let lost = self.savers.as_mut().is_some_and(Savers::came_and_went);
-        if lost {
+    ///
+    /// # Errors
+    /// [`Error::Busy`] where one is at work.
+    pub fn lost_to_others(&mut self) -> Result<bool> {
+        let Some(savers) = &mut self.savers else {
+            return refuse_saver(self.domid).map(|()| false);
+        };
+        let Seen { at_work, gone } = savers.look();
+        refuse(at_work)?;
+        if gone {
             log::info!("Another tool may have taken the log of dirty pages");
         }
-        lost
+        Ok(gone)
     }
 
     /// Turns the log on where it is off; whether it was. Another tool that took it over has turned it
