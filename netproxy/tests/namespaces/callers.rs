@@ -1,12 +1,14 @@
 //! Whoever moves a guest: dies, is cut off, comes too late, or calls from another host.
 
-use std::io::{Read, Write};
+use std::io::Write;
 use std::net::TcpStream;
 use std::time::Duration;
 
 use netproxy::control::{Client, Move};
 
-use crate::edge::{Edge, LEASE, both_ends, echoing, exchange, exchange_with, wait_until};
+use crate::edge::{
+    Edge, LEASE, both_ends, echoing, exchange, exchange_with, guest_listens, hears, wait_until,
+};
 use crate::streams::{all_kinds, one_of_each};
 use crate::traffic::serve;
 use crate::world;
@@ -155,6 +157,17 @@ fn a_site_that_refuses_sends_the_guest_back() {
     assert_eq!(edge.client().list().unwrap().guests[0].site, "a");
 }
 
+/// Who has taken a move's steps up to its release, with something of the client's under way.
+fn retargeted(world: &World, edge: &Edge, stream: &mut TcpStream) -> Client {
+    let mut caller = edge.client();
+    caller.prepare_tied("desktop", "b").unwrap();
+    world.place(None);
+    caller.hold_tied("desktop", LEASE).unwrap();
+    stream.write_all(b"under way").unwrap();
+    caller.retarget("desktop").unwrap();
+    caller
+}
+
 /// The caller dies after the guest has started at the new site: it is there that it answers.
 #[test]
 fn a_guest_that_answers_at_the_new_site_is_not_sent_back() {
@@ -163,17 +176,10 @@ fn a_guest_that_answers_at_the_new_site_is_not_sent_back() {
     let edge = Edge::new(&world, "");
     let mut stream = echoing(&world);
     exchange(&mut stream, b"before");
-    let mut caller = edge.client();
-    caller.prepare_tied("desktop", "b").unwrap();
-    world.place(None);
-    caller.hold_tied("desktop", LEASE).unwrap();
-    stream.write_all(b"under way").unwrap();
-    caller.retarget("desktop").unwrap();
+    let caller = retargeted(&world, &edge, &mut stream);
     world.place(Some("b"));
     drop(caller);
-    let mut answer = [0; 9];
-    stream.read_exact(&mut answer).unwrap();
-    assert_eq!(&answer, b"under way");
+    hears(&mut stream, b"under way");
     wait_until(|| edge.client().list().unwrap().guests[0].site == "b");
     exchange(&mut echoing(&world), b"new");
 }
@@ -194,18 +200,11 @@ fn a_routed_guest_is_where_it_was_until_somebody_has_it() {
         (guest.site, guest.phase.destination().is_some())
     };
     for runs_at in ["a", "b"] {
-        let mut caller = edge.client();
-        caller.prepare_tied("desktop", "b").unwrap();
-        world.place(None);
-        caller.hold_tied("desktop", LEASE).unwrap();
-        stream.write_all(b"under way").unwrap();
-        caller.retarget("desktop").unwrap();
+        let caller = retargeted(&world, &edge, &mut stream);
         world.route_guest(runs_at);
         world.place(Some(runs_at));
         drop(caller);
-        let mut answer = [0; 9];
-        stream.read_exact(&mut answer).unwrap();
-        assert_eq!(&answer, b"under way");
+        hears(&mut stream, b"under way");
         wait_until(|| !at().1);
         assert_eq!(at().0, "a");
         exchange(&mut stream, b"as ever");
@@ -243,9 +242,7 @@ fn a_move_is_driven_from_another_host() {
     assert_eq!(there.retarget(WITHIN).unwrap().connections, 1);
     world.place(Some("b"));
     assert_eq!(there.release(Duration::ZERO, WITHIN).unwrap().failed, 0);
-    let mut answer = [0; 9];
-    stream.read_exact(&mut answer).unwrap();
-    assert_eq!(&answer, b"under way");
+    hears(&mut stream, b"under way");
     assert_eq!(at(), ("b".into(), false));
     // Back on purpose, and by being dropped.
     for purpose in [true, false] {
@@ -335,9 +332,7 @@ fn a_guest_that_arrived_is_followed() {
         world.place(Some(to));
         control.arrived("desktop", to).unwrap();
         control.arrived("desktop", to).unwrap();
-        let mut answer = [0; 9];
-        stream.read_exact(&mut answer).unwrap();
-        assert_eq!(&answer, b"under way");
+        hears(&mut stream, b"under way");
         let guest = control.list().unwrap().guests.remove(0);
         assert_eq!((guest.site.as_str(), guest.phase.destination()), (to, None));
     }
@@ -359,9 +354,7 @@ fn a_held_guest_that_arrived_is_not_taken_back_first() {
     world.place(Some("b"));
     let tally = edge.client().arrived("desktop", "b").unwrap();
     assert_eq!((tally.connections, tally.failed), (1, 0));
-    let mut answer = [0; 9];
-    stream.read_exact(&mut answer).unwrap();
-    assert_eq!(&answer, b"under way");
+    hears(&mut stream, b"under way");
     // Whoever held it comes too late, and its end ends nothing.
     assert!(moving.retarget(WITHIN).is_err());
     drop(moving);
@@ -376,9 +369,7 @@ fn a_held_guest_that_arrived_is_not_taken_back_first() {
 #[test]
 fn a_guest_that_comes_after_its_move_was_given_up_is_followed() {
     let world = World::new(Duration::from_millis(4));
-    let listener = world.in_namespace("guest", || {
-        std::net::TcpListener::bind(("0.0.0.0", 5900)).unwrap()
-    });
+    let listener = guest_listens(&world);
     let edge = Edge::new(&world, "");
     let mut pairs = both_ends(&world, &listener, 5);
     let mut control = edge.client();
@@ -397,9 +388,7 @@ fn a_guest_that_comes_after_its_move_was_given_up_is_followed() {
         let tally = control.arrived("desktop", to).unwrap();
         assert_eq!((tally.connections, tally.failed), (pairs.len(), 0));
         for (client, guest) in &mut pairs {
-            let mut heard = [0; 5];
-            client.read_exact(&mut heard).unwrap();
-            assert_eq!(&heard, b"first");
+            hears(client, b"first");
             exchange_with(client, guest, b"after");
         }
     }

@@ -142,10 +142,13 @@ pub fn exchange_all(streams: &mut [TcpStream], text: &[u8]) {
         .iter_mut()
         .for_each(|stream| stream.write_all(text).unwrap());
     for stream in streams {
-        let mut answer = vec![0; text.len()];
-        stream.read_exact(&mut answer).unwrap();
-        assert_eq!(answer, text);
+        hears(stream, text);
     }
+}
+
+/// Where the guest is reached, if nobody but the test serves there.
+pub fn guest_listens(world: &World) -> TcpListener {
+    world.in_namespace("guest", || TcpListener::bind(("0.0.0.0", 5900)).unwrap())
 }
 
 /// Connections that work, and the guest's ends of them, where nobody but the test serves.
@@ -166,9 +169,7 @@ pub fn both_ends(
 
 pub fn exchange(stream: &mut TcpStream, text: &[u8]) {
     stream.write_all(text).unwrap();
-    let mut answer = vec![0; text.len()];
-    stream.read_exact(&mut answer).unwrap();
-    assert_eq!(answer, text);
+    hears(stream, text);
 }
 
 /// Connections that the guest's TCP has open.
@@ -191,12 +192,15 @@ pub fn wait_until(what: impl FnMut() -> bool) {
     }
 }
 
+pub fn hears(stream: &mut TcpStream, text: &[u8]) {
+    let mut heard = vec![0; text.len()];
+    stream.read_exact(&mut heard).unwrap();
+    assert_eq!(heard, text);
+}
+
 pub fn exchange_with(one: &mut TcpStream, two: &mut TcpStream, text: &[u8]) {
-    let mut got = vec![0; text.len()];
     one.write_all(text).unwrap();
-    two.read_exact(&mut got).unwrap();
-    assert_eq!(got, text);
+    hears(two, text);
     two.write_all(text).unwrap();
-    one.read_exact(&mut got).unwrap();
-    assert_eq!(got, text);
+    hears(one, text);
 }

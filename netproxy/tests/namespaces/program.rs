@@ -10,8 +10,8 @@ use netproxy::config::Config;
 use netproxy::control::Client;
 
 use crate::edge::{
-    Edge, LEASE, configuration, echoing, exchange, exchange_all, exchange_with, many_echoing,
-    wait_until,
+    Edge, LEASE, configuration, echoing, exchange, exchange_all, exchange_with, hears,
+    many_echoing, wait_until,
 };
 use crate::streams::{all_kinds, one_of_each};
 use crate::traffic::serve;
@@ -23,6 +23,35 @@ fn wait_until_soon(mut what: impl FnMut() -> bool) {
     let limit = Instant::now() + Duration::from_secs(30);
     while !what() {
         assert!(Instant::now() < limit, "It did not happen");
+    }
+}
+
+/// A directory of one test: the program's configuration, and where it is asked.
+struct Place {
+    directory: std::path::PathBuf,
+    control: std::path::PathBuf,
+    file: std::path::PathBuf,
+}
+
+impl Place {
+    fn new(world: &World, name: &str) -> Self {
+        let directory = std::env::temp_dir().join(format!("netproxy-{name}-{}", world.ns("x")));
+        std::fs::create_dir_all(&directory).unwrap();
+        let control = directory.join("control");
+        let file = directory.join("proxy.toml");
+        let text = configuration(&control.display().to_string(), "", false);
+        std::fs::write(&file, text).unwrap();
+        Self {
+            directory,
+            control,
+            file,
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.directory);
     }
 }
 
@@ -50,18 +79,10 @@ fn start_program(world: &World, file: &std::path::Path) -> std::process::Child {
 fn an_ordinary_user_with_one_capability_is_enough() {
     let world = World::new(Duration::from_millis(4));
     serve(&world, 5900);
-    let directory = std::env::temp_dir().join(format!("netproxy-user-{}", world.ns("x")));
-    std::fs::create_dir_all(&directory).unwrap();
-    std::os::unix::fs::chown(&directory, Some(65534), Some(65534)).unwrap();
-    let control = directory.join("control");
-    let file = directory.join("proxy.toml");
-    std::fs::write(
-        &file,
-        configuration(&control.display().to_string(), "", false),
-    )
-    .unwrap();
+    let place = Place::new(&world, "user");
+    std::os::unix::fs::chown(&place.directory, Some(65534), Some(65534)).unwrap();
     // The program itself must be reachable for that user.
-    let program = directory.join("netproxy");
+    let program = place.directory.join("netproxy");
     std::fs::copy(env!("CARGO_BIN_EXE_netproxy"), &program).unwrap();
     let words = [
         "setpriv",
@@ -74,7 +95,7 @@ fn an_ordinary_user_with_one_capability_is_enough() {
         "--ambient-caps=+net_admin",
         "--bounding-set=-all,+net_admin",
     ];
-    let (path, binary) = (file.clone(), program.clone());
+    let (path, binary) = (place.file.clone(), program.clone());
     let mut child = world.in_namespace("edge", move || {
         std::process::Command::new(words[0])
             .args(&words[1..])
@@ -85,10 +106,10 @@ fn an_ordinary_user_with_one_capability_is_enough() {
             .spawn()
             .unwrap()
     });
-    wait_until(|| Client::connect(&control).is_ok());
+    wait_until(|| Client::connect(&place.control).is_ok());
     let mut stream = echoing(&world);
     exchange(&mut stream, b"before");
-    let mut client = Client::connect(&control).unwrap();
+    let mut client = Client::connect(&place.control).unwrap();
     // There and back: the way back needs a rule too.
     for to in ["b", "a"] {
         let warmth = client.prepare("desktop", to).unwrap();
@@ -105,13 +126,10 @@ fn an_ordinary_user_with_one_capability_is_enough() {
                 .connections,
             1
         );
-        let mut answer = [0; 9];
-        stream.read_exact(&mut answer).unwrap();
-        assert_eq!(&answer, b"under way");
+        hears(&mut stream, b"under way");
     }
     child.kill().unwrap();
     child.wait().unwrap();
-    std::fs::remove_dir_all(&directory).unwrap();
 }
 
 /// Nobody is turned away: it is not counted as that.
@@ -119,14 +137,9 @@ fn an_ordinary_user_with_one_capability_is_enough() {
 fn clients_wait_while_there_are_no_descriptors() {
     let world = World::new(Duration::from_millis(1));
     serve(&world, 5900);
-    let directory = std::env::temp_dir().join(format!("netproxy-few-{}", world.ns("x")));
-    std::fs::create_dir_all(&directory).unwrap();
-    let control = directory.join("control");
-    let file = directory.join("proxy.toml");
-    let text = configuration(&control.display().to_string(), "", false);
-    std::fs::write(&file, text).unwrap();
-    let mut child = start_program(&world, &file);
-    let mut client = Client::connect(&control).unwrap();
+    let place = Place::new(&world, "few");
+    let mut child = start_program(&world, &place.file);
+    let mut client = Client::connect(&place.control).unwrap();
     client.list().unwrap();
     let id = child.id().to_string();
     let limit = |descriptors: usize| {
@@ -147,29 +160,20 @@ fn clients_wait_while_there_are_no_descriptors() {
     exchange(&mut stream, b"served");
     child.kill().unwrap();
     child.wait().unwrap();
-    std::fs::remove_dir_all(&directory).unwrap();
 }
 
 #[test]
 fn killed_in_the_middle_nothing_is_left_behind() {
     let world = World::new(Duration::from_millis(4));
     serve(&world, 5900);
-    let directory = std::env::temp_dir().join(format!("netproxy-kill-{}", world.ns("x")));
-    std::fs::create_dir_all(&directory).unwrap();
-    let control = directory.join("control");
-    let file = directory.join("proxy.toml");
-    std::fs::write(
-        &file,
-        configuration(&control.display().to_string(), "", false),
-    )
-    .unwrap();
+    let place = Place::new(&world, "kill");
     let rules = world.rules("edge");
     for steps in 0..4 {
         world.place(Some("a"));
-        let mut child = start_program(&world, &file);
+        let mut child = start_program(&world, &place.file);
         let mut stream = echoing(&world);
         exchange(&mut stream, b"before");
-        let mut client = Client::connect(&control).unwrap();
+        let mut client = Client::connect(&place.control).unwrap();
         let warmth = client.prepare("desktop", "b").unwrap();
         assert!(warmth.window, "{warmth:?}");
         assert_ne!(world.rules("edge"), rules, "A move has a routing rule");
@@ -192,7 +196,6 @@ fn killed_in_the_middle_nothing_is_left_behind() {
         });
         assert!(!table.contains("initcwnd"), "{table}");
     }
-    std::fs::remove_dir_all(&directory).unwrap();
 }
 
 /// Another program takes over between the moves, when some connections are not proved yet and old
@@ -201,16 +204,11 @@ fn killed_in_the_middle_nothing_is_left_behind() {
 fn upgrades_between_moves() {
     let world = World::new(Duration::from_millis(8));
     serve(&world, 5900);
-    let directory = std::env::temp_dir().join(format!("netproxy-upgrade-{}", world.ns("x")));
-    std::fs::create_dir_all(&directory).unwrap();
-    let control = directory.join("control");
-    let file = directory.join("proxy.toml");
-    let text = configuration(&control.display().to_string(), "", false);
-    std::fs::write(&file, text).unwrap();
+    let place = Place::new(&world, "upgrade");
     let rules = world.rules("edge");
-    let mut child = start_program(&world, &file);
+    let mut child = start_program(&world, &place.file);
     let streams = one_of_each(&world, &all_kinds());
-    let connect = || Client::connect(&control).unwrap();
+    let connect = || Client::connect(&place.control).unwrap();
     wait_until(|| connect().list().unwrap().connections.len() == streams.len());
     for round in 0..12 {
         let to = if round % 2 == 0 { "b" } else { "a" };
@@ -234,7 +232,6 @@ fn upgrades_between_moves() {
     wait_until(|| world.rules("edge") == rules);
     child.kill().unwrap();
     child.wait().unwrap();
-    std::fs::remove_dir_all(&directory).unwrap();
 }
 
 /// On the way back soon after, sockets with the same addresses have to go first, and a rule stands
@@ -243,11 +240,10 @@ fn upgrades_between_moves() {
 fn killed_while_sockets_are_replaced_nothing_is_left_behind() {
     let world = World::new(Duration::from_millis(4));
     serve(&world, 5900);
-    let directory = std::env::temp_dir().join(format!("netproxy-kill-{}", world.ns("x")));
-    std::fs::create_dir_all(&directory).unwrap();
+    let place = Place::new(&world, "replaced");
     let write = |name: &str, text: &dyn Fn(&str) -> String| {
-        let control = directory.join(format!("{name}.control"));
-        let file = directory.join(format!("{name}.toml"));
+        let control = place.directory.join(format!("{name}.control"));
+        let file = place.directory.join(format!("{name}.toml"));
         std::fs::write(&file, text(&control.display().to_string())).unwrap();
         (file, control)
     };
@@ -296,7 +292,6 @@ fn killed_while_sockets_are_replaced_nothing_is_left_behind() {
     }
     bystander.kill().unwrap();
     bystander.wait().unwrap();
-    std::fs::remove_dir_all(&directory).unwrap();
 }
 
 /// A socket that is made anew in its place is gone for a moment, and a rule stands in for it, also

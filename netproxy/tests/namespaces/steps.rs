@@ -12,7 +12,7 @@ use netproxy::retarget::phase::Phase;
 
 use crate::edge::{
     Edge, LEASE, both_ends, configuration, echoing, established, exchange, exchange_all,
-    exchange_with, listen, many_echoing, wait_until,
+    exchange_with, guest_listens, hears, listen, many_echoing, wait_until,
 };
 use crate::streams::{all_kinds, one_of_each};
 use crate::traffic::{Running, serve, start};
@@ -133,14 +133,9 @@ fn clients_who_come_or_go_during_a_move() {
     world.place(Some("b"));
     let tally = control.release("desktop", Duration::ZERO).unwrap();
     assert_eq!((tally.connections, tally.waiting, tally.failed), (4, 2, 0));
-    let expect = |stream: &mut TcpStream, text: &[u8]| {
-        let mut answer = vec![0; text.len()];
-        stream.read_exact(&mut answer).unwrap();
-        assert_eq!(answer, text);
-    };
-    expect(&mut stays, b"while held");
-    expect(&mut early, b"early");
-    expect(&mut late, b"late");
+    hears(&mut stays, b"while held");
+    hears(&mut early, b"early");
+    hears(&mut late, b"late");
     let mut rest = Vec::new();
     ends.read_to_end(&mut rest).unwrap();
     assert_eq!(rest, b"last words");
@@ -180,9 +175,7 @@ fn a_canary_finds_out_when_the_guest_can_be_reached() {
     world.place(Some("b"));
     assert_eq!(release.join().unwrap().connections, 20);
     for stream in &mut streams {
-        let mut answer = [0; 4];
-        stream.read_exact(&mut answer).unwrap();
-        assert_eq!(&answer, b"held");
+        hears(stream, b"held");
     }
 }
 
@@ -215,7 +208,7 @@ fn what_a_move_has_written_again_counts_once() {
 
 /// Longer than the threads have for a step that waits for nobody.
 #[test]
-#[ignore = "takes more than a minute"]
+#[ignore = "minutes: make test-full"]
 fn a_release_waits_for_as_long_as_it_is_asked_to() {
     let world = World::new(Duration::from_millis(4));
     serve(&world, 5900);
@@ -280,9 +273,7 @@ fn an_end_that_is_lost_on_the_way_is_told_again() {
 fn a_connection_that_ends_while_its_guest_is_held() {
     // So the grace is long; what comes in it comes sooner.
     let world = World::new(Duration::from_millis(400));
-    let listener = world.in_namespace("guest", || {
-        std::net::TcpListener::bind(("0.0.0.0", 5900)).unwrap()
-    });
+    let listener = guest_listens(&world);
     let edge = Edge::new(&world, "grace = \"2s\"");
     let mut pairs = both_ends(&world, &listener, 2);
     let (mut ends, guest) = pairs.remove(0);
@@ -379,9 +370,7 @@ fn a_client_that_resets_while_its_guest_is_held() {
 #[test]
 fn last_words_of_a_client_that_resets_while_its_guest_is_held() {
     let world = World::new(Duration::from_millis(4));
-    let listener = world.in_namespace("guest", || {
-        std::net::TcpListener::bind(("0.0.0.0", 5900)).unwrap()
-    });
+    let listener = guest_listens(&world);
     let edge = Edge::new(&world, "");
     let mut control = edge.client();
     for goes in [true, false] {
@@ -405,9 +394,7 @@ fn last_words_of_a_client_that_resets_while_its_guest_is_held() {
             world.place(Some(&at));
             control.cancel("desktop").unwrap();
         }
-        let mut heard = [0; 10];
-        guest.read_exact(&mut heard).unwrap();
-        assert_eq!(&heard, b"last words");
+        hears(&mut guest, b"last words");
         let error = guest.read(&mut [0]).unwrap_err();
         assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
         wait_until(|| control.list().unwrap().connections.is_empty());
@@ -420,9 +407,7 @@ fn last_words_of_a_client_that_resets_while_its_guest_is_held() {
 #[test]
 fn last_words_have_their_time_after_the_move() {
     let world = World::new(Duration::from_millis(4));
-    let listener = world.in_namespace("guest", || {
-        std::net::TcpListener::bind(("0.0.0.0", 5900)).unwrap()
-    });
+    let listener = guest_listens(&world);
     let edge = Edge::new(&world, "[limits]\nlinger = \"1s\"");
     let (mut client, mut guest) = both_ends(&world, &listener, 1).remove(0);
     let mut control = edge.client();

@@ -5,7 +5,9 @@ use std::net::TcpStream;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crate::edge::{Edge, LEASE, echoing, exchange, exchange_all, listen, many_echoing, wait_until};
+use crate::edge::{
+    Edge, LEASE, echoing, exchange, exchange_all, hears, listen, many_echoing, wait_until,
+};
 use crate::traffic::{Kind, Noise, Reads, Running, Sends, serve, start};
 use crate::world::{SITES, World, run};
 
@@ -170,9 +172,7 @@ fn a_thousand_connections_move_at_once() {
         }
         assert_eq!(edge.migrate(&world).connections, 1000);
         for stream in streams.iter_mut().step_by(2) {
-            let mut answer = vec![0; text.len()];
-            stream.read_exact(&mut answer).unwrap();
-            assert_eq!(answer, text.as_bytes());
+            hears(stream, text.as_bytes());
         }
         exchange_all(&mut streams, b"after");
     }
