@@ -485,7 +485,6 @@ fn a_word_just_before_a_reset_arrives() {
     }
 }
 
-/// Nobody waits for ever for one who does not read.
 /// A guest that takes nobody yet: its queue is full until the first one is taken out of it.
 fn busy_guest() -> (TcpListener, TcpStream) {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
@@ -551,6 +550,7 @@ fn who_resets_without_a_word_is_gone_at_once() {
     }
 }
 
+/// Nobody waits for ever for one who does not read.
 #[test]
 fn who_does_not_read_keeps_a_broken_connection_for_no_longer_than_the_limit() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();

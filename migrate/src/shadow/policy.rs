@@ -39,14 +39,12 @@ pub(super) struct Kept {
 }
 
 impl ShadowPolicy {
-    /// The most bytes of all shadows, where the disk has `free` bytes and shadows take `used`.
-    pub(super) fn most_bytes(&self, used: u64, free: u64) -> u64 {
-        self.most_said().unwrap_or((used + free) / 2)
-    }
-
-    /// The most bytes of all shadows that the operator allows.
-    pub(super) fn most_said(&self) -> Option<u64> {
-        self.gib.map(|gib| gib.saturating_mul(1 << 30))
+    /// The most bytes of all shadows, where the disk has `free` bytes and shadows take `used`. What
+    /// has arrived of a guest, and is `there` already, may be more than half of that.
+    pub(super) fn most_bytes(&self, used: u64, free: u64, there: u64) -> u64 {
+        let half = (used + free) / 2;
+        self.gib
+            .map_or(half.max(there), |gib| gib.saturating_mul(1 << 30))
     }
 
     /// Which of `kept` have to go at `now`, seconds since 1970, so that `room` more bytes and one
@@ -137,11 +135,12 @@ mod tests {
     #[test]
     fn half_of_the_disk_is_the_most_unless_said() {
         let policy = ShadowPolicy::default();
-        assert_eq!(policy.most_bytes(10, 90), 50);
+        assert_eq!(policy.most_bytes(10, 90, 0), 50);
+        assert_eq!(policy.most_bytes(60, 40, 55), 55);
         let said = ShadowPolicy {
             gib: Some(2),
             ..policy
         };
-        assert_eq!(said.most_bytes(10, 90), 2 << 30);
+        assert_eq!(said.most_bytes(10, 90, 5 << 30), 2 << 30);
     }
 }

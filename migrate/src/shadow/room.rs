@@ -97,10 +97,7 @@ impl Shadows {
         self.drop_shadow(uuid)?;
         let (kept, used) = self.kept()?;
         let free = free_at(&self.directory)?.saturating_add(already);
-        let most = match already == bytes {
-            true => self.policy.most_said().unwrap_or(used.saturating_add(free)),
-            false => self.policy.most_bytes(used, free),
-        };
+        let most = self.policy.most_bytes(used, free, already);
         if bytes > most {
             log::info!(
                 "The shadow of {uuid} would take {} MiB of the disk, and shadows may take {}",
@@ -128,18 +125,17 @@ impl Shadows {
     pub fn prune(&self) -> Result<()> {
         self.drop_useless()?;
         let (kept, used) = self.kept()?;
-        let half = self.policy.most_bytes(used, free_at(&self.directory)?);
-        // What arrived last of a move that broke may be more than half of the disk.
         let newest = kept.first().map_or(0, |kept| kept.bytes);
-        let most = self.policy.most_said().unwrap_or(half.max(newest));
+        let free = free_at(&self.directory)?;
+        let most = self.policy.most_bytes(used, free, newest);
         for uuid in self.policy.too_many(&kept, now(), most, 0) {
             self.drop_quietly(&uuid);
         }
         Ok(())
     }
 
-    /// Drops memory whose table is gone or can't be read, as a power cut may leave it: nobody could
-    /// tell what it is.
+    /// Drops what has no table that can be read, as a power cut may leave it: nobody could tell what
+    /// it is.
     ///
     /// # Errors
     /// [`Error::Io`] where the directory can't be read.
