@@ -7,9 +7,10 @@
 //! A terminal may stand still: by Ctrl-S, or as the end of a session that hangs. Whoever writes to it
 //! waits then, and that must not be who has a guest suspended.
 
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender, bounded};
 
 /// So much is kept for a terminal that stands still. What comes then is not shown.
 pub const KEPT: usize = 256;
@@ -19,18 +20,19 @@ const LAST: Duration = Duration::from_secs(1);
 
 /// Shows things in their order. Dropping it waits until all is shown, unless the terminal stands still.
 pub struct Beside<T> {
-    things: Option<SyncSender<T>>,
+    things: Option<Sender<T>>,
     /// Closes when all is shown.
     shown: Receiver<()>,
 }
 
 impl<T: Send + 'static> Beside<T> {
-    pub fn new(mut show: impl FnMut(T) + Send + 'static) -> Self {
-        let (things, coming) = sync_channel(KEPT);
-        let (showing, shown) = sync_channel::<()>(0);
+    pub fn new(show: impl FnMut(T) + Send + 'static) -> Self {
+        let (things, coming) = bounded(KEPT);
+        let (showing, shown) = bounded::<()>(0);
         thread::spawn(move || {
-            // Dropped when this thread ends.
+            // Closes when this thread ends: after what shows has, and has shown its last.
             let _showing = showing;
+            let mut show = show;
             coming.into_iter().for_each(&mut show);
         });
         Beside {
@@ -46,6 +48,13 @@ impl<T> Beside<T> {
         if let Some(things) = &self.things {
             // Nobody sees what a terminal that stands still does not show.
             let _ = things.try_send(thing);
+        }
+    }
+
+    /// Has it shown if there is room for what matters more. What comes after it says the same anew.
+    pub fn show_in_passing(&self, thing: T) {
+        if self.things.as_ref().is_some_and(|it| it.len() < KEPT / 2) {
+            self.show(thing);
         }
     }
 }
@@ -64,7 +73,7 @@ mod tests {
 
     #[test]
     fn a_terminal_that_stands_still_holds_nothing_up() {
-        let (keep, stuck) = sync_channel::<()>(0);
+        let (keep, stuck) = bounded::<()>(0);
         let beside = Beside::new(move |_| {
             let _ = stuck.recv();
         });
@@ -76,13 +85,30 @@ mod tests {
     }
 
     #[test]
+    fn what_passes_leaves_room() {
+        let (keep, stuck) = bounded::<()>(0);
+        let (sender, shown) = bounded(2 * KEPT);
+        let beside = Beside::new(move |line| {
+            let _ = stuck.recv();
+            sender.send(line).unwrap();
+        });
+        for _ in 0..2 * KEPT {
+            beside.show_in_passing("page");
+        }
+        beside.show("warning");
+        drop(keep);
+        drop(beside);
+        assert_eq!(shown.iter().last(), Some("warning"));
+    }
+
+    #[test]
     fn all_is_shown_in_order_before_the_end() {
-        let (sender, shown) = sync_channel(KEPT);
+        let (sender, shown) = bounded(KEPT);
         let beside = Beside::new(move |line| sender.send(line).unwrap());
         for line in 0..9 {
             beside.show(line);
         }
         drop(beside);
-        assert!(shown.try_iter().eq(0..9));
+        assert!(shown.iter().eq(0..9));
     }
 }

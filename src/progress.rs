@@ -35,7 +35,10 @@ struct Unhurried(Beside<Progress>);
 
 impl Observer for Unhurried {
     fn notice(&mut self, progress: Progress) {
-        self.0.show(progress);
+        match progress {
+            Progress::Pages { .. } => self.0.show_in_passing(progress),
+            _ => self.0.show(progress),
+        }
     }
 }
 

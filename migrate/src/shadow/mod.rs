@@ -234,6 +234,8 @@ impl Shadows {
                     // Without it more bytes cross, and that is all.
                     log::warn!("A shadow is of no use: {}", chain(&error));
                     self.drop_quietly(uuid);
+                    // It may be there already, renamed.
+                    let _ = fs::remove_file(memory);
                     None
                 }),
             false => None,

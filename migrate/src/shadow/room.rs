@@ -18,6 +18,10 @@ use super::{Shadows, lending, now, table_file};
 use crate::error::{IoContext, Result, chain};
 use crate::pages::PAGE_SIZE;
 
+/// What a guest that comes needs of the disk beside its memory, in bytes: for its journal, for what
+/// the file system keeps of a file, and for pages beyond those that room is reserved for.
+pub(super) const BESIDE_MEMORY: u64 = 16 << 20;
+
 impl Shadows {
     /// What the memory of a guest that comes needs of the disk that `incoming` is on, beside its own
     /// shadow; and what is free there, with what the shadows of others would give back. In bytes.
@@ -67,7 +71,9 @@ impl Shadows {
                 .context(|| format!("Can't look at {}", path.display()))
         };
         let pages: u64 = reserved.iter().map(|range| range.end - range.start).sum();
-        let mut needed = pages.saturating_mul(PAGE_SIZE as u64);
+        let mut needed = pages
+            .saturating_mul(PAGE_SIZE as u64)
+            .saturating_add(BESIDE_MEMORY);
         let mut others = Vec::new();
         if self.directory.exists() && device(&self.directory)? == device(incoming)? {
             (others, _) = self.kept()?;
@@ -77,7 +83,13 @@ impl Shadows {
                 let own: u64 = others.extract_if(.., own).map(|kept| kept.bytes).sum();
                 needed = needed.saturating_sub(own);
             }
-            // One that another guest is built from gives nothing back.
+        }
+        // A guest's memory may take what is set apart for root.
+        let disk = look_at(incoming)?;
+        let free = disk.blocks_free() * disk.fragment_size();
+        if free < needed {
+            // One that another guest is built from gives nothing back. To look at that locks it for a
+            // moment, in which it is of no use to any other.
             others.retain(|kept| {
                 let locked = self
                     .memory_path(&kept.uuid)
@@ -85,9 +97,6 @@ impl Shadows {
                 matches!(locked, Ok(Some(_)))
             });
         }
-        // A guest's memory may take what is set apart for root.
-        let disk = look_at(incoming)?;
-        let free = disk.blocks_free() * disk.fragment_size();
         Ok((needed, free, others))
     }
 

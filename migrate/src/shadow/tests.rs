@@ -1,3 +1,4 @@
+use super::room::BESIDE_MEMORY;
 use super::*;
 use crate::guest::PageState;
 use crate::image::{Arrived, Arriving};
@@ -330,7 +331,7 @@ fn a_guest_that_comes_needs_what_its_shadow_does_not_take_already() {
     let incoming = site.root.path();
     let reserved = std::slice::from_ref(&(0..PAGES));
     let room = || site.shadows.room_for_guest(UUID, reserved, incoming);
-    let all = PAGES * PAGE_SIZE as u64;
+    let all = PAGES * PAGE_SIZE as u64 + BESIDE_MEMORY;
     assert_eq!(room().unwrap().0, all);
     leave(&site, &key(1), &[]);
     let own = site.shadows.list().unwrap()[0].bytes;

@@ -94,9 +94,12 @@ impl Session<'_> {
         loop {
             let next = if self.time_is_up {
                 Next::Suspend(Stop::Timeout)
-            } else if self.unclear && number < self.limits().rounds {
-                // All of it would be looked at with the guest suspended.
-                Next::Round { hold: false }
+            } else if self.unclear {
+                // All of it would be looked at with the guest suspended. But rounds end.
+                match number < self.limits().rounds {
+                    true => Next::Round { hold: false },
+                    false => Next::Suspend(Stop::Rounds),
+                }
             } else {
                 self.decide(&left)?
             };

@@ -10,4 +10,5 @@ mod random;
 mod scene;
 mod shared;
 mod slowed;
+mod taken;
 mod whole;

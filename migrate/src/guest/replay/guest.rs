@@ -28,6 +28,8 @@ pub struct Guest {
     suspended: bool,
     /// Pages that were written since they were last asked for, while they are logged.
     log: Option<PageSet>,
+    /// Another tool has had some of them.
+    log_was_taken: bool,
     /// Pages that can't be read while it runs.
     unsettled: PageSet,
 }
@@ -54,6 +56,7 @@ impl Guest {
             part: 0,
             suspended: false,
             log: None,
+            log_was_taken: false,
         }
     }
 
@@ -157,12 +160,20 @@ impl Guest {
         self.log = Some(PageSet::new(self.memory.pages()));
     }
 
-    /// Moves what was logged into `dirty`.
-    pub(super) fn take_log(&mut self, dirty: &mut PageSet) {
+    /// Moves what was logged into `dirty`. False: there was more, which another tool has.
+    pub(super) fn take_log(&mut self, dirty: &mut PageSet) -> bool {
         if let Some(log) = &mut self.log {
             dirty.union_with(log);
             *log = PageSet::new(self.memory.pages());
         }
+        !std::mem::take(&mut self.log_was_taken)
+    }
+
+    /// Has another tool read the log: of what is in it whoever moves the guest learns only that
+    /// there was something.
+    pub fn lose_log(&mut self) {
+        self.log_was_taken =
+            !self.take_log(&mut PageSet::new(self.memory.pages())) || self.is_logged();
     }
 
     pub(super) fn end_log(&mut self) {

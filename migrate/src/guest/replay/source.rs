@@ -87,14 +87,13 @@ impl Source for ReplaySource {
 
     fn next_dirty(&mut self, dirty: &mut PageSet, moment: Moment) -> Result<Dirty> {
         (self.watch)(Call::NextDirty)?;
-        self.site.with_guest(|guest| {
+        let whole = self.site.with_guest(|guest| {
             if moment == Moment::Live {
                 guest.go_on();
             }
-            guest.take_log(dirty);
-            Ok(())
+            Ok(guest.take_log(dirty))
         })?;
-        let all = !self.started || self.tracker == TrackerKind::Scan;
+        let all = !whole || !self.started || self.tracker == TrackerKind::Scan;
         self.started = true;
         if all {
             dirty.fill();

@@ -35,6 +35,9 @@ use crate::guest::{Batch, Dirty, Facts, Kind, Moment, PageTable, Source};
 use crate::pages::{PageSet, PageType, Pfn};
 use crate::report::TrackerKind;
 
+/// How long a watch that was set may take to say so.
+const FIRST_EVENT: Duration = Duration::from_secs(1);
+
 /// A PVH guest on this host.
 pub struct PvhSource {
     leaving: Leaving,
@@ -70,6 +73,10 @@ impl PvhSource {
         leaving.facts.pages = pages;
         let target = Store::open()
             .and_then(|store| store.watch(&target_of(domid), "target"))
+            .context(|| "Can't watch the guest's balloon")?;
+        // The first event tells that it is watched, and nothing of the balloon.
+        target
+            .wait(Some(FIRST_EVENT))
             .context(|| "Can't watch the guest's balloon")?;
         let mut source = PvhSource {
             leaving,

@@ -166,6 +166,7 @@ impl Savers {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::ErrorKind;
     use std::process::Command;
 
     #[test]
@@ -199,7 +200,16 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let program = directory.path().join(HELPER);
         std::fs::copy("/bin/sleep", &program).unwrap();
-        let start = |seconds: &str| Command::new(&program).arg(seconds).spawn().unwrap();
+        let start = |seconds: &str| {
+            loop {
+                match Command::new(&program).arg(seconds).spawn() {
+                    Ok(child) => break child,
+                    // A process that another test starts has it open for writing until its exec.
+                    Err(error) if error.kind() == ErrorKind::ExecutableFileBusy => {}
+                    Err(error) => panic!("{error}"),
+                }
+            }
+        };
         let domid = DomId::new(1).unwrap();
         let mut savers = Savers::watching(domid, std::slice::from_ref(&program));
         assert!(!savers.look().gone);
