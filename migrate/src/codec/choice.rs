@@ -33,10 +33,11 @@
 //! ```
 //!
 //! The cheapest technique within 2 % of the highest rate is taken, and the one in use is kept
-//! within 4 %. Where no processor is idle it becomes stronger one step at a time. It begins with
-//! what was expected of the link. Where nothing was, zstd at level 1 is used until the link is
-//! known: on a slow link that is not far from the best, and on a fast one there is little time to
-//! lose.
+//! within 4 %. Where no processor is idle it becomes stronger one step at a time; and where ssh
+//! carries as well, one that sends more has to promise a fifth of the time: what sending takes
+//! wavers by nearly as much there, and bytes are dear on a WAN. It begins with what was expected of
+//! the link. Where nothing was, zstd at level 1 is used until the link is known: on a slow link that
+//! is not far from the best, and on a fast one there is little time to lose.
 //!
 //! **What is measured.** Each batch gives the ratio and the cost of the technique that wrote it;
 //! half of what was known is forgotten after 4 MiB. Of the others' ratios it tells only indirectly:
@@ -53,6 +54,10 @@
 use super::link_rate::{LinkRate, Processors, Sent};
 use super::technique::Technique;
 use std::time::Duration;
+
+/// The technique in use is kept for a cheaper one while it is this close to the best one, where what
+/// sending takes is known late.
+const NOT_WORTH_MORE_BYTES: f64 = 0.8;
 
 /// Content that shrinks to more than this hardly shrinks.
 const HARDLY: f64 = 0.97;
@@ -301,14 +306,20 @@ impl Choice {
         };
         let rates = Technique::ALL.map(|technique| self.rate(technique, link));
         let best = rates.iter().copied().fold(0.0, f64::max);
-        if rates[self.current as usize] >= GOOD_ENOUGH * best {
+        let own = rates[self.current as usize];
+        if own >= GOOD_ENOUGH * best {
             return;
         }
+        let late =
+            self.link.waits_for_processors() && self.link.sending().is_some_and(|it| it.late);
         if let Some((technique, _)) = Technique::ALL
             .into_iter()
             .zip(rates)
             .find(|(_, rate)| *rate >= AS_GOOD * best)
         {
+            if late && technique < self.current && own >= NOT_WORTH_MORE_BYTES * best {
+                return;
+            }
             self.current = if self.link.waits_for_processors() {
                 // What a stronger one costs is a guess until it was tried, and all wait meanwhile.
                 let next = self.current.stronger().unwrap_or(self.current);

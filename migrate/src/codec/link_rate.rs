@@ -57,6 +57,9 @@ pub struct Sending {
     /// For how many seconds of one of them a byte that is sent keeps anybody at work, but who reads
     /// and compresses.
     pub per_byte: f64,
+    /// Others carry it, behind buffers: what a byte takes of them shows long after it was written,
+    /// and until these are full too little does.
+    pub late: bool,
 }
 
 /// The shortest time to judge by, in seconds.
@@ -213,12 +216,14 @@ impl LinkRate {
         let new = Sending {
             processors: (count - elsewhere).max(SHARE * count),
             per_byte: cpu / self.bytes,
+            late: self.cpu.is_none(),
         };
         let known = self.sending.unwrap_or(new);
         let smoothed = |known: f64, new: f64| known + WEIGHT * (new - known);
         self.sending = Some(Sending {
             processors: smoothed(known.processors, new.processors),
             per_byte: smoothed(known.per_byte, new.per_byte),
+            late: new.late,
         });
     }
 
@@ -372,6 +377,7 @@ mod tests {
         let Sending {
             processors,
             per_byte,
+            ..
         } = link.sending().unwrap();
         assert!((0.9..1.1).contains(&(per_byte / CARRYING)), "{per_byte}");
         assert!((0.55..0.65).contains(&processors), "{processors}");

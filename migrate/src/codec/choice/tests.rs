@@ -472,23 +472,27 @@ fn more_workers_afford_a_stronger_technique() {
     assert!(chosen(4) <= chosen(16));
 }
 
-/// One processor does all, and is never idle: whoever is held up waits for it, not for the link.
-#[test]
-fn a_small_host_does_not_take_itself_for_a_slow_link() {
-    // As a fast processor does, and as an emulated one: there ssh is dear, and zstd dearer.
-    let fast = TYPICAL.map(|(cost, _)| cost);
-    let slow = [1e-9, 60e-9, 90e-9, 200e-9, 700e-9];
-    // The last two: a destination on the same host takes the processor as well.
-    for (costs, sending, elsewhere) in [
-        (fast, 2.5e-9, 0.0),
-        (slow, 200e-9, 0.0),
-        (slow, 20e-9, 0.0),
-        (fast, 0.3e-9, 3e-9),
-        (slow, 20e-9, 300e-9),
-    ] {
-        let reading = 0.6e-9;
-        let needs = |at: usize| reading + costs[at] + IDLE[at] * sending;
-        let best = (0..TECHNIQUES).map(needs).fold(f64::INFINITY, f64::min);
+/// One processor does all, and is never idle.
+struct Small {
+    /// CPU seconds per byte, by technique.
+    costs: [f64; TECHNIQUES],
+    /// CPU seconds for a byte that is sent.
+    sending: f64,
+    /// CPU seconds for a byte that is sent, of a destination on the same host.
+    elsewhere: f64,
+    /// Who writes carries it: not ssh.
+    carries: bool,
+}
+
+impl Small {
+    /// What a byte takes of it in all, by technique.
+    fn needs(&self, technique: Technique) -> f64 {
+        let at = technique as usize;
+        0.6e-9 + self.costs[at] + IDLE[at] * self.sending
+    }
+
+    /// Runs for a while, and tells which techniques were used.
+    fn run(&self) -> (Choice, Vec<Technique>) {
         let mut choice = Choice::new(0);
         choice.resume(Sent::default());
         let mut sent = Sent::default();
@@ -497,11 +501,13 @@ fn a_small_host_does_not_take_itself_for_a_slow_link() {
             let raw = BATCH as f64;
             let technique = choice.next(0).technique;
             let at = technique as usize;
-            used.push(needs(at));
-            let (cpu, block) = (raw * costs[at], raw * IDLE[at]);
-            let elapsed = raw * needs(at) + block * elsewhere;
-            let carrying = Duration::from_secs_f64(block * sending);
-            sent.cpu = (elsewhere > 0.0).then(|| sent.cpu.unwrap_or_default() + carrying);
+            used.push(technique);
+            let (cpu, block) = (raw * self.costs[at], raw * IDLE[at]);
+            let elapsed = raw * self.needs(technique) + block * self.elsewhere;
+            let carrying = Duration::from_secs_f64(block * self.sending);
+            sent.cpu = self
+                .carries
+                .then(|| sent.cpu.unwrap_or_default() + carrying);
             sent.bytes += block as u64;
             // Writing waits for the processor whenever another one has it.
             sent.held_up += Duration::from_secs_f64(elapsed * 0.9);
@@ -509,12 +515,12 @@ fn a_small_host_does_not_take_itself_for_a_slow_link() {
                 raw: BATCH,
                 // Others have the processor while this one reads.
                 reading: Duration::from_secs_f64(elapsed - cpu),
-                reading_cpu: Duration::from_secs_f64(raw * reading),
+                reading_cpu: Duration::from_secs_f64(raw * 0.6e-9),
                 elapsed: Duration::from_secs_f64(elapsed),
                 processors: Some(Processors {
                     count: 1,
                     idle: Duration::ZERO,
-                    others: carrying + Duration::from_secs_f64(block * elsewhere),
+                    others: carrying + Duration::from_secs_f64(block * self.elsewhere),
                 }),
             };
             choice.produced(produced, sent);
@@ -526,13 +532,68 @@ fn a_small_host_does_not_take_itself_for_a_slow_link() {
                 took: Duration::from_secs_f64(elapsed),
             });
         }
+        (choice, used)
+    }
+}
+
+/// Costs of an emulated processor: there ssh is dear, and zstd dearer.
+const EMULATED: [f64; TECHNIQUES] = [1e-9, 60e-9, 90e-9, 200e-9, 700e-9];
+
+/// Whoever is held up waits for the processor, not for the link.
+#[test]
+fn a_small_host_does_not_take_itself_for_a_slow_link() {
+    let fast = TYPICAL.map(|(cost, _)| cost);
+    // The last two: a destination on the same host takes the processor as well.
+    for (costs, sending, elsewhere) in [
+        (fast, 2.5e-9, 0.0),
+        (EMULATED, 200e-9, 0.0),
+        (EMULATED, 20e-9, 0.0),
+        (fast, 0.3e-9, 3e-9),
+        (EMULATED, 20e-9, 300e-9),
+    ] {
+        let small = Small {
+            costs,
+            sending,
+            elsewhere,
+            carries: elsewhere > 0.0,
+        };
+        let best = Technique::ALL
+            .map(|it| small.needs(it))
+            .into_iter()
+            .fold(f64::INFINITY, f64::min);
+        let (mut choice, used) = small.run();
         // Until a fast host has found out how it does, it has sent a quarter of this.
         let used = &used[used.len() / 4..];
-        let mean = used.iter().sum::<f64>() / used.len() as f64;
+        let mean = used.iter().map(|it| small.needs(*it)).sum::<f64>() / used.len() as f64;
         assert!(mean < 1.1 * best, "{mean:.2e}, {best:.2e}");
         // A guess that is wrong would keep everyone waiting: not more than a step at once.
         let next = choice.technique().stronger();
         choice.expect(0.1 * MBIT);
         assert_eq!(Some(choice.next(0).technique), next);
+    }
+}
+
+/// What ssh takes is known late: more bytes have to be worth it.
+#[test]
+fn a_little_time_is_not_worth_more_bytes() {
+    // LZ4 would be that much faster.
+    for (gain, carries, stays) in [
+        (1.07, false, true),
+        (1.07, true, false),
+        (1.27, false, false),
+    ] {
+        let mut small = Small {
+            // What it guesses of those that were not tried is right.
+            costs: TYPICAL.map(|(cost, _)| 40.0 * cost),
+            sending: 0.0,
+            elsewhere: 0.0,
+            carries,
+        };
+        let gains = |small: &Small| small.needs(Technique::Zstd1) / small.needs(Technique::Lz4);
+        while gains(&small) > gain {
+            small.sending += 1e-10;
+        }
+        let stayed = small.run().0.technique() == Technique::Zstd1;
+        assert_eq!(stayed, stays, "{gain} {carries}");
     }
 }
