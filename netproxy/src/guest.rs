@@ -178,11 +178,11 @@ impl Shared {
         }
         let client = one_client(client);
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = clients.entry(client).or_insert(0);
-        if *count >= limits.connections_per_client {
+        let open = clients.get(&client).copied().unwrap_or(0);
+        if open >= limits.connections_per_client {
             return Err(Refusal::client_limit);
         }
-        *count += 1;
+        clients.insert(client, open + 1);
         drop(clients);
         self.open.fetch_add(1, Ordering::Relaxed);
         guest.open.fetch_add(1, Ordering::Relaxed);

@@ -126,6 +126,17 @@ pub(crate) fn adopt(number: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
+/// Ignores SIGPIPE, as this process did from its start: an exec that fails leaves it at its default,
+/// and a splice into a broken connection would end the process.
+pub(crate) fn ignore_broken_pipes() -> io::Result<()> {
+    // SAFETY: no handler is installed that could do anything.
+    let before = unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    if before == libc::SIG_ERR {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// Switches repair mode. Needs CAP_NET_ADMIN.
 pub(crate) fn set_repair(fd: BorrowedFd<'_>, mode: Repair) -> io::Result<()> {
     set(fd, libc::IPPROTO_TCP, libc::TCP_REPAIR, &[mode as c_int])

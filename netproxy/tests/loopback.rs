@@ -184,11 +184,12 @@ fn the_guest_is_told_who_the_client_is() {
 
 #[test]
 fn a_guest_that_does_not_answer_is_a_reset_to_the_client() {
-    let closed = TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap();
-    let setup = Setup::with(closed, "", "", r#""127.0.0.1:0""#);
+    // Bound, so that nobody else is given the port, and not listening.
+    let closed = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
+    closed.bind(&any.into()).unwrap();
+    let address = closed.local_addr().unwrap().as_socket().unwrap();
+    let setup = Setup::with(address, "", "", r#""127.0.0.1:0""#);
     assert!(refused(&setup));
     wait_until(|| {
         setup
@@ -332,6 +333,33 @@ fn one_that_has_half_ended_does_not_stay_for_ever() {
     assert!(metrics.contains("timeouts_total{guest=\"g\"} 1"));
 }
 
+/// However long it was silent before.
+#[test]
+fn an_answer_to_an_end_has_its_time() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let setup = Setup::with(
+        listener.local_addr().unwrap(),
+        "half_closed = \"2s\"",
+        "",
+        r#""127.0.0.1:0""#,
+    );
+    let mut client = setup.connect();
+    let (mut guest, _) = listener.accept().unwrap();
+    client.write_all(b"before").unwrap();
+    guest.read_exact(&mut [0; 6]).unwrap();
+    std::thread::sleep(Duration::from_millis(2500));
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(guest.read(&mut [0]).unwrap(), 0);
+    std::thread::sleep(Duration::from_millis(200));
+    guest.write_all(b"answer").unwrap();
+    drop(guest);
+    let mut answer = Vec::new();
+    client.read_to_end(&mut answer).unwrap();
+    assert_eq!(answer, b"answer");
+    wait_until(|| setup.proxy.open() == 0);
+    assert!(!setup.proxy.metrics().contains("timeouts_total{"));
+}
+
 /// With no time at all for what is left to say, who ends ends both.
 #[test]
 fn one_end_is_the_end_where_nothing_is_waited_for() {
@@ -365,11 +393,11 @@ fn an_mss_of_0_is_none() {
 
 #[test]
 fn a_slow_client_is_served_for_as_long_as_it_takes() {
-    let setup = Setup::new("idle = \"500ms\"", "");
+    let setup = Setup::new("idle = \"2s\"", "");
     let mut slow = setup.connect();
     for byte in 0..60 {
         exchange(&mut slow, &[byte]);
-        std::thread::sleep(Duration::from_millis(20));
+        std::thread::sleep(Duration::from_millis(50));
     }
     assert_eq!(setup.proxy.open(), 1);
 }
@@ -388,7 +416,7 @@ fn only_those_the_configuration_names_get_through() {
 
 #[test]
 fn a_silent_connection_ends() {
-    let setup = Setup::new("idle = \"50ms\"", "");
+    let setup = Setup::new("idle = \"1s\"", "");
     let mut stream = setup.connect();
     exchange(&mut stream, b"hello");
     assert!(matches!(stream.read(&mut [0; 1]), Ok(0) | Err(_)));
@@ -501,7 +529,7 @@ fn last_words_wait_for_a_guest_that_is_connected_late() {
     let (listener, _first) = busy_guest();
     let setup = Setup::with(
         listener.local_addr().unwrap(),
-        "linger = \"500ms\"",
+        "linger = \"3s\"",
         "",
         r#""127.0.0.1:0""#,
     );
@@ -518,7 +546,7 @@ fn last_words_wait_for_a_guest_that_is_connected_late() {
         .set_linger(Some(Duration::ZERO))
         .unwrap();
     drop(client);
-    std::thread::sleep(Duration::from_millis(700));
+    std::thread::sleep(Duration::from_millis(3500));
     drop(listener.accept().unwrap());
     let (mut guest, _) = listener.accept().unwrap();
     let mut heard = vec![0; words.len()];

@@ -100,6 +100,13 @@ impl Program {
     fn connect(&self) -> TcpStream {
         connect(self.address())
     }
+
+    fn ignores_broken_pipes(&self) -> bool {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+        let ignored = u64::from_str_radix(ignored.unwrap().trim(), 16).unwrap();
+        ignored >> (Signal::SIGPIPE as i32 - 1) & 1 == 1
+    }
 }
 
 impl Drop for Program {
@@ -497,8 +504,27 @@ fn a_program_that_can_not_take_over_is_given_nothing() {
         );
         exchange(&mut stream, b"goes on");
         exchange(&mut program.connect(), b"new ones too");
+        assert!(program.ignores_broken_pipes());
     }
     program.restore();
     program.upgrade();
     exchange(&mut stream, b"after");
+}
+
+#[test]
+fn one_that_is_to_end_makes_way_for_nobody() {
+    let mut program = Program::start(echo_server());
+    let asked = program.directory.join("asked");
+    // In the place of this one it would be no success.
+    program.replace_by(&format!(
+        "#!/bin/sh\n[ \"$NETPROXY_UPGRADE\" = check ] || exit 1\n\
+         touch {}\nsleep 1\necho netproxy takes over state version 1\n",
+        asked.display()
+    ));
+    program.signal(Signal::SIGUSR2);
+    while !asked.exists() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    program.signal(Signal::SIGTERM);
+    assert!(program.child.wait().unwrap().success());
 }

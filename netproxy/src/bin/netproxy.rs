@@ -5,6 +5,8 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use netproxy::config::Config;
 use netproxy::{Proxy, Result};
@@ -36,7 +38,14 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    outcome(run(file, signals))
+    let ends = Arc::new(AtomicBool::new(false));
+    for signal in [SIGTERM, SIGINT] {
+        if let Err(error) = signal_hook::flag::register(signal, Arc::clone(&ends)) {
+            eprintln!("netproxy: Cannot take signals: {error}");
+            return ExitCode::FAILURE;
+        }
+    }
+    outcome(run(file, signals, ends))
 }
 
 fn outcome(result: Result<()>) -> ExitCode {
@@ -49,8 +58,8 @@ fn outcome(result: Result<()>) -> ExitCode {
     }
 }
 
-fn run(file: &Path, mut signals: Signals) -> Result<()> {
-    let Some(proxy) = Proxy::start_program(file)? else {
+fn run(file: &Path, mut signals: Signals, ends: Arc<AtomicBool>) -> Result<()> {
+    let Some(proxy) = Proxy::start_program(file, ends)? else {
         // It was only asked whether it can take over.
         return Ok(());
     };

@@ -377,18 +377,21 @@ impl Connection {
                 (&mut self.to_client, source, Some(&mut self.client))
             };
             let source = source.filter(|_| !drained);
+            let before = flow.end();
             let result = if endless {
                 flow.carry(source, sink, &mut work)
             } else {
                 flow.pump(source, sink, &mut work)
             };
+            let ended = flow.end() != before;
             if let Some(lost) = &mut self.lost {
                 lost.drained |= flow.end() != End::Open;
             }
             match result {
                 Ok((turn, moved)) => {
                     again |= turn == Turn::Again;
-                    if moved > 0 {
+                    // What the other side says to an end has its time from then on.
+                    if moved > 0 || ended {
                         self.last_activity = ctx.now;
                     }
                 }

@@ -236,6 +236,8 @@ impl Proxy {
             );
         }
         let within = PATIENCE.saturating_add(wait);
+        // Who watches the leases of all guests would wait for the turn, and for that long.
+        lock(&self.leases.0).outlast(guest, within, Instant::now());
         let released = self.tally_within(within, |reply| Command::Release {
             guest: guest.to_owned(),
             wait,

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
@@ -133,12 +134,13 @@ impl Proxy {
     /// it has answered on its standard output, and should end.
     ///
     /// Signals that a program takes have to be taken before this: those that came while the
-    /// program before it made way come now.
+    /// program before it made way come now. Those that ask it to end set `ends` as well: then it
+    /// does, and makes way for no other program any more.
     ///
     /// # Errors
     /// As [`Self::start`].
-    pub fn start_program(file: &Path) -> Result<Option<Arc<Self>>> {
-        let program = Program::own()?;
+    pub fn start_program(file: &Path, ends: Arc<AtomicBool>) -> Result<Option<Arc<Self>>> {
+        let program = Program::own(ends)?;
         let (config, state) = match upgrade::start()? {
             Start::Fresh => (Config::load(file)?, None),
             Start::Check(text) => {

@@ -97,6 +97,13 @@ impl Leases {
         true
     }
 
+    /// A step is under way that may take so long: what is lent is not over meanwhile.
+    pub(crate) fn outlast(&mut self, guest: &str, step: Duration, now: Instant) {
+        if let Some(term) = self.terms.get_mut(guest) {
+            term.until = term.until.max(now + step.min(LONGEST));
+        }
+    }
+
     /// The move has come to its end.
     pub(crate) fn end(&mut self, guest: &str) {
         self.terms.remove(guest);
@@ -156,7 +163,12 @@ mod tests {
         assert_eq!(leases.next(), Some(now + minute * 3 / 2));
         assert_eq!(leases.due(now + minute * 3 / 2), ["g"]);
         assert!(!leases.renew("g", minute, now + minute * 2));
+        leases.outlast("g", minute, now + minute);
+        assert_eq!(leases.due(now + minute * 2), ["g"]);
+        leases.outlast("g", minute / 2, now + minute);
+        assert_eq!(leases.next(), Some(now + minute * 2));
         leases.end("g");
+        leases.outlast("g", minute, now);
         assert_eq!(
             (leases.next(), leases.due(now + minute * 9)),
             (None, vec![])

@@ -26,6 +26,8 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -80,14 +82,17 @@ pub(crate) fn start() -> Result<Start> {
 pub(crate) struct Program {
     path: PathBuf,
     arguments: Vec<OsString>,
+    /// Set when it was asked to end.
+    ends: Arc<AtomicBool>,
 }
 
 impl Program {
-    /// This one, as it was started.
-    pub(crate) fn own() -> Result<Self> {
+    /// This one, as it was started. Once `ends` is set nothing takes its place.
+    pub(crate) fn own(ends: Arc<AtomicBool>) -> Result<Self> {
         Ok(Self {
             path: std::env::current_exe().map_err(system("Finding the own program"))?,
             arguments: std::env::args_os().skip(1).collect(),
+            ends,
         })
     }
 
@@ -149,6 +154,8 @@ impl Program {
         let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_BLOCK);
         let result = keep_open(state, &memory, true);
         let error = match result {
+            // The next program would never hear of it.
+            Ok(()) if self.ends.load(Ordering::SeqCst) => io::Error::other("the proxy is to end"),
             Ok(()) => self
                 .command()
                 .env(VARIABLE, memory.as_raw_fd().to_string())
@@ -156,6 +163,9 @@ impl Program {
             Err(error) => error,
         };
         let _ = keep_open(state, &memory, false);
+        if let Err(error) = sys::ignore_broken_pipes() {
+            log::error!("A connection that breaks may end the program: {error}");
+        }
         if let Ok(before) = before {
             // It was the mask of this thread.
             let _ = before.thread_set_mask();

@@ -91,7 +91,7 @@ fn a_caller_that_is_killed_gives_its_move_up() {
 /// Whether the caller's host is cut off, so that its connection stays open, or it just forgets.
 #[test]
 fn a_hold_whose_time_is_over_is_given_up() {
-    let short = Duration::from_millis(200);
+    let short = Duration::from_secs(1);
     let world = World::new(Duration::from_millis(4));
     serve(&world, 5900);
     let edge = Edge::new(&world, "");

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use netproxy::config::Config;
 use netproxy::control::Client;
@@ -17,14 +17,6 @@ use crate::streams::{all_kinds, one_of_each};
 use crate::traffic::serve;
 use crate::world;
 use crate::world::World;
-
-/// As [`wait_until`], without a pause: for what is only there for a moment.
-fn wait_until_soon(mut what: impl FnMut() -> bool) {
-    let limit = Instant::now() + Duration::from_secs(30);
-    while !what() {
-        assert!(Instant::now() < limit, "It did not happen");
-    }
-}
 
 /// A directory of one test: the program's configuration, and where it is asked.
 struct Place {
@@ -279,11 +271,27 @@ fn killed_while_sockets_are_replaced_nothing_is_left_behind() {
         world.place(Some("b"));
         client.release("desktop", Duration::ZERO).unwrap();
         exchange_all(&mut streams, b"there");
-        client.prepare("desktop", "a").unwrap();
         world.place(None);
-        client.hold("desktop", LEASE).unwrap();
-        let replacing = std::thread::spawn(move || client.retarget("desktop"));
-        wait_until_soon(|| world.rules("edge").contains("table inet netproxy_"));
+        // The rule is there for a moment only, and may be missed.
+        let replacing = loop {
+            client.prepare("desktop", "a").unwrap();
+            client.hold("desktop", LEASE).unwrap();
+            let mut caller = Client::connect(&control).unwrap();
+            let replacing = std::thread::spawn(move || caller.retarget("desktop"));
+            let blocks = || {
+                let tables = world.in_namespace("edge", || world::run("nft", &["list", "tables"]));
+                tables.contains("inet netproxy_")
+            };
+            let mut seen = false;
+            while !seen && !replacing.is_finished() {
+                seen = blocks();
+            }
+            if seen {
+                break replacing;
+            }
+            replacing.join().unwrap().unwrap();
+            client.cancel("desktop").unwrap();
+        };
         child.kill().unwrap();
         child.wait().unwrap();
         let _ = replacing.join().unwrap();

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use netproxy::control::Client;
 
-use crate::edge::{Edge, LEASE};
+use crate::edge::{Edge, LEASE, wait_until};
 use crate::streams::{all_kinds, one_of_each};
 use crate::traffic::{Noise, Running, serve};
 use crate::world::{SITES, World};
@@ -110,5 +110,5 @@ fn a_thousand_random_moves() {
     );
     assert!(carried > 0);
     assert_eq!(edge.metric("netproxy_retarget_failures_total"), 0);
-    assert_eq!(world.rules("edge"), rules);
+    wait_until(|| world.rules("edge") == rules);
 }

@@ -70,7 +70,7 @@ fn a_cancelled_move_leaves_everything_as_it_was() {
         .into_iter()
         .map(Running::finish)
         .for_each(|carried| assert!(carried > 0));
-    assert_eq!(world.rules("edge"), rules);
+    wait_until(|| world.rules("edge") == rules);
     assert_eq!(edge.metric("netproxy_retargets_total"), 0);
 }
 
@@ -130,6 +130,7 @@ fn clients_who_come_or_go_during_a_move() {
     late.write_all(b"late").unwrap();
     // The proxy hears of all that.
     std::thread::sleep(Duration::from_millis(50));
+    wait_until(|| control.list().unwrap().connections.len() == 6);
     world.place(Some("b"));
     let tally = control.release("desktop", Duration::ZERO).unwrap();
     assert_eq!((tally.connections, tally.waiting, tally.failed), (4, 2, 0));
