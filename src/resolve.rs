@@ -94,11 +94,12 @@ fn explain(error: Error, entry: &Entry) -> anyhow::Error {
              vmshadow resolve --decree here|there {name}"
         ),
         // The domain of that time is gone.
-        Error::LinkLost { .. } if entry.begin.boot_id != journal::boot_id() => anyhow!(error)
-            .context(format!(
+        Error::LinkLost { .. } if journal::boot_id().is_ok_and(|id| id != entry.begin.boot_id) => {
+            anyhow!(error).context(format!(
                 "{name} ended here with the reboot and may run at {peer}: don't start it here yet; \
                  try again when {peer} can be reached"
-            )),
+            ))
+        }
         Error::LinkLost { .. } => anyhow!(error).context(format!(
             "{name} stays suspended here, since it may run at {peer}; try again when {peer} can be \
              reached"

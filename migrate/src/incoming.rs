@@ -199,7 +199,7 @@ fn prepare(
             peer: peer.to_owned(),
             remote: Vec::new(),
             memory: Some(memory.clone()),
-            boot_id: journal::boot_id(),
+            boot_id: journal::boot_id()?,
         },
     )?;
     let guardian = Guardian::start(directories, &journal.entry().path, &offer.name)?;

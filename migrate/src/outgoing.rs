@@ -147,6 +147,8 @@ pub fn migrate(
     let mut interruptions: Vec<Interruption> = Vec::new();
     // What the newest attempt that came so far has found out.
     let mut newest = None;
+    // The guest's UUID, when it is known.
+    let mut found = None;
     loop {
         let mut moved = attempt(
             directories,
@@ -154,6 +156,7 @@ pub fn migrate(
             observer,
             connections,
             Arc::clone(cancel),
+            &mut found,
         );
         let pause = moved.result.as_ref().err().and_then(|error| {
             let ended = retry::Ended {
@@ -266,30 +269,24 @@ fn waiting(
         .ok()
 }
 
-/// One attempt. Limits that were changed meanwhile are in the request afterwards.
+/// One attempt. Limits that were changed meanwhile are in the request afterwards. `found` is the UUID
+/// of the guest, as soon as it is known: later attempts are of the same one.
 fn attempt(
     directories: &Directories,
     request: &mut Request,
     observer: &mut dyn Observer,
     connections: &mut dyn Connections,
     cancel: Arc<AtomicBool>,
+    found: &mut Option<String>,
 ) -> Moved {
-    let mut found = None;
-    match prepare_and_move(
-        directories,
-        request,
-        observer,
-        connections,
-        cancel,
-        &mut found,
-    ) {
+    match prepare_and_move(directories, request, observer, connections, cancel, found) {
         Ok(moved) => moved,
         Err(error) => Moved {
             report: None,
             left: match error {
                 // It is in another worker's hands, who will tell.
                 Error::Busy(_) => None,
-                _ => found.map(|uuid| look_again(&uuid)),
+                _ => found.as_deref().map(look_again),
             },
             result: Err(error),
         },
@@ -336,7 +333,13 @@ fn prepare_and_move(
     directories.create()?;
     recovery::settle_all(directories);
     let host = Host::open()?;
-    let domid = find_domain(&host, &request.domain)?;
+    let domid = match found {
+        // Another guest may have its name or number by now.
+        Some(uuid) => host
+            .find(uuid)?
+            .ok_or_else(|| Error::Refused(format!("{} is gone from this host", request.domain)))?,
+        None => find_domain(&host, &request.domain)?,
+    };
     let name = host.name(domid)?;
     let uuid = host.uuid_text(&host.info(domid)?);
     *found = Some(uuid.clone());
@@ -374,7 +377,7 @@ fn prepare_and_move(
             peer: request.remote.host.clone(),
             remote: request.remote.command.clone(),
             memory: None,
-            boot_id: journal::boot_id(),
+            boot_id: journal::boot_id()?,
         },
     )?;
     let rate = Rate::new(request.rate);

@@ -386,6 +386,14 @@ pub trait Source {
     /// What Xen refuses.
     fn final_state(&mut self) -> Result<GuestState>;
 
+    /// Makes sure that the guest is still as it was suspended, right before it is handed over: while
+    /// the destination restored it another tool may have let it go on.
+    ///
+    /// # Errors
+    /// [`Error::Refused`](crate::error::Error::Refused) where it runs;
+    /// [`Error::Busy`](crate::error::Error::Busy) where a stock tool is at work on it.
+    fn confirm(&mut self) -> Result<()>;
+
     /// Ends the tracking of dirty pages. Harmless when there is none.
     ///
     /// # Errors

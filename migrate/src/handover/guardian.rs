@@ -28,9 +28,12 @@ use crate::error::{Error, IoContext, Result, chain};
 /// The name that `ps` shows, so that it can be told from a worker.
 pub const PROCESS_NAME: &str = "vmshadow-guard";
 
-/// How long a guardian goes on asking a destination that doesn't answer. After that the operator
-/// decides when to ask again.
-const ASKING: Duration = Duration::from_secs(180);
+/// How long a guardian tries what does not succeed.
+const TRYING: Duration = Duration::from_secs(180);
+
+/// How often it asks a destination that doesn't answer after that: it may be down for long, and
+/// nobody else lets the guest go on.
+const ASKING_AGAIN: Duration = Duration::from_secs(60);
 
 /// A worker's hold on its guardian. Dropped at the worker's end, or by the kernel.
 #[derive(Debug)]
@@ -98,33 +101,40 @@ pub fn run(directories: &Directories, path: &Path) -> Result<Option<Settled>> {
         .context(|| "Can't watch the worker")?;
     let start = Instant::now();
     loop {
-        if !path.exists() {
-            return Ok(None);
-        }
-        let entry = journal::read(path)?;
-        if action(&entry) == Action::Nothing {
-            if entry.begin.role == Role::Source {
-                fs::remove_file(path).context(|| format!("Can't remove {}", path.display()))?;
-            }
-            return Ok(None);
-        }
-        log::warn!(
-            "{}: its worker is gone at {:?}",
-            entry.begin.name,
-            entry.phase
-        );
-        match settle(directories, &entry, Duration::from_secs(10)) {
-            Ok(settled) => {
-                log::warn!("{}: {}", settled.name, settled.what);
-                return Ok(Some(settled));
-            }
-            Err(error) if start.elapsed() < ASKING => {
-                log::warn!("{}: {}", entry.begin.name, chain(&error));
-                thread::sleep(Duration::from_secs(2));
-            }
-            Err(error) => return Err(error),
+        let error = match look(directories, path) {
+            Ok(settled) => return Ok(settled),
+            Err(error) => error,
+        };
+        if start.elapsed() < TRYING {
+            log::warn!("{}", chain(&error));
+            thread::sleep(Duration::from_secs(2));
+        } else if matches!(error, Error::LinkLost { .. }) {
+            log::info!("{}", chain(&error));
+            thread::sleep(ASKING_AGAIN);
+        } else {
+            return Err(error);
         }
     }
+}
+
+/// Settles what the journal at `path` demands. Nothing where it has ended, or is gone.
+fn look(directories: &Directories, path: &Path) -> Result<Option<Settled>> {
+    if !journal::exists(path)? {
+        return Ok(None);
+    }
+    let entry = journal::read(path)?;
+    if action(&entry) == Action::Nothing {
+        if entry.begin.role == Role::Source {
+            fs::remove_file(path).context(|| format!("Can't remove {}", path.display()))?;
+        }
+        return Ok(None);
+    }
+    let name = &entry.begin.name;
+    log::warn!("{name}: its worker is gone at {:?}", entry.phase);
+    let settled = settle(directories, &entry, Duration::from_secs(10))
+        .inspect_err(|_| log::warn!("{name} is not settled"))?;
+    log::warn!("{name}: {}", settled.what);
+    Ok(Some(settled))
 }
 
 /// Gives this process the name that `ps` and `/proc/PID/comm` show.

@@ -368,11 +368,19 @@ pub fn list(directories: &Directories) -> Result<Vec<Entry>> {
 /// As [`read`], and [`Error::Refused`] for an id that isn't one.
 pub fn find(directories: &Directories, move_id: &str, role: Role) -> Result<Option<Entry>> {
     let path = path_of(directories, move_id, role)?;
-    if path.exists() {
-        read(&path).map(Some)
-    } else {
-        Ok(None)
+    match exists(&path)? {
+        true => read(&path).map(Some),
+        false => Ok(None),
     }
+}
+
+/// Whether there is a journal at `path`. That it can't be looked for is not that there is none.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn exists(path: &Path) -> Result<bool> {
+    path.try_exists()
+        .context(|| format!("Can't look for {}", path.display()))
 }
 
 /// Removes ended journals older than [`KEEP_ENDED`].
@@ -398,11 +406,13 @@ pub fn prune(directories: &Directories) -> Result<()> {
 }
 
 /// This kernel's boot id.
-pub fn boot_id() -> String {
+///
+/// # Errors
+/// [`Error::Io`]: it is not known then whether this is the kernel that it was.
+pub fn boot_id() -> Result<String> {
     fs::read_to_string("/proc/sys/kernel/random/boot_id")
-        .unwrap_or_default()
-        .trim()
-        .to_owned()
+        .map(|id| id.trim().to_owned())
+        .context(|| "Can't read the boot id")
 }
 
 /// A move's id comes from the other site: as a file name it may hold hexadecimal digits and

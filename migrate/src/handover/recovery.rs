@@ -139,7 +139,7 @@ pub fn settle(directories: &Directories, entry: &Entry, patience: Duration) -> R
     let begin = &entry.begin;
     let _lock = GuestLock::wait(directories, &begin.uuid, &begin.name, patience)?;
     // While we waited its worker, or another of us, may have gone on.
-    if !entry.path.exists() {
+    if !journal::exists(&entry.path)? {
         // A source's journal goes however its move ended: only the guest itself tells.
         let place = match Host::open()?.find_named(&begin.uuid, &begin.name)? {
             Some(_) => Place::Here,
@@ -155,7 +155,7 @@ pub fn settle(directories: &Directories, entry: &Entry, patience: Duration) -> R
     {
         log::warn!("{}", chain(&error));
     }
-    if entry.outcome.is_none() && entry.begin.boot_id != journal::boot_id() {
+    if entry.outcome.is_none() && entry.begin.boot_id != journal::boot_id()? {
         return settle_after_reboot(journal, &entry);
     }
     match action(&entry) {
@@ -302,7 +302,7 @@ pub fn settle_by_decree(directories: &Directories, entry: &Entry, here: bool) ->
     let _lock = GuestLock::wait(directories, &begin.uuid, &begin.name, PATIENCE)?;
     let mut journal = Journal::open(&entry.path)?;
     let entry = journal.entry().clone();
-    let open = entry.outcome.is_none() && entry.begin.boot_id == journal::boot_id();
+    let open = entry.outcome.is_none() && entry.begin.boot_id == journal::boot_id()?;
     if !can_be_decreed(entry.begin.role, entry.phase, here) {
         return Err(Error::Refused(format!(
             "The move of {} is not in doubt: resolve it without a decree",
@@ -363,6 +363,8 @@ fn can_be_decreed(role: Role, phase: Phase, here: bool) -> bool {
 /// # Errors
 /// As [`settle`].
 pub fn answer(directories: &Directories, move_id: &str) -> Result<Answer> {
+    // After a reboot it may be the first to come: there are no locks yet.
+    directories.create()?;
     let owner = match journal::find(directories, move_id, Role::Destination)? {
         None => Owner::Unknown,
         Some(entry) => {
@@ -473,19 +475,21 @@ pub(crate) fn ask(entry: &Entry) -> Result<Owner> {
 /// monitor ends then. False where there is no such guest any more.
 fn resume(directories: &Directories, entry: &Entry) -> Result<bool> {
     let host = Host::open()?;
-    // With its processor time, a suspend that is late ends soon.
-    speed_up(&host, entry)?;
+    // With its processor time, a suspend that is late ends soon. But nothing of this keeps a guest
+    // from going on.
+    let sped_up = speed_up(&host, entry);
     let Some(domid) = host.find(&entry.begin.uuid)? else {
         log::warn!("{} is gone from this host", entry.begin.name);
         return Ok(false);
     };
     if host.end_suspend(domid, SUSPENDING)? {
-        // First the keeper: one that can't be started must not leave a guest without.
-        keeper::start(directories, &entry.begin.name, &entry.begin.uuid)?;
+        // First the keeper: it is to see all that the guest does.
+        let kept = keeper::start(directories, &entry.begin.name, &entry.begin.uuid);
         host.resume(domid)?;
+        kept?;
     }
     host.end_log_dirty(domid, true)?;
-    Ok(true)
+    sped_up.map(|()| true)
 }
 
 /// Gives a guest that was slowed down its processor time back.

@@ -155,6 +155,8 @@ impl Session<'_> {
         self.part("wait for ready", waited.elapsed());
         self.phase("handing over");
         hold("ready");
+        // Waiting may have taken minutes.
+        self.go.guest.confirm()?;
         // From here on only the destination's word lets the guest run here again.
         if !self.go.control.commit() {
             return Err(Error::Cancelled);

@@ -1,13 +1,15 @@
-//! Logs that another tool reads as well: `xl save`, or a stock migration that breaks off.
+//! Another tool has its hands on the guest: it reads the log as well, as `xl save` does, or a stock
+//! migration that breaks off; or it lets the suspended guest go on.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use migrate::error::chain;
 use migrate::guest::replay::{Call, Crossing, Site, Watch};
 use migrate::rounds::{Limits, Stop};
 use migrate::source::Plan;
 
-use crate::scene::{Scene, busy};
+use crate::scene::{Place, Scene, at_call, busy};
 
 /// The log is lost before it is read for the nth time, where `lost` says so of n.
 fn loses(site: &Arc<Site>, lost: impl Fn(u32) -> bool + Send + Sync + 'static) -> Arc<Watch> {
@@ -58,5 +60,26 @@ fn rounds_end_where_it_is_lost_each_time() {
         let report = report.report.unwrap();
         assert_eq!(report.stop, Some(Stop::Rounds));
         assert_eq!(report.rounds.len(), rounds as usize + 1, "{report:#?}");
+    }
+}
+
+#[test]
+fn one_that_was_let_go_on_is_not_handed_over() {
+    for call in [Call::Complete, Call::Completed] {
+        let scene = Scene::with(busy(760));
+        let near = Arc::clone(&scene.near);
+        let crossed = scene.cross(Crossing {
+            at_destination: at_call(call, 1, move || {
+                near.with_guest(|guest| {
+                    guest.resume();
+                    Ok(())
+                })
+                .unwrap();
+            }),
+            ..Crossing::default()
+        });
+        assert_eq!(scene.settled(&crossed), Place::Source);
+        let error = crossed.source.error().map(|error| chain(error));
+        assert!(error.is_some_and(|text| text.contains("Another tool")));
     }
 }

@@ -429,7 +429,7 @@ fn begin(move_id: MoveId, role: Role, name: &str, uuid: &str) -> Begin {
         peer: "the other site".into(),
         remote: Vec::new(),
         memory: None,
-        boot_id: journal::boot_id(),
+        boot_id: journal::boot_id().unwrap_or_default(),
     }
 }
 

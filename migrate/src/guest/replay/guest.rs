@@ -201,7 +201,8 @@ impl Guest {
         self.suspended = true;
     }
 
-    pub(super) fn resume(&mut self) {
+    /// Lets it go on: the site's doing, or that of another tool.
+    pub fn resume(&mut self) {
         self.seen = Instant::now();
         self.suspended = false;
     }

@@ -199,6 +199,13 @@ impl Source for ReplaySource {
         Ok(state_of(self.facts.pages))
     }
 
+    fn confirm(&mut self) -> Result<()> {
+        match self.site.with_guest(|guest| Ok(guest.runs()))? {
+            false => Ok(()),
+            true => Err(Error::Refused("Another tool let the guest go on".into())),
+        }
+    }
+
     fn end_tracking(&mut self) -> Result<()> {
         (self.watch)(Call::EndTracking)?;
         self.site.with_guest(|guest| {

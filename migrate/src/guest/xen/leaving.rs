@@ -27,6 +27,9 @@ use crate::report::TrackerKind;
 /// The hypervisor's limit for one look-up of page types, and ours for one mapping.
 pub const BATCH: usize = 1024;
 
+/// What is told of a guest that was suspended, and is not any more.
+pub const RESUMED: &str = "Another tool let the suspended guest go on";
+
 /// A guest on this host that leaves.
 pub(super) struct Leaving {
     pub host: Host,
@@ -298,6 +301,18 @@ impl Leaving {
         self.host.suspend(self.domid)?;
         self.suspending = false;
         Ok(())
+    }
+
+    /// Makes sure that the guest is suspended still, and in nobody else's hands.
+    ///
+    /// # Errors
+    /// [`Error::Refused`], [`Error::Busy`]; what Xen refuses.
+    pub fn confirm(&self) -> Result<()> {
+        refuse_saver(self.domid)?;
+        match self.host.is_suspended(self.domid)? {
+            true => Ok(()),
+            false => Err(Error::Refused(RESUMED.into())),
+        }
     }
 
     /// Takes a suspend that is still pending back. True: it is too late.

@@ -316,6 +316,10 @@ impl Source for PvSource {
         }))
     }
 
+    fn confirm(&mut self) -> Result<()> {
+        self.leaving.confirm()
+    }
+
     fn end_tracking(&mut self) -> Result<()> {
         self.leaving.tracker.end(&self.leaving.host)
     }

@@ -321,6 +321,10 @@ impl Source for PvhSource {
         }))
     }
 
+    fn confirm(&mut self) -> Result<()> {
+        self.leaving.confirm()
+    }
+
     fn end_tracking(&mut self) -> Result<()> {
         self.leaving.tracker.end(&self.leaving.host)
     }
