@@ -145,33 +145,36 @@ impl Image {
     fn check(&mut self, old: &Digester, new: Option<&Digester>) -> PageSet {
         let pages = self.table.pages();
         let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        let share = pages.div_ceil(threads as u64).max(1);
-        let (table, contents) = (&self.table, self.map.as_chunks::<PAGE_SIZE>().0);
-        let found: Vec<Checked> = std::thread::scope(|scope| {
-            let parts: Vec<_> = (0..pages)
-                .step_by(share as usize)
-                .map(|first| {
-                    let pfns = first..pages.min(first + share);
-                    scope.spawn(move || check_pages(pfns, table, contents, old, new))
-                })
-                .collect();
-            parts
-                .into_iter()
-                .filter_map(|part| part.join().ok())
-                .flatten()
-                .collect()
-        });
         let mut lacking = PageSet::new(pages);
-        for Checked { pfn, zero, state } in found {
-            match state {
-                Some(state) => self.table.set(pfn, state),
-                None => {
-                    self.table.forget(pfn);
-                    lacking.insert(pfn);
+        for first in (0..pages).step_by(threads * CHECKED_AT_ONCE) {
+            let (table, contents) = (&self.table, self.map.as_chunks::<PAGE_SIZE>().0);
+            let end = pages.min(first + (threads * CHECKED_AT_ONCE) as u64);
+            let found: Vec<Checked> = std::thread::scope(|scope| {
+                let parts: Vec<_> = (first..end)
+                    .step_by(CHECKED_AT_ONCE)
+                    .map(|first| {
+                        let pfns = first..end.min(first + CHECKED_AT_ONCE as u64);
+                        let check = move |pfns| check_pages(pfns, table, contents, old, new);
+                        (pfns.clone(), scope.spawn(move || check(pfns)))
+                    })
+                    .collect();
+                let found = parts.into_iter().flat_map(|(pfns, part)| {
+                    // What nobody has looked at is not believed.
+                    part.join().unwrap_or_else(|_| not_checked(pfns, table))
+                });
+                found.collect()
+            });
+            for Checked { pfn, zero, state } in found {
+                match state {
+                    Some(state) => self.table.set(pfn, state),
+                    None => {
+                        self.table.forget(pfn);
+                        lacking.insert(pfn);
+                    }
                 }
-            }
-            if zero {
-                self.zero.insert(pfn);
+                if zero {
+                    self.zero.insert(pfn);
+                }
             }
         }
         lacking
@@ -357,6 +360,10 @@ impl Image {
     }
 }
 
+/// Pages that one thread checks before what it found is noted: what is found of a large guest takes
+/// memory.
+const CHECKED_AT_ONCE: usize = 1 << 15;
+
 /// What was found of a page whose entry in the table is not as it has to be.
 struct Checked {
     pfn: u64,
@@ -364,6 +371,18 @@ struct Checked {
     zero: bool,
     /// What the table has to say; none where its content is another.
     state: Option<PageState>,
+}
+
+/// Of pages that could not be looked at: their content is taken for another.
+fn not_checked(pfns: std::ops::Range<u64>, table: &PageTable) -> Vec<Checked> {
+    let unknown = |pfn| Checked {
+        pfn,
+        zero: false,
+        state: None,
+    };
+    pfns.filter(|pfn| table.get(*pfn).is_some())
+        .map(unknown)
+        .collect()
 }
 
 fn check_pages(

@@ -291,8 +291,10 @@ fn merge(
             return Err(reason);
         }
         for (number, connection) in connections.iter().enumerate() {
+            // One that the source does not use says nothing, as long as it likes.
             let silent = connection
                 .as_ref()
+                .filter(|joined| spread & bit(joined.index) != 0)
                 .map(|joined| &joined.connection)
                 .filter(|it| order.wants(number) && it.incoming.is_empty())
                 .and_then(|it| it.last_heard.silent_for(Instant::now()));
@@ -568,6 +570,24 @@ mod tests {
         let mut a = world.joined(0);
         batch(&mut a, 0, 0, 1);
         assert_eq!(world.next().tag, Tag::Pages);
+    }
+
+    /// Its path is dead, and nobody closes it.
+    #[test]
+    fn a_connection_that_is_not_used_may_be_silent() {
+        let mut world = World::new(2);
+        let _silent = world.joined(1);
+        let mut a = world.joined(0);
+        spread(&mut world, 1);
+        let until = Instant::now() + SILENCE + Duration::from_secs(2);
+        for place in 0.. {
+            batch(&mut a, place, 0, 1);
+            assert_eq!(world.next().tag, Tag::Pages);
+            if Instant::now() > until {
+                break;
+            }
+            thread::sleep(Duration::from_secs(1));
+        }
     }
 
     #[test]

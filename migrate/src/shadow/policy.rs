@@ -47,6 +47,11 @@ impl ShadowPolicy {
             .map_or(half.max(there), |gib| gib.saturating_mul(1 << 30))
     }
 
+    /// Whether what was kept at that time is not to be kept any longer.
+    pub(super) fn is_old(&self, kept_at: u64, now: u64) -> bool {
+        now.saturating_sub(kept_at) > self.days.saturating_mul(24 * 3600)
+    }
+
     /// Which of `kept` have to go at `now`, seconds since 1970, so that `room` more bytes and one
     /// more guest find a place where that is not 0; `most` bytes are allowed in all.
     pub(super) fn too_many(&self, kept: &[Kept], now: u64, most: u64, room: u64) -> Vec<String> {
@@ -56,8 +61,10 @@ impl ShadowPolicy {
         let mut bytes = room;
         let mut gone = Vec::new();
         for kept in newest_first {
-            let old = now.saturating_sub(kept.kept_at) > self.days.saturating_mul(24 * 3600);
-            if old || guests >= self.guests || bytes.saturating_add(kept.bytes) > most {
+            if self.is_old(kept.kept_at, now)
+                || guests >= self.guests
+                || bytes.saturating_add(kept.bytes) > most
+            {
                 gone.push(kept.uuid.clone());
             } else {
                 guests += 1;

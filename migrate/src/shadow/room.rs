@@ -140,6 +140,11 @@ impl Shadows {
         for uuid in self.policy.too_many(&kept, now(), most, 0) {
             self.drop_quietly(&uuid);
         }
+        // What is known of a shadow at another site is of no use for longer than that is kept.
+        let known = self.list()?.into_iter().filter(|listed| !listed.memory);
+        for listed in known.filter(|listed| self.policy.is_old(listed.kept_at, now())) {
+            self.drop_quietly(&listed.uuid);
+        }
         Ok(())
     }
 

@@ -310,6 +310,27 @@ fn a_shadow_that_can_not_be_taken_up_refuses_no_guest() {
     assert_eq!(site.shadows.list().unwrap(), []);
 }
 
+/// Of a guest that was ended, or moved on by other ways.
+#[test]
+fn what_is_known_of_another_site_is_not_kept_for_ever() {
+    let site = site(ShadowPolicy::default());
+    leave(&site, &key(1), &[]);
+    fs::remove_file(site.shadows.memory_path(UUID).unwrap()).unwrap();
+    site.shadows.prune().unwrap();
+    assert_eq!(site.shadows.list().unwrap().len(), 1);
+    let strict = Shadows::new(
+        &Directories::under(site.root.path()),
+        ShadowPolicy {
+            days: 0,
+            ..ShadowPolicy::default()
+        },
+    );
+    // Times are in whole seconds.
+    std::thread::sleep(std::time::Duration::from_millis(1100));
+    strict.prune().unwrap();
+    assert_eq!(site.shadows.list().unwrap(), []);
+}
+
 #[test]
 fn memory_that_nobody_can_tell_is_dropped() {
     let site = site(ShadowPolicy::default());
