@@ -36,6 +36,7 @@ use crate::codec::{Encoding, Sent};
 use crate::error::{Error, Result, chain};
 use crate::wire::{
     Agreement, Direction, Frame, FrameReader, FrameWriter, Hello, Message, Role, Tag, ToSource,
+    WireError,
 };
 
 /// After this long without a word the peer is lost.
@@ -82,7 +83,10 @@ impl Received {
 pub(super) enum Heard {
     Hello(Hello),
     Frame(Received),
+    /// The link was lost, or closed.
     End(String),
+    /// The peer said what nobody may say. It would do so again.
+    Nonsense(String),
 }
 
 /// How a conversation's end listens.
@@ -265,7 +269,13 @@ impl Conversation {
                         }
                     }
                     Ok(None) => return end("the connection was closed".into()),
-                    Err(error) => return end(chain(&error)),
+                    Err(error @ (WireError::Io(_) | WireError::Truncated)) => {
+                        return end(chain(&error));
+                    }
+                    Err(error) => {
+                        let _ = heard.send(Heard::Nonsense(chain(&error)));
+                        return;
+                    }
                 }
             }
         });
@@ -462,7 +472,7 @@ impl Conversation {
     pub fn receive(&mut self, deadline: Instant) -> Result<Received> {
         match self.hear(deadline)? {
             Heard::Frame(received) => Ok(received),
-            Heard::Hello(_) | Heard::End(_) => Err(self.lost("it greeted twice".into())),
+            _ => Err(self.nonsense("it greeted twice".into())),
         }
     }
 
@@ -474,7 +484,7 @@ impl Conversation {
         match self.hear_for(patience)? {
             None => Ok(None),
             Some(Heard::Frame(received)) => Ok(Some(received)),
-            Some(_) => Err(self.lost("it greeted twice".into())),
+            Some(_) => Err(self.nonsense("it greeted twice".into())),
         }
     }
 
@@ -507,6 +517,7 @@ impl Conversation {
         self.interrupted()?;
         match self.incoming.recv_timeout(self.patience(patience)) {
             Ok(Heard::End(reason)) => Err(self.lost(reason)),
+            Ok(Heard::Nonsense(what)) => Err(self.nonsense(what)),
             Ok(heard) => {
                 // While the queue was full nothing was read: what the peer said meanwhile is
                 // still on its way to us.
@@ -589,6 +600,13 @@ impl Conversation {
         let broken = self.broken.lock().ok().and_then(|broken| broken.clone());
         let seen = self.lost(broken.unwrap_or_else(|| "the connection was closed".into()));
         self.last_word_or(seen)
+    }
+
+    pub(super) fn nonsense(&self, what: String) -> Error {
+        Error::Protocol {
+            peer: self.peer.clone(),
+            what,
+        }
     }
 
     pub(super) fn lost(&self, reason: String) -> Error {

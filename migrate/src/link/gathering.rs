@@ -62,12 +62,10 @@ impl Conversation {
         let most = most.min(MAX_CONNECTIONS);
         thread::spawn(move || admit(&peer, &expecting, most, &read, &joined, &until));
         thread::spawn(move || {
-            let reason = match merge(&messages, &joining, &closed, &heard) {
-                Ok(()) => return,
-                Err(reason) => reason,
-            };
-            // A receiver that is gone needs nothing more.
-            let _ = heard.send(Heard::End(reason));
+            if let Err(end) = merge(&messages, &joining, &closed, &heard) {
+                // A receiver that is gone needs nothing more.
+                let _ = heard.send(end);
+            }
         });
     }
 }
@@ -172,16 +170,20 @@ enum Event {
     Tick,
 }
 
+fn nonsense(error: &(dyn std::error::Error + 'static)) -> Heard {
+    Heard::Nonsense(chain(error))
+}
+
 /// Puts what comes in order, until `closed` closes.
 ///
 /// # Errors
-/// Why there is nothing more to come.
+/// Why there is nothing more to come: an end, or nonsense.
 fn merge(
     messages: &Receiver<Heard>,
     joining: &Receiver<(u32, Conversation)>,
     closed: &Receiver<()>,
     to: &Sender<Heard>,
-) -> std::result::Result<(), String> {
+) -> std::result::Result<(), Heard> {
     let mut order = Order::<Received>::new();
     // None where one has ended.
     let mut connections: Vec<Option<Joined>> = Vec::new();
@@ -192,7 +194,7 @@ fn merge(
     let mut complete = false;
     let mut lost: Option<(Instant, String)> = None;
     loop {
-        while let Some(turn) = order.turn().map_err(|error| chain(&error))? {
+        while let Some(turn) = order.turn().map_err(|error| nonsense(&error))? {
             let received = match turn {
                 Turn::Message(received) => {
                     complete |= matches!(received.tag, Tag::Final | Tag::Keep);
@@ -213,17 +215,17 @@ fn merge(
             Event::Message(Heard::Frame(received)) if received.tag == Tag::After => {
                 match ToDestination::decode(received.frame()) {
                     Ok(ToDestination::After(batches)) => {
-                        order.after(batches).map_err(|error| chain(&error))?;
+                        order.after(batches).map_err(|error| nonsense(&error))?;
                     }
                     Ok(_) => {}
-                    Err(error) => return Err(chain(&error)),
+                    Err(error) => return Err(nonsense(&error)),
                 }
             }
             Event::Message(Heard::Frame(received)) if received.tag == Tag::Spread => {
                 match ToDestination::decode(received.frame()) {
                     Ok(ToDestination::Spread(which)) => spread = which,
                     Ok(_) => {}
-                    Err(error) => return Err(chain(&error)),
+                    Err(error) => return Err(nonsense(&error)),
                 }
                 if spread & ended != 0 {
                     let reason = "the connection was closed".to_owned();
@@ -240,8 +242,10 @@ fn merge(
                 return Ok(());
             }
             Event::Message(Heard::Frame(received)) => order.message(received),
-            Event::Message(Heard::End(reason)) => return Err(reason),
-            Event::Message(Heard::Hello(_)) => return Err("it greeted twice".into()),
+            Event::Message(end @ (Heard::End(_) | Heard::Nonsense(_))) => return Err(end),
+            Event::Message(Heard::Hello(_)) => {
+                return Err(Heard::Nonsense("it greeted twice".into()));
+            }
             Event::Joined(connection) => {
                 order.join();
                 let (index, connection) = *connection;
@@ -254,18 +258,19 @@ fn merge(
                 };
                 // While nothing was taken nothing was read.
                 joined.connection.last_heard.note(Instant::now());
-                match ToDestination::decode(received.frame()).map_err(|error| chain(&error))? {
+                match ToDestination::decode(received.frame()).map_err(|error| nonsense(&error))? {
                     ToDestination::Batch { place, batch } => order
                         .batch(number, place, batch.to_vec())
-                        .map_err(|error| chain(&error))?,
+                        .map_err(|error| nonsense(&error))?,
                     other => {
-                        return Err(format!(
+                        return Err(Heard::Nonsense(format!(
                             "{:?} on a connection for pages",
                             crate::wire::Message::tag(&other)
-                        ));
+                        )));
                     }
                 }
             }
+            Event::Batch(_, Some(end @ Heard::Nonsense(_))) => return Err(end),
             Event::Batch(number, end) => {
                 let Some(joined) = connections.get_mut(number).and_then(Option::take) else {
                     continue;
@@ -288,7 +293,7 @@ fn merge(
             continue;
         }
         if let Some((_, reason)) = lost.take_if(|(until, _)| Instant::now() >= *until) {
-            return Err(reason);
+            return Err(Heard::End(reason));
         }
         for (number, connection) in connections.iter().enumerate() {
             // One that the source does not use says nothing, as long as it likes.
@@ -299,7 +304,8 @@ fn merge(
                 .filter(|it| order.wants(number) && it.incoming.is_empty())
                 .and_then(|it| it.last_heard.silent_for(Instant::now()));
             if let Some(silent) = silent.filter(|silent| *silent > SILENCE) {
-                return Err(format!("nothing heard for {} s", silent.as_secs()));
+                let reason = format!("nothing heard for {} s", silent.as_secs());
+                return Err(Heard::End(reason));
             }
         }
     }
@@ -498,7 +504,19 @@ mod tests {
         assert_eq!(world.next().tag, Tag::Pages);
         batch(&mut b, 0, 0, 1);
         let error = world.destination.receive(later()).err().unwrap();
-        assert!(error.to_string().contains("twice"), "{error}");
+        // No lost link: it would happen again.
+        assert!(
+            matches!(&error, Error::Protocol { what, .. } if what.contains("twice")),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn what_is_no_message_is_no_lost_link() {
+        let mut world = World::new(2);
+        world.first.write_all(&[0xff; 64]).unwrap();
+        let error = world.destination.receive(later()).err().unwrap();
+        assert!(matches!(error, Error::Protocol { .. }), "{error}");
     }
 
     #[test]
@@ -507,7 +525,10 @@ mod tests {
         let mut a = world.joined(0);
         say(&mut a, &ToDestination::Commit);
         let error = world.destination.receive(later()).err().unwrap();
-        assert!(error.to_string().contains("Commit"), "{error}");
+        assert!(
+            matches!(&error, Error::Protocol { what, .. } if what.contains("Commit")),
+            "{error}"
+        );
     }
 
     #[test]

@@ -179,17 +179,17 @@ impl Spreading {
             match connection.incoming.try_recv() {
                 Err(TryRecvError::Empty) => {}
                 Ok(Heard::End(reason)) => return Err(connection.lost(reason)),
+                Ok(Heard::Nonsense(what)) => return Err(connection.nonsense(what)),
                 Err(TryRecvError::Disconnected) | Ok(Heard::Hello(_)) => {
                     return Err(connection.lost("the connection was closed".into()));
                 }
                 Ok(Heard::Frame(received)) => {
                     let said = ToSource::decode(received.frame());
-                    let reason = match said {
-                        Ok(ToSource::Failed(reason)) => reason.to_string(),
-                        Ok(_) => "a message on a connection for pages".into(),
-                        Err(error) => chain(&error),
-                    };
-                    return Err(connection.lost(reason));
+                    return Err(match said {
+                        Ok(ToSource::Failed(reason)) => connection.lost(reason.to_string()),
+                        Ok(_) => connection.nonsense("a message on a connection for pages".into()),
+                        Err(error) => connection.nonsense(chain(&error)),
+                    });
                 }
             }
         }
