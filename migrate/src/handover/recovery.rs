@@ -501,13 +501,24 @@ fn speed_up(host: &Host, entry: &Entry) -> Result<()> {
 }
 
 /// Destroys the domain that the guest left behind here.
+///
+/// # Errors
+/// [`Error::Refused`] where another tool has let it go on: what it did since is nowhere else.
 fn destroy_left(entry: &Entry) -> Result<()> {
     let host = Host::open()?;
+    let left = entry.begin.domid;
     match host.find(&entry.begin.uuid)? {
         // It must be the one that was suspended, not a guest that came back since.
         Some(domid) if host.is_suspended(domid)? => {
             host.end_log_dirty(domid, true)?;
             host.destroy(domid)
+        }
+        Some(domid) if left == Some(domid.get()) && entry.begin.boot_id == journal::boot_id()? => {
+            Err(Error::Refused(format!(
+                "{} runs there, and here too: another tool let domain {domid} go on. Destroy it and \
+                 resolve again; or, to keep it, destroy the one there and decree \"here\"",
+                entry.begin.name
+            )))
         }
         Some(domid) => {
             log::warn!(
