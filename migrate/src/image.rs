@@ -146,16 +146,18 @@ impl Image {
         let pages = self.table.pages();
         let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let mut lacking = PageSet::new(pages);
-        for first in (0..pages).step_by(threads * CHECKED_AT_ONCE) {
+        let share = pages.div_ceil(threads as u64).clamp(1, CHECKED_AT_ONCE);
+        for first in (0..pages).step_by(threads * share as usize) {
             let (table, contents) = (&self.table, self.map.as_chunks::<PAGE_SIZE>().0);
-            let end = pages.min(first + (threads * CHECKED_AT_ONCE) as u64);
+            let end = pages.min(first + threads as u64 * share);
             let found: Vec<Checked> = std::thread::scope(|scope| {
                 let parts: Vec<_> = (first..end)
-                    .step_by(CHECKED_AT_ONCE)
+                    .step_by(share as usize)
                     .map(|first| {
-                        let pfns = first..end.min(first + CHECKED_AT_ONCE as u64);
-                        let check = move |pfns| check_pages(pfns, table, contents, old, new);
-                        (pfns.clone(), scope.spawn(move || check(pfns)))
+                        let pfns = first..end.min(first + share);
+                        let part = pfns.clone();
+                        let check = move || check_pages(part, table, contents, old, new);
+                        (pfns, scope.spawn(check))
                     })
                     .collect();
                 let found = parts.into_iter().flat_map(|(pfns, part)| {
@@ -360,9 +362,9 @@ impl Image {
     }
 }
 
-/// Pages that one thread checks before what it found is noted: what is found of a large guest takes
-/// memory.
-const CHECKED_AT_ONCE: usize = 1 << 15;
+/// The most pages that one thread checks before what it found is noted: what is found of a large
+/// guest takes memory.
+const CHECKED_AT_ONCE: u64 = 1 << 15;
 
 /// What was found of a page whose entry in the table is not as it has to be.
 struct Checked {

@@ -419,6 +419,9 @@ pub trait Source {
     fn destroy(&mut self) -> Result<()>;
 }
 
+/// What is told of a guest that was suspended, and is not any more.
+pub(crate) const RESUMED: &str = "Another tool let the suspended guest go on";
+
 /// A guest that arrives.
 ///
 /// Dropping it before [`Destination::take_over`] leaves whatever was made: call

@@ -105,11 +105,10 @@ pub fn run(directories: &Directories, path: &Path) -> Result<Option<Settled>> {
             Ok(settled) => return Ok(settled),
             Err(error) => error,
         };
+        log::warn!("{}", chain(&error));
         if start.elapsed() < TRYING {
-            log::warn!("{}", chain(&error));
             thread::sleep(Duration::from_secs(2));
         } else if matches!(error, Error::LinkLost { .. }) {
-            log::info!("{}", chain(&error));
             thread::sleep(ASKING_AGAIN);
         } else {
             return Err(error);
@@ -131,8 +130,7 @@ fn look(directories: &Directories, path: &Path) -> Result<Option<Settled>> {
     }
     let name = &entry.begin.name;
     log::warn!("{name}: its worker is gone at {:?}", entry.phase);
-    let settled = settle(directories, &entry, Duration::from_secs(10))
-        .inspect_err(|_| log::warn!("{name} is not settled"))?;
+    let settled = settle(directories, &entry, Duration::from_secs(10))?;
     log::warn!("{name}: {}", settled.what);
     Ok(Some(settled))
 }

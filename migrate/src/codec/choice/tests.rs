@@ -472,6 +472,9 @@ fn more_workers_afford_a_stronger_technique() {
     assert!(chosen(4) <= chosen(16));
 }
 
+/// CPU seconds for a byte that is read.
+const READING: f64 = 0.6e-9;
+
 /// One processor does all, and is never idle.
 struct Small {
     /// CPU seconds per byte, by technique.
@@ -488,7 +491,7 @@ impl Small {
     /// What a byte takes of it in all, by technique.
     fn needs(&self, technique: Technique) -> f64 {
         let at = technique as usize;
-        0.6e-9 + self.costs[at] + IDLE[at] * self.sending
+        READING + self.costs[at] + IDLE[at] * self.sending
     }
 
     /// Runs for a while, and tells which techniques were used.
@@ -515,7 +518,7 @@ impl Small {
                 raw: BATCH,
                 // Others have the processor while this one reads.
                 reading: Duration::from_secs_f64(elapsed - cpu),
-                reading_cpu: Duration::from_secs_f64(raw * 0.6e-9),
+                reading_cpu: Duration::from_secs_f64(raw * READING),
                 elapsed: Duration::from_secs_f64(elapsed),
                 processors: Some(Processors {
                     count: 1,

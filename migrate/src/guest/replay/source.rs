@@ -10,7 +10,9 @@ use crate::guest::xen::stream::record::VCPU_CONTEXT_SIZE;
 use crate::guest::xen::stream::state::{
     DomainKind, GuestState, PvState, PvVcpu, StaticData, TscInfo,
 };
-use crate::guest::{Batch, BatchEntry, Dirty, Facts, Found, Moment, PageState, PageTable, Source};
+use crate::guest::{
+    Batch, BatchEntry, Dirty, Facts, Found, Moment, PageState, PageTable, RESUMED, Source,
+};
 use crate::pages::{PAGE_SIZE, Page, PageSet, PageType, is_zero};
 use crate::report::TrackerKind;
 
@@ -202,7 +204,7 @@ impl Source for ReplaySource {
     fn confirm(&mut self) -> Result<()> {
         match self.site.with_guest(|guest| Ok(guest.runs()))? {
             false => Ok(()),
-            true => Err(Error::Refused("Another tool let the guest go on".into())),
+            true => Err(Error::Refused(RESUMED.into())),
         }
     }
 

@@ -20,15 +20,12 @@ use crate::digest::{DigestKey, Digester, PageDigest};
 use crate::error::{Error, IoContext, Result};
 use crate::guest::comparer::Comparer;
 use crate::guest::xen::stream::state::{StaticData, TscInfo};
-use crate::guest::{Batch, BatchEntry, Facts, Found, Kind, Moment, PageState, PageTable};
+use crate::guest::{Batch, BatchEntry, Facts, Found, Kind, Moment, PageState, PageTable, RESUMED};
 use crate::pages::{PAGE_SIZE, Page, PageSet, PageType, is_zero};
 use crate::report::TrackerKind;
 
 /// The hypervisor's limit for one look-up of page types, and ours for one mapping.
 pub const BATCH: usize = 1024;
-
-/// What is told of a guest that was suspended, and is not any more.
-pub const RESUMED: &str = "Another tool let the suspended guest go on";
 
 /// A guest on this host that leaves.
 pub(super) struct Leaving {
