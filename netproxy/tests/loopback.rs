@@ -108,8 +108,18 @@ fn exchange(stream: &mut TcpStream, data: &[u8]) {
     assert!(answer == data);
 }
 
-/// Whether the proxy turned the client away: it sees a reset or an end before any byte.
-/// Whether a newcomer is turned away. Its reset may come while it still connects.
+/// All of these words, and the reset after them.
+fn hears_last_words(setup: &Setup, stream: &mut TcpStream, words: &[u8]) {
+    let mut heard = vec![0; words.len()];
+    stream.read_exact(&mut heard).unwrap();
+    assert!(heard == words);
+    let error = stream.read(&mut [0]).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    wait_until(|| setup.proxy.open() == 0);
+}
+
+/// Whether a newcomer is turned away: it sees a reset or an end before any byte. The reset may come
+/// while it still connects.
 fn refused(setup: &Setup) -> bool {
     let Ok(mut stream) = connect_from("127.0.0.1", setup.address()) else {
         return true;
@@ -483,12 +493,7 @@ fn what_was_sent_before_a_reset_arrives() {
         drop(from);
         // The proxy hears of it before anything is read.
         std::thread::sleep(Duration::from_millis(100));
-        let mut got = vec![0; LENGTH];
-        to.read_exact(&mut got).unwrap();
-        assert!(got == data);
-        let error = to.read(&mut [0]).unwrap_err();
-        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
-        wait_until(|| setup.proxy.open() == 0);
+        hears_last_words(&setup, &mut to, &data);
     }
 }
 
@@ -549,12 +554,7 @@ fn last_words_wait_for_a_guest_that_is_connected_late() {
     std::thread::sleep(Duration::from_millis(3500));
     drop(listener.accept().unwrap());
     let (mut guest, _) = listener.accept().unwrap();
-    let mut heard = vec![0; words.len()];
-    guest.read_exact(&mut heard).unwrap();
-    assert!(heard == words);
-    let error = guest.read(&mut [0]).unwrap_err();
-    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
-    wait_until(|| setup.proxy.open() == 0);
+    hears_last_words(&setup, &mut guest, &words);
 }
 
 /// What the proxy itself says of a client is nothing that the guest has to hear.

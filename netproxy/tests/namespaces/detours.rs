@@ -224,13 +224,19 @@ fn a_detour_ends_by_itself() {
     assert_eq!(server.ask(&socket), OUTER[1]);
 }
 
+/// The edge and the site b reach each other by IPv6 as well.
+fn of_both_families() -> World {
+    let world = World::new(Duration::from_millis(4));
+    world.ip("edge", "-6 address add fd00:2::1/64 dev to-b nodad");
+    world.ip("b", "-6 address add fd00:2::2/64 dev up0 nodad");
+    world
+}
+
 /// Tunnels of other guests come from other sites, to the same port. The sites may reach each other
 /// by another family than the guest's.
 #[test]
 fn a_detour_guards_its_own_network_only() {
-    let world = World::new(Duration::from_millis(4));
-    world.ip("edge", "-6 address add fd00:2::1/64 dev to-b nodad");
-    world.ip("b", "-6 address add fd00:2::2/64 dev up0 nodad");
+    let world = of_both_families();
     let before = everything(&world, "b");
     for (family, [edge, local, remote]) in [
         ("ip", ["10.2.2.1", OUTER[1], OUTER[0]]),
@@ -305,9 +311,7 @@ fn a_detour_that_can_not_be_made_leaves_nothing() {
 /// A move that was never settled went through another tunnel: nothing of that stays behind.
 #[test]
 fn a_detour_replaces_one_with_another_tunnel() {
-    let world = World::new(Duration::from_millis(4));
-    world.ip("edge", "-6 address add fd00:2::1/64 dev to-b nodad");
-    world.ip("b", "-6 address add fd00:2::2/64 dev up0 nodad");
+    let world = of_both_families();
     let before = everything(&world, "b");
     let vxlan = |local: &str, remote: &str| Tunnel::Vxlan {
         local: local.parse().unwrap(),
