@@ -684,6 +684,7 @@ impl Receiving {
             log::warn!("{}", chain(&error));
         }
         self.journal.reach(Phase::Running)?;
+        self.guest.find_devices();
         hold("running");
         (self.keep)()?;
         let image = lock(&self.image)?;

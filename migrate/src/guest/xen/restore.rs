@@ -60,6 +60,9 @@ const ENDING: Duration = Duration::from_secs(30);
 /// How long to wait for libxl's own reason, where something else has shown that a restore failed.
 const REASON: Duration = Duration::from_secs(10);
 
+/// How long a guest that goes on is left alone to find its devices.
+const FINDING_DEVICES: Duration = Duration::from_secs(1);
+
 /// How long xl may hold its lock.
 const XL_PATIENCE: Duration = Duration::from_secs(60);
 
@@ -620,6 +623,12 @@ impl Destination for XenDestination {
             &incoming_name(&self.incoming.name),
             &self.incoming.name,
         )
+    }
+
+    fn find_devices(&mut self) {
+        if let Some(domid) = self.domid {
+            self.host.wait_for_devices(domid, FINDING_DEVICES);
+        }
     }
 
     fn discard(&mut self) -> Result<()> {
