@@ -57,7 +57,6 @@ fn open_move(directories: &Directories, entry: &Entry) -> String {
 pub fn run(options: &cli::List) -> anyhow::Result<()> {
     crate::require_xen()?;
     let host = Host::open()?;
-    let physical = host.ctl().physical_info()?;
     let directories = Directories::default();
     let mut open = journal::list(&directories)?;
     open.retain(|entry| action(entry) != Action::Nothing);
@@ -73,11 +72,10 @@ pub fn run(options: &cli::List) -> anyhow::Result<()> {
         let uuid = host.uuid_text(&info);
         // A domain that goes may have lost its configuration.
         let kind = host.kind(info.domain).ok();
-        // With hardware-assisted paging there is always a log.
-        let tracker = match (kind, info.hap || physical.shadow) {
-            (None | Some(DomainKind::Hvm), _) => None,
-            (_, true) => Some(TrackerKind::LogDirty),
-            (_, false) => Some(TrackerKind::Scan),
+        let tracker = match kind {
+            None | Some(DomainKind::Hvm) => None,
+            Some(_) if host.logs_dirty(&info)? => Some(TrackerKind::LogDirty),
+            Some(_) => Some(TrackerKind::Scan),
         };
         guests.push(Guest {
             name: host.name(info.domain).unwrap_or_else(|_| "(null)".into()),

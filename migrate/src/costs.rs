@@ -46,6 +46,10 @@ pub struct Past {
     /// What the link carried, bytes a second, if that was found out.
     #[serde(default)]
     pub link: Option<f64>,
+    /// Seconds that it took after the handover to keep what the guest left as a shadow; nothing
+    /// where none was kept.
+    #[serde(default)]
+    pub keeping: Option<f64>,
 }
 
 impl Past {
@@ -53,10 +57,11 @@ impl Past {
     #[must_use]
     pub fn of(report: &Report) -> Self {
         let part = |name: &str| report.downtime.parts.get(name).copied().unwrap_or(0.0);
-        let phase = |wanted: &str| -> f64 {
-            let named = report.phases.iter().filter(|(name, _)| name == wanted);
-            named.map(|(_, seconds)| seconds).sum()
+        let lap = |wanted: &str| {
+            let mut named = report.phases.iter().filter(|(name, _)| name == wanted);
+            named.next().map(|(_, seconds)| *seconds)
         };
+        let phase = |wanted: &str| lap(wanted).unwrap_or(0.0);
         // What the destination did, and half a round trip there and back. Not what was asked for
         // beside the move.
         let restore: f64 = report
@@ -74,9 +79,10 @@ impl Past {
             wire_bytes: report.wire_bytes,
             seconds: report.took.as_secs_f64(),
             downtime: report.downtime.total.as_secs_f64(),
+            keeping: lap("keep a shadow"),
             fixed: FixedCost {
                 suspend: part("suspend"),
-                restore: restore + report.link.rtt_ms / 1e3,
+                restore: restore + part("check again") + part("confirm") + report.link.rtt_ms / 1e3,
                 commit: part("commit and unpause"),
                 set_up: phase("connect") + phase("offer"),
                 clean_up: phase("clean up"),
@@ -119,21 +125,25 @@ impl Costs {
     }
 
     /// What a handover to `peer` costs: the median of the last moves there, else of the last moves
-    /// anywhere; nothing before the first.
+    /// anywhere; nothing before the first. `kept` bytes of the guest are kept as a shadow then.
     #[must_use]
-    pub fn fixed(&self, peer: &str) -> Option<FixedCost> {
+    pub fn fixed(&self, peer: &str, kept: u64) -> Option<FixedCost> {
         let there = self.recent(|past| past.peer == peer);
         let moves = match there.is_empty() {
             true => self.recent(|_| true),
             false => there,
         };
+        let keeping = median(moves.iter().filter_map(|past| {
+            let scale = kept as f64 / past.guest_bytes.max(1) as f64;
+            past.keeping.map(|seconds| seconds * scale)
+        }));
         let of = |part: fn(&FixedCost) -> f64| median(moves.iter().map(|past| part(&past.fixed)));
         Some(FixedCost {
             set_up: of(|cost| cost.set_up)?,
             suspend: of(|cost| cost.suspend)?,
             restore: of(|cost| cost.restore)?,
             commit: of(|cost| cost.commit)?,
-            clean_up: of(|cost| cost.clean_up)?,
+            clean_up: of(|cost| cost.clean_up)? + keeping.unwrap_or(0.0),
         })
     }
 
@@ -162,11 +172,11 @@ impl Costs {
         there.find_map(|past| past.link)
     }
 
-    /// All of it, of a guest that is to go to `peer`.
+    /// All of it, of a guest that is to go to `peer`, where `kept` bytes of it are kept as a shadow.
     #[must_use]
-    pub fn earlier(&self, uuid: &str, peer: &str, guest_bytes: u64) -> Earlier {
+    pub fn earlier(&self, uuid: &str, peer: &str, guest_bytes: u64, kept: u64) -> Earlier {
         Earlier {
-            fixed: self.fixed(peer).unwrap_or_default(),
+            fixed: self.fixed(peer, kept).unwrap_or_default(),
             prediction: self.predict(uuid, peer, guest_bytes),
             link: self.link(peer),
         }
@@ -247,6 +257,7 @@ mod tests {
                 clean_up: 0.5,
             },
             link: None,
+            keeping: None,
         }
     }
 
@@ -261,7 +272,7 @@ mod tests {
     fn what_was_seen_is_foretold() {
         let (_root, directories) = host();
         let mut costs = Costs::read(&directories);
-        assert_eq!(costs.fixed("b"), None);
+        assert_eq!(costs.fixed("b", 0), None);
         assert_eq!(costs.predict("u", "b", 1), None);
         for suspend in [0.1, 0.2, 9.0] {
             costs.note(past("b", "u", 100, suspend)).unwrap();
@@ -269,16 +280,29 @@ mod tests {
         costs.note(past("c", "v", 100, 0.7)).unwrap();
         let costs = Costs::read(&directories);
         // One that took for ever is no rule.
-        assert_eq!(costs.fixed("b").unwrap().suspend, 0.2);
-        assert_eq!(costs.fixed("c").unwrap().suspend, 0.7);
+        assert_eq!(costs.fixed("b", 0).unwrap().suspend, 0.2);
+        assert_eq!(costs.fixed("c", 0).unwrap().suspend, 0.7);
         // A host that nobody went to yet.
-        assert_eq!(costs.fixed("d").unwrap().suspend, 0.7);
+        assert_eq!(costs.fixed("d", 0).unwrap().suspend, 0.7);
         assert_eq!(costs.predict("u", "d", 1), None);
         let predicted = costs.predict("u", "b", 100 << 20).unwrap();
         assert_eq!((predicted.seconds, predicted.bytes), (10.0, 25 << 20));
         // Another guest of twice the memory.
         let predicted = costs.predict("w", "b", 200 << 20).unwrap();
         assert_eq!((predicted.seconds, predicted.bytes), (20.0, 50 << 20));
+    }
+
+    #[test]
+    fn a_larger_guest_takes_longer_to_keep() {
+        let (_root, directories) = host();
+        let mut costs = Costs::read(&directories);
+        let keeping = Some(2.0);
+        costs.note(past("b", "u", 100, 0.1)).unwrap();
+        let kept = past("b", "u", 100, 0.1);
+        costs.note(Past { keeping, ..kept }).unwrap();
+        let clean_up = |kept| costs.fixed("b", kept).unwrap().clean_up;
+        assert_eq!(clean_up(0), 0.5);
+        assert_eq!(clean_up(200 << 20), 4.5);
     }
 
     #[test]
@@ -297,7 +321,7 @@ mod tests {
         let costs = Costs::read(&directories);
         assert_eq!(costs.link("b"), Some(5e6));
         assert_eq!(costs.link("d"), None);
-        assert_eq!(costs.earlier("u", "c", 1).link, Some(9e6));
+        assert_eq!(costs.earlier("u", "c", 1, 1).link, Some(9e6));
         // What was written before it was looked at.
         let old = serde_json::to_string(&past("b", "u", 1, 0.1)).unwrap();
         let old = old.replace(",\"link\":null", "");
@@ -324,9 +348,9 @@ mod tests {
         for damaged in ["", "{", r#"{"version":2,"moves":[]}"#] {
             fs::write(&path, damaged).unwrap();
             let mut costs = Costs::read(&directories);
-            assert_eq!(costs.fixed("b"), None);
+            assert_eq!(costs.fixed("b", 0), None);
             costs.note(past("b", "u", 1, 1.0)).unwrap();
-            assert!(Costs::read(&directories).fixed("b").is_some());
+            assert!(Costs::read(&directories).fixed("b", 0).is_some());
         }
         let unfinished = fs::read_dir(&directories.state).unwrap().any(|entry| {
             let name = entry.unwrap().file_name();

@@ -29,7 +29,7 @@ use crate::handover::recovery;
 use crate::link::Conversation;
 use crate::outgoing::{LOCKED, Request, find_domain, offer, random};
 use crate::pages::PAGE_SIZE;
-use crate::report::rounded;
+use crate::report::{TrackerKind, rounded};
 use crate::rounds::{FixedCost, Prediction};
 use crate::shadow::Shadows;
 use crate::source::learning::{Asked, Learned, learn, receive, unexpected};
@@ -112,7 +112,13 @@ pub fn dry_run(
     let host = Host::open()?;
     let domid = find_domain(&host, &request.domain)?;
     let name = host.name(domid)?;
-    let uuid = host.uuid_text(&host.info(domid)?);
+    let info = host.info(domid)?;
+    let uuid = host.uuid_text(&info);
+    let tracker = match request.tracker {
+        Some(tracker) => tracker,
+        None if host.logs_dirty(&info)? => TrackerKind::LogDirty,
+        None => TrackerKind::Scan,
+    };
     // Two at once would tell of one another.
     let _lock = GuestLock::wait(directories, &uuid, &name, LOCKED)?;
     recovery::refuse_open_moves(directories, &uuid, &name)?;
@@ -163,8 +169,10 @@ pub fn dry_run(
         SURVEYING,
         &|| cancel.load(Ordering::Relaxed),
     )?;
+    let guest_bytes = guest.populated() * PAGE_SIZE as u64;
     let costs = Costs::read(directories);
-    let seen = costs.fixed(&request.remote.host);
+    let kept = if shadows.keep() { guest_bytes } else { 0 };
+    let seen = costs.fixed(&request.remote.host, kept);
     let fixed = seen.unwrap_or_default();
     Ok(DryRun {
         version: DRY_RUN_VERSION,
@@ -174,13 +182,19 @@ pub fn dry_run(
         refused: answer.refused,
         warnings,
         link: answer.link,
-        guest_bytes: guest.populated() * PAGE_SIZE as u64,
+        guest_bytes,
         recalled: learned.recalled,
         shareable: learned.shareable.unwrap_or(0),
         memory,
         fixed,
         fixed_seen: seen.is_some(),
-        predicted: memory.predict(bytes_a_second, &fixed, &request.plan.limits),
+        predicted: memory.predict(
+            bytes_a_second,
+            &fixed,
+            &request.plan.limits,
+            tracker,
+            request.plan.verify,
+        ),
     })
 }
 

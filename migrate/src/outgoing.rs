@@ -468,7 +468,12 @@ fn prepare_and_move(
             control: control.clone(),
             shadows: &shadows,
             group,
-            earlier: costs.earlier(&uuid, &request.remote.host, guest_bytes),
+            earlier: costs.earlier(
+                &uuid,
+                &request.remote.host,
+                guest_bytes,
+                if shadows.keep() { guest_bytes } else { 0 },
+            ),
             reached: &mut reached,
             tend: &mut tend,
             open: &mut open,
@@ -501,6 +506,8 @@ fn prepare_and_move(
     session.finish(Duration::from_secs(10));
     if result.is_ok()
         && request.purpose == Purpose::Move
+        // It says nothing of moves without.
+        && !request.plan.verify
         && let Err(error) = costs.note(Past::of(&report))
     {
         log::warn!("{}", chain(&error));

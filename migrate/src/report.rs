@@ -87,12 +87,12 @@ impl Round {
         self.no_data + self.zero + self.raw + self.retyped + known
     }
 
-    /// Pages that were sent with content, and one in 16 of the others that were looked at: about
-    /// what they cost.
+    /// Pages that were sent with content, and one in 16 of the others that were sent: about what
+    /// they cost.
     #[must_use]
     pub const fn with_content(&self) -> u64 {
         let content = self.raw + self.reference + self.delta + self.shared;
-        content + self.pages.saturating_sub(content) / 16
+        content + self.sent().saturating_sub(content) / 16
     }
 }
 

@@ -22,6 +22,7 @@ use crate::error::{Error, Result};
 use crate::guest::{Batch, Found, Moment, PageTable, Source};
 use crate::held::{HOT_BYTES, Held};
 use crate::pages::{PageSet, Pfn};
+use crate::report::TrackerKind;
 use crate::rounds::{FixedCost, Forecast, InRound, Limits, Prediction, Sent};
 
 /// Pages that are read together where memory is sampled: compressed together they come to nearly
@@ -59,6 +60,9 @@ pub struct Survey {
     /// How long a move would take for them: reading and encoding, or the link, whichever is slower.
     #[serde(rename = "seconds", with = "crate::rounds::seconds")]
     pub took: Duration,
+    /// Of that, reading and digesting.
+    #[serde(rename = "reading_seconds", with = "crate::rounds::seconds")]
+    pub reading: Duration,
     /// Pages that were watched for changes.
     pub watched: u64,
     /// Pages, of all, that change in a second.
@@ -115,6 +119,7 @@ pub fn survey(
         same: sample.same,
         bytes: sample.bytes,
         took: sample.took,
+        reading: sample.reading,
         watched: there.div_ceil(step),
         dirty: all(first.len() + second.len()) / 2.0 / seconds,
         growth: all(second.len() - both.len()) / seconds,
@@ -125,10 +130,28 @@ pub fn survey(
 
 impl Survey {
     /// What a move would take with these limits, over a link of `rate` bytes a second, where a
-    /// handover costs `fixed`.
+    /// handover costs `fixed`. It goes by `tracker`; `verify` says that all memory is compared.
     #[must_use]
-    pub fn predict(&self, rate: f64, fixed: &FixedCost, limits: &Limits) -> Option<Prediction> {
+    pub fn predict(
+        &self,
+        rate: f64,
+        fixed: &FixedCost,
+        limits: &Limits,
+        tracker: TrackerKind,
+        verify: bool,
+    ) -> Option<Prediction> {
         let mut forecast = Forecast::new(*fixed);
+        let mut limits = limits.clone();
+        let all = self.pages as f64 / self.sampled.max(1) as f64;
+        let reading = Duration::try_from_secs_f64(self.reading.as_secs_f64() * all).ok()?;
+        if tracker == TrackerKind::Scan {
+            forecast.looks_at_all(reading);
+            // It can't tell which pages are hot, and holds none back.
+            limits.looking = Duration::MAX;
+        }
+        if verify {
+            forecast.verifies(reading);
+        }
         let dirty = 1000.0;
         let bytes = self.dirty_bytes * dirty;
         // What is dirty takes the link as long as its bytes, and us as long as any page.
@@ -153,7 +176,7 @@ impl Survey {
             bytes: self.bytes,
             pages: self.pages,
         };
-        let course = forecast.course(&before, limits)?;
+        let course = forecast.course(&before, &limits)?;
         Some(Prediction {
             seconds: fixed.set_up + course.rest.as_secs_f64() + fixed.clean_up,
             bytes: course.bytes as u64,
@@ -175,6 +198,7 @@ struct Sample {
     same: u64,
     bytes: u64,
     took: Duration,
+    reading: Duration,
 }
 
 struct Changes {
@@ -210,6 +234,7 @@ impl Surveyor<'_> {
             same: sender.same,
             bytes: sender.bytes,
             took: sender.took(),
+            reading: sender.reading,
         })
     }
 
@@ -223,6 +248,7 @@ impl Surveyor<'_> {
         let known = sender.held.table();
         self.guest
             .read(pfns, known, Moment::Live, &mut batch, &mut deferred)?;
+        sender.reading += began.elapsed();
         sender.encode(&batch)?;
         sender.working += began.elapsed();
         Ok(())
@@ -280,6 +306,8 @@ struct Sender {
     empty: u64,
     same: u64,
     working: Duration,
+    /// Of that, reading.
+    reading: Duration,
 }
 
 impl Sender {
@@ -292,6 +320,7 @@ impl Sender {
             empty: 0,
             same: 0,
             working: Duration::ZERO,
+            reading: Duration::ZERO,
         }
     }
 
@@ -361,6 +390,7 @@ mod tests {
             same: 0,
             bytes: 8 << 20,
             took: Duration::from_secs(2),
+            reading: Duration::from_secs(1),
             watched: 32_768,
             dirty: 0.0,
             growth: 0.0,
@@ -369,10 +399,27 @@ mod tests {
         }
     }
 
+    fn foretold(survey: Survey, tracker: TrackerKind, verify: bool) -> Prediction {
+        let (fixed, limits) = (FixedCost::default(), Limits::default());
+        survey
+            .predict(4e6, &fixed, &limits, tracker, verify)
+            .unwrap()
+    }
+
+    #[test]
+    fn what_reads_all_memory_in_the_silence_is_part_of_it() {
+        let log = foretold(quiet(), TrackerKind::LogDirty, false);
+        // Of 32,768 pages 8,192 took a second.
+        let scan = foretold(quiet(), TrackerKind::Scan, false);
+        assert!((scan.downtime - log.downtime - 4.0).abs() < 1e-3);
+        let verified = foretold(quiet(), TrackerKind::LogDirty, true);
+        assert!((verified.downtime - log.downtime - 4.0).abs() < 1e-3);
+    }
+
     #[test]
     fn a_quiet_guest_is_one_round_and_the_fixed_cost() {
         let fixed = FixedCost::default();
-        let predicted = quiet().predict(4e6, &fixed, &Limits::default()).unwrap();
+        let predicted = foretold(quiet(), TrackerKind::LogDirty, false);
         let silence = fixed.total().as_secs_f64();
         assert!((predicted.downtime - silence).abs() < 1e-3);
         let seconds = fixed.set_up + 8.0 + silence + fixed.clean_up;
@@ -389,7 +436,7 @@ mod tests {
             ..quiet()
         };
         let fixed = FixedCost::default();
-        let predicted = busy.predict(4e6, &fixed, &Limits::default()).unwrap();
+        let predicted = foretold(busy, TrackerKind::LogDirty, false);
         let silence = fixed.total().as_secs_f64() + 2.048;
         assert!((predicted.downtime - silence).abs() < 1e-2, "{predicted:?}");
         let bytes = (32 << 20) + 8_192_000;

@@ -143,6 +143,7 @@ pub fn simulate(subject: &Subject, mut way: Way, rate: u64, limits: &Limits) -> 
             left: dirty.len(),
             wire_bytes: bytes,
             took,
+            ..RoundFacts::default()
         });
     }
 }

@@ -52,6 +52,9 @@ pub struct Limits {
     pub looking: Duration,
     /// How far the guest may be slowed down where that makes the silence shorter.
     pub least_share: Share,
+    /// How long the guest may be suspended before the handover, whatever it waits for: then it goes
+    /// on where it was. One that would have to be is not suspended.
+    pub silent: Duration,
     /// The most pages that may be at the destination and not in its restore yet when the guest is
     /// suspended: it is silent until they are.
     pub behind: u64,
@@ -65,6 +68,7 @@ impl Default for Limits {
             window: 3,
             looking: Duration::from_secs(1),
             least_share: Share::WHOLE,
+            silent: Duration::from_secs(300),
             // What a restore is given at once.
             behind: 1024,
         }
@@ -99,6 +103,8 @@ pub struct RoundFacts {
     /// How long it took.
     #[serde(with = "seconds")]
     pub took: Duration,
+    /// What the guest had of its processor time.
+    pub share: Share,
 }
 
 /// Durations as seconds, as users see them.
@@ -227,8 +233,19 @@ const fn falls(before: u64, left: u64) -> bool {
 }
 
 /// Rounds leave about as much as they had to send, and the newest leaves the least of these, or
-/// has been waited for long enough.
+/// has been waited for long enough. One that leaves less than any before it is progress after all;
+/// and what the guest did with more of its processor time says nothing of what it will do.
 fn no_longer_falls(history: &[RoundFacts], window: usize) -> bool {
+    let share = history.last().map(|round| round.share);
+    let faster = history.iter().rposition(|round| Some(round.share) != share);
+    // The last of those shows what there was to win.
+    let history = &history[faster.unwrap_or(0)..];
+    if let Some((newest, before)) = history.split_last()
+        && let Some(lowest) = before.iter().map(|round| round.left).min()
+        && falls(lowest, newest.left)
+    {
+        return false;
+    }
     let mut had = history.first().map_or(0, |round| round.sent);
     let stands = history.iter().position(|round| {
         let before = std::mem::replace(&mut had, round.left);
@@ -256,6 +273,7 @@ mod tests {
             left,
             wire_bytes: sent * 4096,
             took: Duration::from_micros(sent * 650),
+            share: Share::WHOLE,
         }
     }
 
@@ -288,7 +306,10 @@ mod tests {
         let (mut sent, mut all) = (32_768, 0);
         let mut share = Share::WHOLE;
         for (number, (cold, hot)) in trace.iter().copied().enumerate() {
-            let facts = round(sent, cold + hot);
+            let facts = RoundFacts {
+                share,
+                ..round(sent, cold + hot)
+            };
             forecast.sent(Sent {
                 first: number == 0,
                 pages: sent,
@@ -523,7 +544,10 @@ mod tests {
         let (mut history, mut share, mut sent) = (Vec::new(), Share::WHOLE, 32_768);
         loop {
             let left = u64::from(share.of(0, 1)) * pages_at_full / 100;
-            let facts = round(sent, left);
+            let facts = RoundFacts {
+                share,
+                ..round(sent, left)
+            };
             forecast.sent(Sent {
                 first: history.is_empty(),
                 pages: sent,
@@ -542,6 +566,40 @@ mod tests {
             }
             sent = left;
         }
+    }
+
+    #[test]
+    fn progress_after_a_stall_goes_on() {
+        assert_eq!(stop_of(&[9000, 5000, 6000, 2500, 1100]), (5, None));
+        // Up and down without getting anywhere is none.
+        assert_eq!(
+            stop_of(&[9000, 5000, 6000, 4900, 6000]),
+            (4, Some(Stop::NoProgress))
+        );
+    }
+
+    #[test]
+    fn what_a_faster_guest_did_is_forgotten() {
+        let third = Share::new(33).unwrap();
+        let of = |share, (sent, left)| RoundFacts {
+            share,
+            ..round(sent, left)
+        };
+        let mut history: Vec<_> = [(32_768, 8000), (8000, 8000), (8000, 8000)]
+            .map(|facts| of(Share::WHOLE, facts))
+            .into();
+        assert!(no_longer_falls(&history, 3));
+        // Slower it changes less, and further rounds less and less.
+        for facts in [(8000, 2700), (2700, 900), (900, 600)] {
+            history.push(of(third, facts));
+            assert!(!no_longer_falls(&history, 3));
+        }
+        history.push(of(third, (600, 600)));
+        assert!(no_longer_falls(&history, 3));
+        // One that it does not help is known after one round.
+        history.truncate(3);
+        history.push(of(third, (8000, 8000)));
+        assert!(no_longer_falls(&history, 3));
     }
 
     #[test]

@@ -155,6 +155,8 @@ pub struct Forecast {
     fixed: FixedCost,
     /// What it takes to look at all memory, where every round has to.
     looking: Duration,
+    /// What it takes to compare all memory, where that was asked for.
+    verifying: Duration,
     /// Of memory that is sent for the first time.
     first: Option<PageCost>,
     /// Of pages that were dirtied.
@@ -175,6 +177,7 @@ impl Forecast {
         Forecast {
             fixed,
             looking: Duration::ZERO,
+            verifying: Duration::ZERO,
             first: None,
             again: None,
             written: None,
@@ -193,15 +196,22 @@ impl Forecast {
         self.looking = took;
     }
 
+    /// All memory is compared while the guest is suspended, which takes so long: at both sites at
+    /// the same time.
+    pub fn verifies(&mut self, took: Duration) {
+        self.verifying = took;
+    }
+
     /// The guest's silence, if there were nothing left to send.
     #[must_use]
     pub fn unavoidable(&self) -> Duration {
-        self.fixed.total().saturating_add(self.looking)
+        let looking = self.looking.saturating_add(self.verifying);
+        self.fixed.total().saturating_add(looking)
     }
 
-    /// A round has crossed.
+    /// A round has crossed. What a page costs is not told by few of them: the round trip does.
     pub fn sent(&mut self, sent: Sent) {
-        if sent.pages == 0 {
+        if sent.pages == 0 || (sent.first && sent.pages <= FEW_PAGES) {
             return;
         }
         let pages = sent.pages as f64;
@@ -271,6 +281,25 @@ impl Forecast {
             left: Some(round.left + round.hot + next as u64),
             rest: self.course(round, limits).map(|course| course.rest),
             downtime,
+        }
+    }
+
+    /// All of it, in the middle of the last round, with the guest `silent` for so long. Nothing more
+    /// is dirtied, and no round follows.
+    #[must_use]
+    pub fn last(&self, round: &InRound, silent: Duration, rate: Option<f64>) -> Outlook {
+        let rest = self.page(round).and_then(|page| {
+            let crossing = seconds(page.seconds * round.left as f64)?;
+            let handover = self.fixed.restore.max(0.0) + self.fixed.commit.max(0.0);
+            let rest = crossing.checked_add(seconds(handover)?)?;
+            rest.checked_add(self.verifying)
+        });
+        Outlook {
+            rate,
+            dirty: self.written,
+            left: Some(round.left),
+            rest,
+            downtime: rest.and_then(|rest| rest.checked_add(silent)),
         }
     }
 
@@ -407,6 +436,45 @@ mod tests {
         // Dirty pages compress worse: their own rate is what counts.
         forecast.sent(sent(false, 1000, SECOND));
         close(forecast.downtime(500), 1.0);
+    }
+
+    #[test]
+    fn all_memory_is_compared_in_the_silence() {
+        let mut forecast = forecast();
+        forecast.verifies(2 * SECOND);
+        close(forecast.downtime(0), 2.5);
+    }
+
+    #[test]
+    fn nothing_comes_after_the_last_round() {
+        let mut forecast = forecast();
+        forecast.sent(sent(true, 32_768, 8 * SECOND));
+        forecast.dirtied(1000, 1000, SECOND);
+        let round = InRound {
+            number: 2,
+            done: 1000,
+            left: 2000,
+            next: 0,
+            hot: 0,
+            unseen: 9 * SECOND,
+            spent: SECOND,
+            bytes: 1_000_000,
+            pages: 32_768,
+        };
+        let outlook = forecast.last(&round, 3 * SECOND, None);
+        assert_eq!(outlook.left, Some(2000));
+        // The rest of the round, the restore and the commit.
+        close(outlook.rest, 2.4);
+        close(outlook.downtime, 5.4);
+    }
+
+    #[test]
+    fn few_pages_tell_nothing_of_the_first_round() {
+        let mut forecast = forecast();
+        forecast.sent(sent(true, FEW_PAGES, SECOND));
+        assert_eq!(forecast.downtime(1), None);
+        forecast.sent(sent(true, FEW_PAGES + 1, SECOND));
+        assert!(forecast.downtime(1).is_some());
     }
 
     #[test]

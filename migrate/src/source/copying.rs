@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::guest::{Batch, Dirty, Moment};
 use crate::handover::journal::Phase;
 use crate::pages::PageSet;
-use crate::report::{Progress, TrackerKind, rounded};
+use crate::report::{Progress, Round, TrackerKind, rounded};
 use crate::rounds::{InRound, Left, Limits, Next, Prediction, RoundFacts, Sent, Stop, decide};
 use crate::wire::{ToDestination, ToSource};
 
@@ -19,6 +19,10 @@ const LOOKING_SHARE: u32 = 20;
 /// a shadow had it. The guest runs meanwhile, the move can be given up, and heartbeats tell whether
 /// the other site lives.
 const CATCHING_UP: Duration = Duration::from_secs(3600);
+
+/// So many times as long the guest may be silent in the verify mode, which reads all memory at both
+/// sites meanwhile.
+const VERIFYING: u32 = 4;
 
 /// A scan looks at one page in so many to learn how many have changed.
 const SAMPLED: usize = 16;
@@ -46,17 +50,18 @@ impl Session<'_> {
                 left: all,
                 hot: left.hot,
             });
-            let mut took = round.took;
             if self.scans() {
-                took = took.saturating_sub(self.reading);
                 self.forecast.looks_at_all(self.reading);
                 self.forecast.dirtied(left.cold, left.cold, round.took);
+            }
+            if number == 1 && self.go.plan.verify {
+                self.forecast.verifies(self.reading);
             }
             self.forecast.sent(Sent {
                 first: number == 1,
                 pages: round.with_content(),
                 bytes: round.wire_bytes,
-                took,
+                took: round.took.saturating_sub(self.looking_in_vain(&round)),
             });
             // What is left after a round that ended so tells nothing.
             if !self.unclear {
@@ -65,6 +70,7 @@ impl Session<'_> {
                     left: all,
                     wire_bytes: round.wire_bytes,
                     took: round.took,
+                    share: self.share(),
                 });
             }
             if number == 1 {
@@ -88,6 +94,17 @@ impl Session<'_> {
         Ok(Copied)
     }
 
+    /// How long the round took to look at pages of which nothing crossed. A scan looks at all memory
+    /// in each round: that is foretold apart.
+    fn looking_in_vain(&self, round: &Round) -> Duration {
+        match self.scans() {
+            true => self.reading,
+            false => self
+                .reading
+                .mul_f64(round.same as f64 / round.pages.max(1) as f64),
+        }
+    }
+
     /// What comes after a round that left so much. A guest isn't suspended while the destination is
     /// far behind: it would be silent until the restore has what crossed long ago.
     fn next(&mut self, number: u32, mut left: Left) -> Result<Next> {
@@ -105,12 +122,42 @@ impl Session<'_> {
             };
             match next {
                 Next::Suspend(_) if self.behind > self.go.plan.limits.behind => {}
+                Next::Suspend(_) => {
+                    self.refuse_silence(&left)?;
+                    return Ok(next);
+                }
                 next => return Ok(next),
             }
+            self.let_run(true);
             self.catch_up(number, &left)?;
+            self.let_run(false);
             self.look()?;
             left = self.left(number)?;
             self.check_time(number + 1, left.cold.saturating_add(left.hot))?;
+        }
+    }
+
+    /// A guest that could not be handed over in the time that it may be silent is not suspended.
+    fn refuse_silence(&self, left: &Left) -> Result<()> {
+        let all = left.cold.saturating_add(left.hot);
+        let (foretold, silent) = (self.forecast.downtime(all), self.silent());
+        match foretold {
+            Some(foretold) if foretold > silent => Err(Error::TimedOut(format!(
+                "it would be silent for {:.0} s, and may be for {:.0} s; --throttle makes it \
+                 shorter",
+                foretold.as_secs_f64(),
+                silent.as_secs_f64()
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// How long the guest may be silent before it goes on here.
+    pub(super) fn silent(&self) -> Duration {
+        let silent = self.go.plan.limits.silent;
+        match self.go.plan.verify {
+            true => silent * VERIFYING,
+            false => silent,
         }
     }
 
@@ -130,6 +177,10 @@ impl Session<'_> {
                         peer: self.go.peer.peer().to_owned(),
                         reason: "it does not restore what has arrived".into(),
                     });
+                }
+                // Which pages are hot is told by what is written between two readings of the log.
+                if self.looked.elapsed() >= self.look_after {
+                    self.look()?;
                 }
                 continue;
             };

@@ -10,16 +10,6 @@ use crate::hold::hold;
 use crate::pages::PageSet;
 use crate::wire::{Part, ToDestination, ToSource};
 
-/// How long the guest may be suspended before the handover, whatever it waits for: then it goes on
-/// here.
-const SILENT: Duration = Duration::from_secs(300);
-
-/// The same in the verify mode, which reads all memory at both sites meanwhile.
-const SILENT_VERIFYING: Duration = Duration::from_secs(1200);
-
-/// How long a restore may take to complete: devices' hotplug scripts, and the verify mode.
-const RESTORING: Duration = Duration::from_secs(300);
-
 /// How long a destination may take to let a guest run.
 const RUNNING: Duration = Duration::from_secs(60);
 
@@ -32,21 +22,19 @@ impl Session<'_> {
         self.go.journal.reach(Phase::Suspending)?;
         let started = Instant::now();
         self.suspend_started = Some(started);
+        self.let_suspend();
         self.go.guest.suspend()?;
         self.go.connections.suspended();
         self.part("suspend", started.elapsed());
         self.note_slowed_down();
-        let silent = if self.go.plan.verify {
-            SILENT_VERIFYING
-        } else {
-            SILENT
-        };
-        self.go.peer.set_deadline(Some(started + silent));
+        self.go.peer.set_deadline(Some(started + self.silent()));
+        let checking = Instant::now();
         if let Some(flows) = self.go.connections.outgoing() {
             self.go.peer.send(&ToDestination::Outgoing(flows))?;
         }
         hold("suspended");
         (self.go.unchanged)()?;
+        self.part("check again", checking.elapsed());
         let last = Instant::now();
         let mut written = PageSet::new(self.held.table().pages());
         self.go.guest.next_dirty(&mut written, Moment::Last)?;
@@ -131,7 +119,8 @@ impl Session<'_> {
     pub(super) fn hand_over(&mut self, suspended: &Suspended) -> Result<Committed> {
         hold("final-sent");
         let waited = Instant::now();
-        match self.receive(RESTORING)? {
+        // It may take until the deadline, which is no lost link.
+        match self.receive(self.silent())? {
             ToSource::Ready(ready) => {
                 if ready.digest != suspended.digest {
                     return Err(Error::Verify("What arrived is not what was sent".into()));
@@ -155,6 +144,7 @@ impl Session<'_> {
         self.part("wait for ready", waited.elapsed());
         self.phase("handing over");
         hold("ready");
+        let confirming = Instant::now();
         // Waiting may have taken minutes.
         self.go.guest.confirm()?;
         // From here on only the destination's word lets the guest run here again.
@@ -164,6 +154,7 @@ impl Session<'_> {
         self.go.peer.ignore_cancel();
         self.go.peer.set_deadline(None);
         self.go.journal.reach(Phase::Committed)?;
+        self.part("confirm", confirming.elapsed());
         hold("committed");
         Ok(Committed)
     }

@@ -99,9 +99,11 @@ impl Session<'_> {
                 bytes: wire_bytes - bytes_before,
                 pages: populated,
             };
-            let outlook = self
-                .forecast
-                .outlook(&so_far, &self.limits(), self.meter.rate());
+            let rate = self.meter.rate();
+            let outlook = match self.suspend_started {
+                Some(since) => self.forecast.last(&so_far, since.elapsed(), rate),
+                None => self.forecast.outlook(&so_far, &self.limits(), rate),
+            };
             self.go.observer.notice(Progress::Pages {
                 round: number,
                 done,

@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::Session;
 use crate::error::{Result, chain};
 use crate::report::{Progress, SlowedDown, rounded};
-use crate::rounds::Share;
+use crate::rounds::{Share, throttle};
 
 /// A guest that is slowed down.
 pub(super) struct Slowed {
@@ -59,6 +59,34 @@ impl Session<'_> {
         self.go.plan.limits.least_share = Share::WHOLE;
         self.tell(format!("The guest is not slowed down further: {why}"));
         Ok(false)
+    }
+
+    /// Lets a guest that is slowed down suspend at no less than [`throttle::SUSPENDING`]. Suspending
+    /// takes processor time itself, at 5 % twenty times as long: that would be silence. What the
+    /// guest writes until it stands still depends on that processor time, and hardly on the cap.
+    pub(super) fn let_suspend(&mut self) {
+        self.cap_at(self.share().max(throttle::SUSPENDING));
+    }
+
+    /// Gives a guest that is slowed down its time for as long as nothing of it crosses, or takes it
+    /// again.
+    pub(super) fn let_run(&mut self, runs: bool) {
+        let share = match runs {
+            true => Share::WHOLE,
+            false => self.share(),
+        };
+        self.cap_at(share);
+    }
+
+    /// Sets the cap of a guest that is slowed down. It is only a matter of speed whether that works.
+    fn cap_at(&mut self, share: Share) {
+        let Some(slowed) = &self.slowed else {
+            return;
+        };
+        let cap = share.of(slowed.cap, self.go.guest.facts().vcpus);
+        if let Err(error) = self.go.guest.set_cpu_cap(cap) {
+            log::warn!("The guest keeps its cap: {}", chain(&error));
+        }
     }
 
     /// Gives the guest its processor time back, where it was slowed down. Harmless where it is

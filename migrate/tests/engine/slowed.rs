@@ -7,7 +7,7 @@ use std::time::Duration;
 use migrate::Error;
 use migrate::guest::Moment;
 use migrate::guest::replay::generated::Random;
-use migrate::guest::replay::{Call, Clock, Crossing, Guest, Watch, die};
+use migrate::guest::replay::{Call, Clock, Crossing, End, Guest, Watch, die};
 use migrate::rounds::{Limits, Share, Stop};
 use migrate::source::Plan;
 
@@ -70,6 +70,22 @@ fn a_restless_guest_is_slowed_down() {
     unasked.plan.limits.least_share = Share::WHOLE;
     let report = scene.moves(unasked).report.unwrap();
     assert_eq!(report.slowed_down, None);
+}
+
+#[test]
+fn one_that_would_be_silent_for_too_long_is_never_suspended() {
+    let scene = Scene::with(restless(33));
+    let mut hopeless = slowing();
+    // Less than any handover takes.
+    hopeless.plan.limits.silent = Duration::from_millis(1);
+    hopeless.at_source = at_call(Call::Suspend, 1, || panic!("It was asked to suspend"));
+    let crossed = scene.cross(hopeless);
+    match &crossed.source {
+        End::Returned(Err(Error::TimedOut(why))) => assert!(why.contains("--throttle"), "{why}"),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(scene.settled(&crossed), Place::Source);
+    assert_eq!(cap_at_source(&scene), CAP);
 }
 
 #[test]

@@ -96,7 +96,13 @@ fn ask(from: &Arc<Site>, link: Link, rate: u64) -> Result<Foretold> {
     Ok(Foretold {
         recalled: learned.recalled,
         shareable: learned.shareable.unwrap_or(0),
-        predicted: memory.predict(rate as f64, &FixedCost::default(), &Limits::default()),
+        predicted: memory.predict(
+            rate as f64,
+            &FixedCost::default(),
+            &Limits::default(),
+            TrackerKind::LogDirty,
+            false,
+        ),
         memory,
     })
 }
