@@ -12,10 +12,12 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use serde_json::Value;
 use xen_sys::ctl::{CpuPolicy, GuestKind as CpuKind};
 
 use crate::configuration::{Accepted, SitePolicy, accept};
@@ -335,11 +337,23 @@ fn judge(
             names.join(", ")
         ));
     }
+    warnings.extend(missing_files(&accepted.configuration).map(|path| {
+        format!("The destination has no {path}: once it reboots the guest can't start again there")
+    }));
     Ok(Judged {
         accepted,
         xen,
         warnings,
     })
+}
+
+/// What a guest of this configuration boots by, of which there is nothing here. It can arrive all the
+/// same.
+fn missing_files(configuration: &Value) -> impl Iterator<Item = &str> {
+    ["/b_info/kernel", "/b_info/ramdisk"]
+        .into_iter()
+        .filter_map(|field| configuration.pointer(field)?.as_str())
+        .filter(|path| !Path::new(path).exists())
 }
 
 /// The answer to a dry run: as if the guest came now.
@@ -470,6 +484,19 @@ fn warnings(host: &Host, ours: &XenVersion, offer: &Offer) -> Result<Vec<String>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn what_a_guest_boots_by_and_is_not_here_is_named() {
+        let boots_by = |kernel: Value, ramdisk: Value| {
+            let configuration = json!({ "b_info": { "kernel": kernel, "ramdisk": ramdisk } });
+            missing_files(&configuration).map(str::to_owned).collect()
+        };
+        let missing: Vec<String> = boots_by(json!("/no/kernel"), json!("/proc/self/exe"));
+        assert_eq!(missing, ["/no/kernel"]);
+        let missing: Vec<String> = boots_by(Value::Null, Value::Null);
+        assert!(missing.is_empty());
+    }
 
     #[test]
     fn a_guest_larger_than_the_machine_is_refused() {

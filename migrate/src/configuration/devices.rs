@@ -8,6 +8,9 @@ use serde_json::{Map, Value, json};
 /// The most devices of a kind.
 pub(super) const MAX: usize = 256;
 
+/// Where libxl puts an interface that names no bridge (`libxl__device_nic_setdefault`).
+const LIBXL_BRIDGE: &str = "xenbr0";
+
 type Accept = fn(&Fields<'_>, &SitePolicy) -> Result<Value, ConfigurationError>;
 
 /// The lists of devices that are taken.
@@ -23,9 +26,17 @@ pub fn need_qemu(configuration: &Value) -> bool {
     };
     let by_qemu = |disk: &Value| {
         let says = |field: &str| disk.get(field).and_then(Value::as_str);
-        says("backend") == Some("qdisk") || !matches!(says("format"), None | Some("raw" | "empty"))
+        // libxl has QEMU serve an empty drive too: there is no block device to serve it from.
+        says("backend") == Some("qdisk") || !matches!(says("format"), None | Some("raw"))
     };
     devices("vfbs").next().is_some() || devices("disks").any(by_qemu)
+}
+
+/// Whether QEMU keeps parts of a written image of this format in its memory: the tables of where its
+/// blocks are. Another host's QEMU would read old ones, and the one that is left behind would write
+/// its own into an image that is in use elsewhere.
+pub fn keeps_parts_in_memory(format: &str) -> bool {
+    !matches!(format, "unknown" | "raw" | "empty")
 }
 
 /// Devices are served by domain 0: other domains there are none here.
@@ -58,6 +69,9 @@ fn disk(disk: &Fields<'_>, policy: &SitePolicy) -> Result<Value, ConfigurationEr
     taken.insert("vdev".into(), vdev.into());
     let formats = ["unknown", "qcow", "qcow2", "vhd", "raw", "empty", "qed"];
     let format = disk.choice("format", &formats)?.unwrap_or("raw");
+    if keeps_parts_in_memory(format) && disk.unsigned("readwrite", 1)? == Some(1) {
+        return Err(disk.unsupported("format"));
+    }
     match disk.string("pdev_path")? {
         Some(path) if is_below(path, &policy.disk_directories) => {
             taken.insert("pdev_path".into(), path.into());
@@ -113,17 +127,12 @@ fn nic(nic: &Fields<'_>, policy: &SitePolicy) -> Result<Value, ConfigurationErro
         None | Some("unknown") => {}
         Some(_) => return Err(nic.unsupported("nictype")),
     }
-    let bridge = nic.string("bridge")?;
-    let own = bridge
-        .and_then(|bridge| policy.bridges.get(bridge))
-        .or(policy.default_bridge.as_ref());
-    match (own, bridge) {
-        (Some(own), _) => {
-            taken.insert("bridge".into(), own.as_str().into());
-        }
-        (None, Some(bridge)) => return Err(nic.not_allowed("bridge", bridge)),
-        (None, None) => {}
-    }
+    let bridge = nic.string("bridge")?.unwrap_or(LIBXL_BRIDGE);
+    let own = policy.bridges.get(bridge);
+    match own.or(policy.default_bridge.as_ref()) {
+        Some(own) => taken.insert("bridge".into(), own.as_str().into()),
+        None => return Err(nic.not_allowed("bridge", bridge)),
+    };
     nic.take_unsigned(
         &[
             ("devid", 65_535),

@@ -21,7 +21,7 @@ mod build;
 mod devices;
 mod fields;
 
-pub use devices::need_qemu;
+pub use devices::{keeps_parts_in_memory, need_qemu};
 
 use crate::wire::{GuestKind, Offer, Text};
 use fields::Fields;

@@ -464,13 +464,22 @@ fn bridges_are_this_sites() {
         bridge(json!("xenbr9"), &policy()),
         Err(ConfigurationError::NotAllowed { .. })
     ));
-    assert_eq!(bridge(Value::Null, &policy()).unwrap(), Value::Null);
+    // None is the one that libxl takes then.
+    assert_eq!(bridge(Value::Null, &policy()).unwrap(), "br-guests");
+    let none = SitePolicy {
+        bridges: BTreeMap::new(),
+        ..policy()
+    };
+    assert!(matches!(
+        bridge(Value::Null, &none),
+        Err(ConfigurationError::NotAllowed { .. })
+    ));
     let policy = SitePolicy {
         default_bridge: Some("br1".to_owned()),
         ..policy()
     };
     assert_eq!(bridge(json!("xenbr9"), &policy).unwrap(), "br1");
-    assert_eq!(bridge(Value::Null, &policy).unwrap(), "br1");
+    assert_eq!(bridge(Value::Null, &policy).unwrap(), "br-guests");
 }
 
 #[test]
@@ -689,13 +698,29 @@ fn values() -> impl Strategy<Value = Value> {
 }
 
 #[test]
+fn an_image_with_tables_of_its_own_is_not_written_at_two_hosts() {
+    let disk = |format: &str, written: bool| {
+        let mut document = with("/disks/0/format", json!(format));
+        document["disks"][0]["readwrite"] = json!(u8::from(written));
+        try_accept(document)
+    };
+    for format in ["qcow2", "qcow", "vhd", "qed"] {
+        assert!(matches!(
+            disk(format, true),
+            Err(ConfigurationError::Unsupported { .. })
+        ));
+        assert!(disk(format, false).is_ok());
+    }
+    assert!(disk("raw", true).is_ok());
+}
+
+#[test]
 fn what_qemu_serves_is_told() {
     let disk = |fields: Value| json!({ "disks": [{ "format": "raw" }, fields] });
     for plain in [
         json!({}),
         json!({ "vfbs": [], "disks": [], "nics": [{}] }),
         disk(json!({})),
-        disk(json!({ "format": "empty", "is_cdrom": 1 })),
         disk(json!({ "format": "raw", "backend": "phy" })),
     ] {
         assert!(!need_qemu(&plain), "{plain}");
@@ -703,6 +728,7 @@ fn what_qemu_serves_is_told() {
     for served in [
         json!({ "vfbs": [{}] }),
         disk(json!({ "format": "qcow2" })),
+        disk(json!({ "format": "empty", "is_cdrom": 1 })),
         disk(json!({ "format": "raw", "backend": "qdisk" })),
     ] {
         assert!(need_qemu(&served), "{served}");

@@ -202,7 +202,7 @@ impl Toolstack {
         Ok(kib)
     }
 
-    /// The host's free memory, less what libxl keeps in reserve, in KiB.
+    /// The host's free memory, in KiB: also what has yet to be scrubbed, and what is claimed.
     ///
     /// # Errors
     ///

@@ -11,6 +11,7 @@ use xen_sys::toolstack::DomainKind;
 
 use super::host::Host;
 use super::savers::saver_at_work;
+use crate::configuration::keeps_parts_in_memory;
 use crate::error::{Error, IoContext, Result};
 
 /// Why an HVM guest can't be moved.
@@ -226,14 +227,26 @@ fn configured(configuration: &Value, allowed: Allowed) -> Vec<String> {
     if host_map.is_some_and(|value| value == "True" || value == &Value::Bool(true)) {
         found.push("it sees this host's memory map (e820_host)".into());
     }
-    let writable = configuration
-        .get("disks")
-        .and_then(Value::as_array)
-        .is_some_and(|disks| {
-            disks
-                .iter()
-                .any(|disk| disk.get("readwrite").is_some_and(is_true))
-        });
+    let disks = configuration.get("disks").and_then(Value::as_array);
+    let mut written = disks
+        .into_iter()
+        .flatten()
+        .filter(|disk| disk.get("readwrite").is_some_and(is_true))
+        .peekable();
+    let writable = written.peek().is_some();
+    let format = |disk: &Value| {
+        disk.get("format")
+            .and_then(Value::as_str)
+            .map(str::to_owned)
+    };
+    if let Some(format) = written
+        .filter_map(format)
+        .find(|format| keeps_parts_in_memory(format))
+    {
+        found.push(format!(
+            "it writes to a disk of format {format}, of which QEMU keeps parts in memory"
+        ));
+    }
     if writable && !allowed.disks {
         found.push(
             "it has writable disks: with --no-disks you say that they are shared storage, at the \

@@ -183,6 +183,9 @@ impl Source for PvhSource {
     }
 
     fn begin(&mut self) -> Result<TrackerKind> {
+        // Of a guest that has yet to map its grant table it can't be told, not even later, with the
+        // guest suspended.
+        self.leaving.granted()?;
         self.leaving.begin()
     }
 

@@ -210,6 +210,14 @@ impl XenDestination {
             .toolstack()
             .free_memory()
             .context(|| "Can't tell how much memory is free")?;
+        // What other domains that are being built have claimed counts as free there.
+        let claimed = self
+            .host
+            .ctl()
+            .physical_info()
+            .context(|| "Can't read about this host")?
+            .outstanding_pages;
+        let free = free.saturating_sub(claimed * (PAGE_SIZE as u64 / 1024));
         if needed > free {
             return Err(Error::Refused(format!(
                 "Not enough free memory: {} MiB needed, {} MiB free",
