@@ -15,6 +15,9 @@ pub struct Rows {
     /// What the guests do. Empty ones, whose move is the floor, are measured in any case
     #[arg(long, value_name = "LOAD", default_values_t = Load::ALL)]
     load: Vec<Load>,
+    /// Moves by each command: the medians are printed
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
+    moves: u8,
 }
 
 /// What a guest does, or what is at the destination.
@@ -43,7 +46,7 @@ impl std::fmt::Display for Load {
 }
 
 /// What a move took.
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 struct Figures {
     seconds: f64,
     /// What left the source's card.
@@ -113,36 +116,65 @@ fn measure(testbed: &Testbed, guest: &Guest, from: SiteName, command: &str) -> R
 }
 
 /// What is measured beside one another.
-const COMMANDS: [&str; 3] = ["xl migrate", "xl migrate -s 'ssh -C'", "vmshadow migrate"];
+const COMMANDS: &[&str] = &["xl migrate", "xl migrate -s 'ssh -C'", "vmshadow migrate"];
 
-/// A guest's moves, one by each command. Each time it is started anew: Linux loses a megabyte with
-/// every resume, which a small and busy guest has not to spare.
-fn measure_all(testbed: &Testbed, guest: &Guest) -> Result<[Figures; COMMANDS.len()]> {
-    let mut all = [Figures {
-        seconds: 0.0,
-        megabytes: 0.0,
-        silence: 0.0,
-        alive: true,
-        busy: [0.0; 2],
-    }; COMMANDS.len()];
-    for (command, figures) in COMMANDS.iter().zip(&mut all) {
-        testbed.start_guest(SiteName::A, guest)?;
-        thread::sleep(Duration::from_secs(5));
-        let line = format!("{command} {} {} 2>&1", guest.name, SiteName::B.address());
-        *figures = measure(testbed, guest, SiteName::A, &line)?;
-        testbed.stop_guest(&guest.name)?;
+/// And of guests that are never quiet, with leave to slow them down.
+const BUSY_COMMANDS: &[&str] = &[
+    "xl migrate",
+    "xl migrate -s 'ssh -C'",
+    "vmshadow migrate",
+    "vmshadow migrate --throttle 5",
+];
+
+/// A guest's moves by each of the commands, as many of each: the medians. Each time it is started
+/// anew: Linux loses a megabyte with every resume, which a small and busy guest has not to spare.
+fn measure_all(
+    testbed: &Testbed,
+    guest: &Guest,
+    commands: &[&str],
+    moves: u8,
+) -> Result<Vec<Figures>> {
+    let mut all = vec![Vec::new(); commands.len()];
+    for _ in 0..moves {
+        for (command, figures) in commands.iter().zip(&mut all) {
+            testbed.start_guest(SiteName::A, guest)?;
+            thread::sleep(Duration::from_secs(5));
+            let line = format!("{command} {} {} 2>&1", guest.name, SiteName::B.address());
+            figures.push(measure(testbed, guest, SiteName::A, &line)?);
+            testbed.stop_guest(&guest.name)?;
+        }
     }
-    Ok(all)
+    Ok(all.iter().map(|figures| median(figures)).collect())
+}
+
+/// Each figure's median. A connection that was lost once is told.
+fn median(moves: &[Figures]) -> Figures {
+    let of = |figure: &dyn Fn(&Figures) -> f64| {
+        let mut values: Vec<f64> = moves.iter().map(figure).collect();
+        values.sort_by(f64::total_cmp);
+        values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+    };
+    Figures {
+        seconds: of(&|figures| figures.seconds),
+        megabytes: of(&|figures| figures.megabytes),
+        silence: of(&|figures| figures.silence),
+        alive: moves.iter().all(|figures| figures.alive),
+        busy: [
+            of(&|figures| figures.busy[0]),
+            of(&|figures| figures.busy[1]),
+        ],
+    }
 }
 
 /// Prints a guest's rows; with the floor, what is above it in brackets.
-fn print_rows(label: &str, all: &[Figures], floor: Option<&[Figures]>) {
-    for (at, (command, figures)) in COMMANDS.iter().zip(all).enumerate() {
+fn print_rows(label: &str, commands: &[&str], all: &[Figures], floor: Option<&[Figures]>) {
+    for (at, (command, figures)) in commands.iter().zip(all).enumerate() {
         let cell = |value: f64, floor: Option<f64>, digits: usize| match floor {
             Some(floor) => format!("{value:.digits$} ({:.digits$})", value - floor),
             None => format!("{value:.digits$}"),
         };
-        let own = floor.and_then(|floor| floor.get(at));
+        // One that may slow the guest down has the floor of the one that may not.
+        let own = floor.and_then(|floor| floor.get(at).or(floor.last()));
         // A command that sends zeros as they are has no floor of its own in bytes.
         let least = floor.and_then(|floor| {
             let bytes = floor.iter().map(|figures| figures.megabytes);
@@ -168,7 +200,8 @@ fn print_rows(label: &str, all: &[Figures], floor: Option<&[Figures]>) {
 /// Stock `xl migrate`, with and without compression by ssh, and ours, in one run.
 pub fn bench_xl(rows: &Rows) -> Result<()> {
     let testbed = sites(Hypervisor::Release)?;
-    println!("50 Mbit/s, 40 ms RTT, PV guests, emulated Xen 4.17.5, one run each");
+    let moves = rows.moves;
+    println!("50 Mbit/s, 40 ms RTT, PV guests, emulated Xen 4.17.5, the median of {moves} each");
     println!(
         "In brackets: above the floor, the move of an empty guest without a limit of the rate"
     );
@@ -185,15 +218,21 @@ pub fn bench_xl(rows: &Rows) -> Result<()> {
         };
         // What no encoding of pages changes: even zeros are free.
         testbed.set_link(&Link { mbit: None, ..WAN })?;
-        let floor = measure_all(&testbed, &empty)?;
-        print_rows(&format!("{memory_mib} MB empty, no limit"), &floor, None);
+        let floor = measure_all(&testbed, &empty, COMMANDS, moves)?;
+        let label = format!("{memory_mib} MB empty, no limit");
+        print_rows(&label, COMMANDS, &floor, None);
         testbed.set_link(&WAN)?;
-        let all = measure_all(&testbed, &empty)?;
-        print_rows(&format!("{memory_mib} MB empty"), &all, Some(&floor));
+        let all = measure_all(&testbed, &empty, COMMANDS, moves)?;
+        print_rows(
+            &format!("{memory_mib} MB empty"),
+            COMMANDS,
+            &all,
+            Some(&floor),
+        );
         for load in &rows.load {
-            let run: &[&str] = match load {
-                Load::Busy => &["rewrite 8", "random 40"],
-                Load::Idle | Load::Group => &[],
+            let (run, commands): (&[&str], _) = match load {
+                Load::Busy => (&["rewrite 8", "random 40"], BUSY_COMMANDS),
+                Load::Idle | Load::Group => (&[], COMMANDS),
             };
             let guest = Guest {
                 run: run.iter().map(|line| (*line).to_owned()).collect(),
@@ -202,8 +241,13 @@ pub fn bench_xl(rows: &Rows) -> Result<()> {
             if *load == Load::Group {
                 leave_another(&testbed, &guest)?;
             }
-            let all = measure_all(&testbed, &guest)?;
-            print_rows(&format!("{memory_mib} MB {load}"), &all, Some(&floor));
+            let all = measure_all(&testbed, &guest, commands, moves)?;
+            print_rows(
+                &format!("{memory_mib} MB {load}"),
+                commands,
+                &all,
+                Some(&floor),
+            );
             for site in testbed.sites() {
                 site.write("/etc/vmshadow/vmshadow.toml", POLICY.as_bytes())?;
             }
