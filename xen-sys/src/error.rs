@@ -140,25 +140,6 @@ impl Error {
     pub fn is_busy(&self) -> bool {
         self.errno() == Some(libc::EBUSY)
     }
-
-    /// This process may not; or the hypervisor speaks another version of the interface, which
-    /// it answers with the same number.
-    pub fn is_denied(&self) -> bool {
-        matches!(self.errno(), Some(libc::EPERM | libc::EACCES))
-    }
-
-    /// The operation was ended by [`Aborter`](crate::toolstack::Aborter).
-    pub fn is_aborted(&self) -> bool {
-        self.libxl_code() == Some(LibxlCode::ABORTED)
-    }
-
-    /// The guest did not answer in time.
-    pub fn is_guest_timeout(&self) -> bool {
-        matches!(
-            self.libxl_code(),
-            Some(LibxlCode::GUEST_TIMED_OUT | LibxlCode::TIMED_OUT)
-        )
-    }
 }
 
 /// An error code of libxl (`ERROR_FAIL` and so on).
@@ -174,10 +155,6 @@ impl LibxlCode {
     pub const NO_MEMORY: LibxlCode = LibxlCode(raw::ERROR_NOMEM);
     /// `ERROR_INVAL`: an invalid argument.
     pub const INVALID: LibxlCode = LibxlCode(raw::ERROR_INVAL);
-    /// `ERROR_GUEST_TIMEDOUT`: the guest did not answer in time.
-    pub const GUEST_TIMED_OUT: LibxlCode = LibxlCode(raw::ERROR_GUEST_TIMEDOUT);
-    /// `ERROR_TIMEDOUT`: something else did not answer in time.
-    pub const TIMED_OUT: LibxlCode = LibxlCode(raw::ERROR_TIMEDOUT);
     /// `ERROR_NOPARAVIRT`: the guest has no paravirtual drivers to ask.
     pub const NO_PARAVIRT: LibxlCode = LibxlCode(raw::ERROR_NOPARAVIRT);
     /// `ERROR_NOT_READY`: nothing yet.
@@ -231,7 +208,6 @@ mod tests {
         assert_eq!(error.to_string(), "Failed to enable log-dirty (domain 3)");
         assert!(error.source().is_some());
         assert!(error.is_not_supported());
-        assert!(!error.is_denied());
 
         let error = Error::Libxl {
             operation: "restore a domain",

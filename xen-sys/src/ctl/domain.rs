@@ -1,9 +1,9 @@
-//! A domain's state, limits and clock.
+//! A domain's state, memory and clock.
 
 use std::fmt;
 
 use super::Ctl;
-use crate::{DomId, Error, Result, raw};
+use crate::{DomId, Result, raw};
 
 /// So many domains are asked for at once.
 const BATCH: u32 = 64;
@@ -266,19 +266,6 @@ impl Ctl {
         Ok(info)
     }
 
-    /// Sets how much memory the domain may have, in KiB.
-    ///
-    /// # Errors
-    ///
-    /// There is no such domain, or the hypervisor refused.
-    pub fn set_max_memory(&self, domain: DomId, kib: u64) -> Result<()> {
-        self.call("set the memory limit", domain, |xch| {
-            // SAFETY: the handle is open.
-            unsafe { raw::xc_domain_setmaxmem(xch, domain.get(), kib) }
-        })?;
-        Ok(())
-    }
-
     /// Claims so many pages in all for the domain (those it has already count), so that nobody
     /// else gets them; 0 ends the claim. Does nothing on a hypervisor without claims.
     ///
@@ -317,22 +304,6 @@ impl Ctl {
             unsafe { raw::xc_domain_unpause(xch, domain.get()) }
         })?;
         Ok(())
-    }
-
-    /// Why the domain has shut down; `None` while it has not.
-    ///
-    /// # Errors
-    ///
-    /// There is no such domain (`ESRCH`), or the hypervisor refused.
-    pub fn shutdown_reason(&self, domain: DomId) -> Result<Option<ShutdownReason>> {
-        match self.domain_info(domain)? {
-            Some(info) => Ok(info.shutdown),
-            None => Err(Error::os(
-                "ask for the domain's state",
-                Some(domain),
-                std::io::Error::from_raw_os_error(libc::ESRCH),
-            )),
-        }
     }
 }
 

@@ -6,7 +6,7 @@
 //! | module | subject |
 //! |---|---|
 //! | `host` | the hypervisor's version, the machine's memory and abilities |
-//! | `domain` | a domain's state, memory limits, clock |
+//! | `domain` | a domain's state, memory, clock |
 //! | `grants` | frames that other domains write to |
 //! | `log_dirty` | which pages a guest has written to |
 //! | `page_type` | what the hypervisor uses a page for |

@@ -225,28 +225,6 @@ impl Mapping {
         true
     }
 
-    /// Copies all pages, one after the other; those that are not mapped are filled with zeros.
-    ///
-    /// # Errors
-    ///
-    /// The buffer's length is not that of all pages.
-    pub fn copy_all(&self, to: &mut [u8]) -> Result<()> {
-        if to.len() != self.pages * PAGE_SIZE {
-            return Err(Error::argument(format!(
-                "buffer of {} bytes for {} pages",
-                to.len(),
-                self.pages
-            )));
-        }
-        let (pages, _) = to.as_chunks_mut::<PAGE_SIZE>();
-        for (index, page) in pages.iter_mut().enumerate() {
-            if !self.copy_page(index, page) {
-                page.fill(0);
-            }
-        }
-        Ok(())
-    }
-
     /// Looks at a page in place, without a copy; `None` if it is not mapped.
     ///
     /// **Only for what may be torn**, such as a digest that answers "unchanged": the page can
@@ -371,12 +349,6 @@ mod tests {
             assert!(mapping.copy_page(2, &mut page));
             assert_eq!(page, [3; PAGE_SIZE]);
             assert_eq!(mapping.with_page(0, |page| page[PAGE_SIZE - 1]), Some(1));
-
-            let mut all = vec![9; 3 * PAGE_SIZE];
-            mapping.copy_all(&mut all).unwrap();
-            assert_eq!(all[PAGE_SIZE - 1..=PAGE_SIZE], [1, 0]);
-            assert_eq!(all[2 * PAGE_SIZE - 1..=2 * PAGE_SIZE], [0, 3]);
-            assert!(mapping.copy_all(&mut all[1..]).is_err());
         });
     }
 

@@ -116,28 +116,6 @@ impl DomainConfig {
         unsafe { text(self.config.c_info.name) }
     }
 
-    /// Changes the domain's name.
-    ///
-    /// # Errors
-    ///
-    /// It has a zero byte, or there is no memory.
-    pub fn set_name(&mut self, name: &str) -> Result<()> {
-        let name = c_string(name, "domain name")?;
-        // SAFETY: a C string; the copy comes from malloc, as libxl's own strings do.
-        let copy = unsafe { libc::strdup(name.as_ptr()) };
-        if copy.is_null() {
-            return Err(Error::os(
-                "copy a domain's name",
-                None,
-                std::io::Error::from_raw_os_error(libc::ENOMEM),
-            ));
-        }
-        // SAFETY: null or from malloc, and replaced at once.
-        unsafe { libc::free(self.config.c_info.name.cast()) };
-        self.config.c_info.name = copy;
-        Ok(())
-    }
-
     /// The domain's UUID.
     pub fn uuid(&self) -> [u8; 16] {
         self.config.c_info.uuid.uuid
@@ -148,38 +126,9 @@ impl DomainConfig {
         DomainKind::from_raw(self.config.c_info.type_)
     }
 
-    /// The most memory that the domain may have, in KiB.
-    pub fn max_memory(&self) -> u64 {
-        self.config.b_info.max_memkb
-    }
-
-    /// The memory that the domain is to have, in KiB.
-    pub fn target_memory(&self) -> u64 {
-        self.config.b_info.target_memkb
-    }
-
-    /// Sets the memory that the domain is to have, in KiB.
-    pub fn set_target_memory(&mut self, kib: u64) {
-        self.config.b_info.target_memkb = kib;
-    }
-
     /// The most vCPUs that the domain may have.
     pub fn max_vcpus(&self) -> u32 {
         u32::try_from(self.config.b_info.max_vcpus).unwrap_or(0)
-    }
-
-    /// The domain has a virtual NUMA topology.
-    pub fn has_vnuma(&self) -> bool {
-        self.config.b_info.num_vnuma_nodes > 0
-    }
-
-    /// The domain is shown the host's memory map (PV only).
-    pub fn has_host_memory_map(&self) -> bool {
-        if DomainKind::from_raw(self.config.b_info.type_) != Some(DomainKind::Pv) {
-            return false;
-        }
-        // SAFETY: for PV, this is the member in use.
-        unsafe { self.config.b_info.u.pv.e820_host.val > 0 }
     }
 
     /// What is to be done when the domain has shut down for this reason; nothing after a suspend.
@@ -323,21 +272,10 @@ mod tests {
     use crate::ctl::ShutdownReason;
 
     #[test]
-    fn names_are_replaced() {
-        let mut config = DomainConfig::empty();
-        assert_eq!(config.name(), None);
-        config.set_name("guest").unwrap();
-        config.set_name("guest--incoming").unwrap();
-        assert_eq!(config.name().as_deref(), Some("guest--incoming"));
-        assert!(config.set_name("a\0b").is_err());
-        assert_eq!(config.name().as_deref(), Some("guest--incoming"));
-    }
-
-    #[test]
     fn an_empty_configuration_has_nothing() {
         let config = DomainConfig::empty();
+        assert_eq!(config.name(), None);
         assert_eq!(config.kind(), None);
-        assert!(!config.has_vnuma() && !config.has_host_memory_map());
         assert!(config.disks().is_empty());
         assert!(config.nics().is_empty());
         assert!(config.pci_devices().is_empty());

@@ -187,8 +187,8 @@ impl fmt::Debug for Aborter {
 }
 
 impl Aborter {
-    /// Asks the operation to end; it fails then with [`Error::is_aborted`], some time later, and
-    /// may have done a part of its work: a restore that is ended late can leave its domain.
+    /// Asks the operation to end; it fails then with [`LibxlCode::ABORTED`], some time later,
+    /// and may have done a part of its work: a restore that is ended late can leave its domain.
     ///
     /// False if the toolstack is at nothing, or has been asked already.
     ///

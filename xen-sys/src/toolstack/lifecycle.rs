@@ -141,18 +141,6 @@ impl Toolstack {
         })
     }
 
-    /// Asks a guest to reboot; does not wait.
-    ///
-    /// # Errors
-    ///
-    /// There is no such domain, or it can't be asked.
-    pub fn reboot(&self, domain: DomId) -> Result<()> {
-        self.call("reboot", domain, |context| {
-            // SAFETY: the context is open.
-            unsafe { raw::libxl_domain_reboot(context, domain.get(), ptr::null()) }
-        })
-    }
-
     /// Ends a domain at once, and removes it with its devices.
     ///
     /// # Errors
