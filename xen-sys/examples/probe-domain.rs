@@ -9,8 +9,9 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use xen_sys::ctl::{Ctl, DirtyBitmap, DirtyStats, DomainInfo, PageType};
-use xen_sys::memory::{Access, ForeignMemory, M2p, SharedInfo};
+use xen_sys::ctl::{Ctl, DirtyBitmap, DirtyStats, DomainInfo};
+use xen_sys::memory::{Access, ForeignMemory, M2p, P2mDescription};
+use xen_sys::raw::{XEN_DOMCTL_PFINFO_LTAB_SHIFT, XEN_DOMCTL_PFINFO_XTAB};
 use xen_sys::store::Store;
 use xen_sys::toolstack::Toolstack;
 use xen_sys::{DomId, PAGE_SIZE};
@@ -132,11 +133,11 @@ fn pages(ctl: &Ctl, info: &DomainInfo) -> xen_sys::Result<()> {
         let shared = memory.map_page(info.domain, Access::Read, info.shared_info_frame)?;
         let mut page = [0; PAGE_SIZE];
         if shared.copy_page(0, &mut page) {
-            println!("{:#x?}", SharedInfo::parse(&page));
+            println!("{:#x?}", P2mDescription::parse(&page));
         }
         let m2p = M2p::map(ctl)?;
         println!("machine-to-physical table: {} frames", m2p.frames());
-        // Frames of others have such pfns too: a type of XTAB tells them.
+        // Frames of others have such pfns too: the type of what is none of its pages tells them.
         frames = (0..m2p.frames())
             .filter(|&mfn| m2p.pfn_of(mfn).is_some_and(|pfn| pfn < PAGES))
             .collect();
@@ -145,7 +146,7 @@ fn pages(ctl: &Ctl, info: &DomainInfo) -> xen_sys::Result<()> {
         frames = frames
             .into_iter()
             .zip(types)
-            .filter(|&(_, entry)| PageType::from_entry(entry) != PageType::XTAB)
+            .filter(|&(_, entry)| page_type(entry) != page_type(u64::from(XEN_DOMCTL_PFINFO_XTAB)))
             .map(|(mfn, _)| mfn)
             .collect();
         frames.sort_by_key(|&mfn| m2p.pfn_of(mfn));
@@ -162,14 +163,19 @@ fn pages(ctl: &Ctl, info: &DomainInfo) -> xen_sys::Result<()> {
             page.iter().map(|&byte| u64::from(byte)).sum::<u64>()
         });
         println!(
-            "frame {frame:#x}: {:?}, sum of bytes {sum:?}",
-            PageType::from_entry(entry)
+            "frame {frame:#x}: type {:#x}, sum of bytes {sum:?}",
+            page_type(entry)
         );
     }
     for (index, error) in mapping.errors() {
         println!("frame {:#x} is not mapped: {error}", frames[index]);
     }
     Ok(())
+}
+
+/// The four bits of XEN_DOMCTL_PFINFO_* in an answer of `page_types`.
+fn page_type(entry: u64) -> u64 {
+    (entry >> XEN_DOMCTL_PFINFO_LTAB_SHIFT) & 0xf
 }
 
 fn dirty(ctl: &Ctl, domain: DomId) {

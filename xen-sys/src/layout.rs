@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::ffi::{CString, c_char};
 use std::mem::offset_of;
 
+use crate::memory::{shared_info, start_info};
 use crate::raw;
 
 unsafe extern "C" {
@@ -66,30 +67,19 @@ fn sizes_and_offsets_are_those_of_the_headers() {
     offset!("vcpu_guest_context_x86_64_t.ctrlreg", Vcpu, ctrlreg);
     size!("vcpu_guest_context_any_t", raw::vcpu_guest_context_any_t);
 
-    type Shared = raw::shared_info_x86_64;
-    type ArchShared = raw::arch_shared_info_x86_64;
-    let arch = offset_of!(Shared, arch);
-    size!("shared_info_x86_64_t", Shared);
-    offset!("shared_info_x86_64_t.wc_version", Shared, wc_version);
-    offset!("shared_info_x86_64_t.wc_sec", Shared, wc_sec);
-    offset!("shared_info_x86_64_t.wc_nsec", Shared, wc_nsec);
-    offset!("shared_info_x86_64_t.arch.max_pfn", = arch + offset_of!(ArchShared, max_pfn));
+    size!("shared_info_x86_64_t", raw::shared_info_x86_64);
+    offset!("shared_info_x86_64_t.arch.max_pfn", = shared_info::offset::MAX_PFN);
     offset!(
         "shared_info_x86_64_t.arch.pfn_to_mfn_frame_list_list",
-        = arch + offset_of!(ArchShared, pfn_to_mfn_frame_list_list)
+        = shared_info::offset::FRAME_LIST_LIST
     );
-    offset!("shared_info_x86_64_t.arch.p2m_cr3", = arch + offset_of!(ArchShared, p2m_cr3));
-    offset!("shared_info_x86_64_t.arch.p2m_vaddr", = arch + offset_of!(ArchShared, p2m_vaddr));
-    offset!(
-        "shared_info_x86_64_t.arch.p2m_generation",
-        = arch + offset_of!(ArchShared, p2m_generation)
-    );
+    offset!("shared_info_x86_64_t.arch.p2m_cr3", = shared_info::offset::P2M_CR3);
+    offset!("shared_info_x86_64_t.arch.p2m_vaddr", = shared_info::offset::P2M_VADDR);
+    offset!("shared_info_x86_64_t.arch.p2m_generation", = shared_info::offset::P2M_GENERATION);
 
     size!("start_info_t", raw::start_info);
-    offset!("start_info_t.nr_pages", raw::start_info, nr_pages);
-    offset!("start_info_t.shared_info", raw::start_info, shared_info);
-    offset!("start_info_t.store_mfn", raw::start_info, store_mfn);
-    offset!("start_info_t.console.domU.mfn", raw::start_info, console);
+    offset!("start_info_t.store_mfn", = start_info::offset::STORE);
+    offset!("start_info_t.console.domU.mfn", = start_info::offset::CONSOLE);
 
     size!("struct xen_domctl", raw::xen_domctl);
     offset!("struct xen_domctl.domain", raw::xen_domctl, domain);

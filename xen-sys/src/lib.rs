@@ -18,7 +18,7 @@
 //! - [`ctl`]: what the hypervisor knows of domains: state, dirty pages, page types, vCPUs, CPU
 //!   policies.
 //! - [`memory`]: other domains' pages, mapped here; the machine-to-physical table; the shared
-//!   info page.
+//!   info and the start info page.
 //! - [`toolstack`]: domains as libxl sees them: create, restore, suspend, resume, rename, destroy,
 //!   configuration, events.
 //! - [`store`]: xenstore, where domains and their devices are written down.

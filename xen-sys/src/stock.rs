@@ -21,8 +21,7 @@ pub struct StockP2m {
     /// The entry of each pfn as the guest wrote it: a machine frame, or one of the patterns that
     /// mean "none".
     pub entries: Vec<u64>,
-    /// The type of each pfn, as [`PageType::from_entry`](crate::ctl::PageType::from_entry) reads
-    /// it.
+    /// The type of each pfn, in the form of [`Ctl::page_types`].
     pub types: Vec<u64>,
 }
 

@@ -185,6 +185,7 @@ impl fmt::Display for PageType {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use xen_sys::raw;
 
     #[test]
     fn known_numbers_convert_and_reserved_ones_do_not() {
@@ -209,19 +210,31 @@ mod tests {
             // XEN_DOMCTL_PFINFO_* shifted by 32 is what the stream carries.
             assert_eq!(PageType::from_page_frame_info(entry >> 32), Ok(page_type));
         }
-        // As Xen's headers spell some of them.
-        assert_eq!(
-            PageType::from_page_frame_info(0xf << 28),
-            Ok(PageType::Invalid)
-        );
-        assert_eq!(
-            PageType::from_page_frame_info((1 << 31) | (4 << 28)),
-            Ok(PageType::PinnedL4)
-        );
         assert_eq!(
             PageType::from_page_frame_info(0x5 << 28),
             Err(UnknownPageType(5))
         );
+    }
+
+    #[test]
+    fn types_are_those_of_the_headers() {
+        let pinned = raw::XEN_DOMCTL_PFINFO_LPINTAB;
+        let in_headers = [
+            raw::XEN_DOMCTL_PFINFO_NOTAB,
+            raw::XEN_DOMCTL_PFINFO_L1TAB,
+            raw::XEN_DOMCTL_PFINFO_L2TAB,
+            raw::XEN_DOMCTL_PFINFO_L3TAB,
+            raw::XEN_DOMCTL_PFINFO_L4TAB,
+            pinned | raw::XEN_DOMCTL_PFINFO_L1TAB,
+            pinned | raw::XEN_DOMCTL_PFINFO_L2TAB,
+            pinned | raw::XEN_DOMCTL_PFINFO_L3TAB,
+            pinned | raw::XEN_DOMCTL_PFINFO_L4TAB,
+            raw::XEN_DOMCTL_PFINFO_BROKEN,
+            raw::XEN_DOMCTL_PFINFO_XALLOC,
+            raw::XEN_DOMCTL_PFINFO_XTAB,
+        ];
+        let read = in_headers.map(|info| PageType::from_page_frame_info(info.into()));
+        assert_eq!(read, PageType::ALL.map(Ok));
     }
 
     #[test]

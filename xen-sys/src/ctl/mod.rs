@@ -37,7 +37,6 @@ pub use domain::{DomainInfo, ShutdownReason, TscInfo};
 pub use host::{PhysicalInfo, Version};
 pub use hvm::{MIGRATED_HVM_PARAMS, OnDemand, RING_HVM_PARAMS};
 pub use log_dirty::{DirtyBitmap, DirtyStats};
-pub use page_type::PageType;
 pub use vcpu::{VcpuContext, VcpuInfo};
 
 use crate::log_bridge::LogBridge;

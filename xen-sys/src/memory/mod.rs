@@ -12,7 +12,8 @@
 //! without a name until the last one is unmapped. Map a batch, use it, drop it.
 
 mod m2p;
-mod shared_info;
+pub(crate) mod shared_info;
+pub(crate) mod start_info;
 
 use std::fmt;
 use std::io;
@@ -21,7 +22,8 @@ use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
 pub use m2p::M2p;
-pub use shared_info::SharedInfo;
+pub use shared_info::P2mDescription;
+pub use start_info::StartInfoRings;
 
 use crate::log_bridge::LogBridge;
 use crate::{DomId, Error, PAGE_SIZE, Page, Result, raw};
@@ -270,6 +272,12 @@ impl Drop for Mapping {
             log::warn!("Failed to unmap {} pages of a guest: {error}", self.pages);
         }
     }
+}
+
+/// The word at an offset of a page, which the callers choose so that it lies within.
+fn word(page: &Page, offset: usize) -> u64 {
+    let bytes = page.get(offset..).and_then(<[u8]>::first_chunk);
+    bytes.copied().map_or(0, u64::from_le_bytes)
 }
 
 /// Copies memory that somebody else may change meanwhile.

@@ -1,45 +1,51 @@
 //! The page that a PV guest and the hypervisor share.
 
-use std::mem::offset_of;
-
 use crate::{Page, raw};
 
-/// What the shared info page of a 64-bit PV guest says of its memory.
+/// Where the fields are that are read on a move.
+pub(crate) mod offset {
+    use std::mem::offset_of;
+
+    use crate::raw::shared_info_x86_64;
+
+    pub(crate) const MAX_PFN: usize = offset_of!(shared_info_x86_64, arch.max_pfn);
+    pub(crate) const FRAME_LIST_LIST: usize =
+        offset_of!(shared_info_x86_64, arch.pfn_to_mfn_frame_list_list);
+    pub(crate) const P2M_CR3: usize = offset_of!(shared_info_x86_64, arch.p2m_cr3);
+    pub(crate) const P2M_VADDR: usize = offset_of!(shared_info_x86_64, arch.p2m_vaddr);
+    pub(crate) const P2M_GENERATION: usize = offset_of!(shared_info_x86_64, arch.p2m_generation);
+}
+
+/// What a 64-bit PV guest says in its shared info page of its p2m: the table of the machine frame
+/// of each pfn.
 ///
 /// All of it was written by the guest: check it before use. Frames are machine frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SharedInfo {
-    /// The number of pfns that the p2m covers: one more than the highest pfn.
-    pub max_pfn: u64,
-    /// The frame of the top of the three-level p2m, for guests without `p2m_cr3`; 0 or all ones
-    /// if there is none.
+pub struct P2mDescription {
+    /// The number of pfns: one more than the highest, though Xen calls it `max_pfn`.
+    pub pages: u64,
+    /// The root of the tree; 0 or all ones when there is none.
     pub frame_list_list: u64,
-    /// The page tables through which `p2m_vaddr` leads, in the form of a control register 3; 0 if
-    /// the guest uses the three-level p2m.
-    pub p2m_cr3: u64,
-    /// Where the guest itself sees its p2m as one table.
-    pub p2m_vaddr: u64,
-    /// Changes whenever the p2m's own pages do; odd during a change.
-    pub p2m_generation: u64,
+    /// The root of the page tables that map the linear form, in the form of a control register 3;
+    /// 0 when there is none.
+    pub cr3: u64,
+    /// The address of the linear form.
+    pub address: u64,
+    /// Counts changes of the linear form's mappings, before and after each: odd during one.
+    pub generation: u64,
 }
 
-impl SharedInfo {
+impl P2mDescription {
     /// Reads a copy of the page.
-    pub fn parse(page: &Page) -> SharedInfo {
-        const ARCH: usize = offset_of!(raw::shared_info_x86_64, arch);
-        let field = |offset: usize| {
-            let bytes = page.get(ARCH + offset..).and_then(<[u8]>::first_chunk);
-            bytes.copied().map_or(0, u64::from_le_bytes)
-        };
-        SharedInfo {
-            max_pfn: field(offset_of!(raw::arch_shared_info_x86_64, max_pfn)),
-            frame_list_list: field(offset_of!(
-                raw::arch_shared_info_x86_64,
-                pfn_to_mfn_frame_list_list
-            )),
-            p2m_cr3: field(offset_of!(raw::arch_shared_info_x86_64, p2m_cr3)),
-            p2m_vaddr: field(offset_of!(raw::arch_shared_info_x86_64, p2m_vaddr)),
-            p2m_generation: field(offset_of!(raw::arch_shared_info_x86_64, p2m_generation)),
+    #[must_use]
+    pub fn parse(shared_info: &Page) -> P2mDescription {
+        let word = |offset| super::word(shared_info, offset);
+        P2mDescription {
+            pages: word(offset::MAX_PFN),
+            frame_list_list: word(offset::FRAME_LIST_LIST),
+            cr3: word(offset::P2M_CR3),
+            address: word(offset::P2M_VADDR),
+            generation: word(offset::P2M_GENERATION),
         }
     }
 }
@@ -58,16 +64,17 @@ mod tests {
         // event bits, 16 bytes of wall clock, then the part of the architecture.
         const ARCH: usize = 32 * 64 + 2 * 512 + 16;
         let mut page = [0; PAGE_SIZE];
-        for (slot, value) in [(0, 1u64), (1, 2), (3, 3), (4, 4), (5, 5)] {
+        // The word that is left out is the reason of an NMI.
+        for (slot, value) in [(0, 1u64), (1, 2), (2, 99), (3, 3), (4, 4), (5, 5)] {
             page[ARCH + 8 * slot..][..8].copy_from_slice(&value.to_le_bytes());
         }
-        let expected = SharedInfo {
-            max_pfn: 1,
+        let expected = P2mDescription {
+            pages: 1,
             frame_list_list: 2,
-            p2m_cr3: 3,
-            p2m_vaddr: 4,
-            p2m_generation: 5,
+            cr3: 3,
+            address: 4,
+            generation: 5,
         };
-        assert_eq!(SharedInfo::parse(&page), expected);
+        assert_eq!(P2mDescription::parse(&page), expected);
     }
 }

@@ -16,6 +16,8 @@
 //! is used, and the work is bounded by the guest's highest pfn, which the caller bounds. What is
 //! found are mfns; whether they are pages of the guest's is checked when they are translated.
 
+pub use xen_sys::memory::P2mDescription;
+
 use crate::guest::xen::page_table::{PRESENT, SUPERPAGE, frame};
 use crate::pages::{Mfn, PAGE_SIZE, Page, Pfn};
 
@@ -33,40 +35,6 @@ const XEN_START: u64 = 0xffff_8000_0000_0000;
 const XEN_END: u64 = 0xffff_87ff_ffff_ffff;
 /// The bits of an address that page tables translate.
 const ADDRESS_MASK: u64 = 0x0000_ffff_ffff_ffff;
-
-/// What a 64-bit guest says of its p2m in its shared info page (`arch_shared_info` in Xen's
-/// public/arch-x86/xen.h).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct P2mDescription {
-    /// The number of pfns: one more than the highest.
-    pub pages: u64,
-    /// The root of the tree; 0 or all ones when there is none.
-    pub frame_list_list: Mfn,
-    /// The root of the page tables that map the linear form; 0 when there is none.
-    pub cr3: u64,
-    /// The address of the linear form.
-    pub address: u64,
-    /// Counts changes of the linear form's mappings, before and after each: odd during one.
-    pub generation: u64,
-}
-
-impl P2mDescription {
-    /// Reads a copy of the shared info page.
-    #[must_use]
-    pub fn parse(shared_info: &Page) -> Self {
-        // offsetof(shared_info_t, arch) and the fields' offsets therein, on x86-64.
-        const ARCH: usize = 3088;
-        let (words, _) = shared_info[ARCH..].as_chunks::<8>();
-        let word = |at: usize| u64::from_le_bytes(words[at]);
-        Self {
-            pages: word(0),
-            frame_list_list: word(1),
-            cr3: word(3),
-            address: word(4),
-            generation: word(5),
-        }
-    }
-}
 
 /// Where the p2m is.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -18,7 +18,7 @@ use std::thread;
 use std::time::Duration;
 
 use xen_sys::DomId;
-use xen_sys::memory::{Access, M2p};
+use xen_sys::memory::{Access, M2p, StartInfoRings};
 
 use super::leaving::{BATCH, Frame, Leaving};
 use super::vcpu;
@@ -33,12 +33,6 @@ use crate::report::TrackerKind;
 
 /// Bytes of a PV guest's pointers and p2m entries: only 64-bit guests are moved.
 const WIDTH: u8 = 8;
-
-/// Where start_info (xen/xen.h) names the frame of the xenstore ring.
-const START_INFO_STORE: usize = 56;
-
-/// Where start_info names the frame of the console ring.
-const START_INFO_CONSOLE: usize = 72;
 
 /// A frame that can't be mapped: it isn't the guest's.
 #[derive(Debug, thiserror::Error)]
@@ -376,9 +370,6 @@ impl PvSource {
 
 /// The pfns of the xenstore and the console ring, as start_info of a suspended guest names them.
 pub(super) fn start_info_rings(page: &Page) -> [u64; 2] {
-    [START_INFO_STORE, START_INFO_CONSOLE].map(|offset| {
-        page.get(offset..)
-            .and_then(<[u8]>::first_chunk)
-            .map_or(u64::MAX, |word| u64::from_le_bytes(*word))
-    })
+    let rings = StartInfoRings::parse(page);
+    [rings.store, rings.console]
 }

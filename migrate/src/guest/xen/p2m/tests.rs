@@ -110,32 +110,6 @@ fn frames(count: u64) -> Vec<Mfn> {
 }
 
 #[test]
-fn the_shared_info_page_is_read_where_xen_has_it() {
-    let mut page = [0; PAGE_SIZE];
-    // Offsets that a C compiler gives for Xen's headers.
-    for (offset, word) in [
-        (3088, 1u64),
-        (3096, 2),
-        (3104, 99),
-        (3112, 3),
-        (3120, 4),
-        (3128, 5),
-    ] {
-        page[offset..offset + 8].copy_from_slice(&word.to_le_bytes());
-    }
-    assert_eq!(
-        P2mDescription::parse(&page),
-        P2mDescription {
-            pages: 1,
-            frame_list_list: 2,
-            cr3: 3,
-            address: 4,
-            generation: 5
-        }
-    );
-}
-
-#[test]
 fn placeholders_at_the_end_of_a_tree_are_cut_off() {
     let mut memory = Memory::new();
     // Four lists, the last two the same: three are kept.
