@@ -24,8 +24,24 @@ fn read_from(path: &Path) -> anyhow::Result<Policy> {
         }
         other => other.with_context(|| format!("Can't read {}", path.display()))?,
     };
-    // toml's message names line and column.
-    toml::from_str(&text).with_context(|| format!("Bad {}", path.display()))
+    toml::from_str(&text).map_err(|error| mistake(path, &text, &error))
+}
+
+/// What is wrong in the file, in one line: it may have to cross to another site.
+fn mistake(path: &Path, text: &str, error: &toml::de::Error) -> anyhow::Error {
+    let line = error.span().map(|span| {
+        let before = text.bytes().take(span.start);
+        format!(
+            ", line {}",
+            before.filter(|byte| *byte == b'\n').count() + 1
+        )
+    });
+    anyhow::anyhow!(
+        "Bad {}{}: {}",
+        path.display(),
+        line.unwrap_or_default(),
+        error.message().trim_end().replace('\n', ": ")
+    )
 }
 
 /// The whole file.
@@ -59,6 +75,11 @@ mod tests {
         std::fs::write(&path, "[edge]\nsite = \"x\"\nhosst = \"y\"\n").unwrap();
         let message = format!("{:#}", read_from(&path).unwrap_err());
         assert!(message.contains("line 3"), "{message}");
+        assert!(!message.contains('\n'), "{message}");
+        // The mistake of whoever forgot a bracket.
+        std::fs::write(&path, "[site]\n\n[edge\n").unwrap();
+        let message = format!("{:#}", read_from(&path).unwrap_err());
+        assert!(message.contains("line 3: "), "{message}");
         assert!(read_from(&root.path().join("none")).unwrap().edge.is_none());
     }
 
@@ -69,6 +90,12 @@ mod tests {
         let group = "[[group]]\nname = \"x\"\nkey_file = \"/x\"\nguests = [\"a*\"]\n";
         std::fs::write(&path, group.repeat(2)).unwrap();
         assert_eq!(read_from(&path).unwrap().groups.len(), 2);
+        std::fs::write(&path, group.replace("/x", "x")).unwrap();
+        let message = format!("{:#}", read_from(&path).unwrap_err());
+        assert!(
+            message.contains("line 3: \"x\" is no absolute"),
+            "{message}"
+        );
         std::fs::write(&path, group.replace("guests = [\"a*\"]\n", "")).unwrap();
         let message = format!("{:#}", read_from(&path).unwrap_err());
         assert!(message.contains("guests"), "{message}");
@@ -83,5 +110,15 @@ mod tests {
         assert_eq!(edge.host, None);
         assert_eq!(edge.ssh, ["ssh"]);
         assert!(edge.control.is_absolute());
+        for (relative, word) in [
+            ("control = \"sock\"", "no absolute path"),
+            ("ssh = [\"./ssh\"]", "nor an absolute"),
+            ("ssh = []", "empty"),
+        ] {
+            std::fs::write(&path, format!("[edge]\nsite = \"a\"\n{relative}\n")).unwrap();
+            let message = format!("{:#}", read_from(&path).unwrap_err());
+            assert!(message.contains("line 3"), "{message}");
+            assert!(message.contains(word), "{message}");
+        }
     }
 }

@@ -100,6 +100,7 @@ impl Machine {
                 peer: "other".into(),
                 // What stands for ssh gets the question as its arguments.
                 remote: ["sh", "-c", answer].map(str::to_owned).to_vec(),
+                directory: Some(self.root.path().display().to_string()),
                 memory: None,
                 boot_id: "another boot".into(),
             },

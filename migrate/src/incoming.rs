@@ -200,6 +200,7 @@ fn prepare(
             domid: None,
             peer: peer.to_owned(),
             remote: Vec::new(),
+            directory: None,
             memory: Some(memory.clone()),
             boot_id: journal::boot_id()?,
         },

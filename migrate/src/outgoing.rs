@@ -376,6 +376,7 @@ fn prepare_and_move(
             domid: Some(domid.get()),
             peer: request.remote.host.clone(),
             remote: request.remote.command.clone(),
+            directory: request.remote.directory.clone(),
             memory: None,
             boot_id: journal::boot_id()?,
         },

@@ -23,6 +23,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use migrate::configuration::absolute_path;
 use migrate::directories::Directories;
 use migrate::handover::journal::Role;
 use migrate::handover::recovery::{Place, Settled};
@@ -55,10 +56,10 @@ pub struct Edge {
     /// given.
     pub host: Option<String>,
     /// The command that stands for ssh.
-    #[serde(default = "default_ssh")]
+    #[serde(default = "default_ssh", deserialize_with = "command")]
     pub ssh: Vec<String>,
     /// The proxy's control socket.
-    #[serde(default = "default_control")]
+    #[serde(default = "default_control", deserialize_with = "absolute_path")]
     pub control: PathBuf,
     /// What becomes of connections that guests have begun themselves; nothing is done for them, if
     /// not given.
@@ -71,6 +72,20 @@ fn default_ssh() -> Vec<String> {
 
 fn default_control() -> PathBuf {
     "/run/netproxy/netproxy.sock".into()
+}
+
+/// A command whose program is found wherever it is started: guardians are elsewhere than whoever
+/// began a move.
+fn command<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
+    let command = Vec::<String>::deserialize(from)?;
+    let wrong = match command.first() {
+        None => "It is empty".to_owned(),
+        Some(program) if program.contains('/') && !program.starts_with('/') => {
+            format!("{program:?} is neither a name nor an absolute path")
+        }
+        Some(_) => return Ok(command),
+    };
+    Err(serde::de::Error::custom(wrong))
 }
 
 impl Edge {

@@ -27,6 +27,7 @@ use crate::wire::{GuestKind, Offer, Text};
 use fields::Fields;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 /// What this site allows in the configuration of a guest that comes.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Deserialize)]
@@ -58,6 +59,21 @@ impl Default for SitePolicy {
             bootloader: None,
             vnc_listen: "127.0.0.1".into(),
         }
+    }
+}
+
+/// A path of this site's own configuration. It is read by processes that are started in different
+/// directories.
+///
+/// # Errors
+/// One that is not absolute.
+pub fn absolute_path<'de, D: serde::Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
+    let path: PathBuf = serde::Deserialize::deserialize(from)?;
+    match path.is_absolute() {
+        true => Ok(path),
+        false => Err(serde::de::Error::custom(format!(
+            "{path:?} is no absolute path"
+        ))),
     }
 }
 

@@ -34,6 +34,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::configuration::absolute_path;
 use crate::error::{Error, IoContext, Result, chain};
 use crate::hexadecimal::{self, NotHexadecimal};
 use crate::pages::Page;
@@ -53,6 +54,7 @@ pub struct GroupPolicy {
     /// Its name, the same at all sites.
     pub name: String,
     /// The file with its key: 64 hexadecimal digits, for its owner alone to read.
+    #[serde(deserialize_with = "absolute_path")]
     pub key_file: PathBuf,
     /// The names of its guests. A `*` at the end stands for any rest.
     pub guests: Vec<String>,

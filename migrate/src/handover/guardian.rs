@@ -31,7 +31,10 @@ pub const PROCESS_NAME: &str = "vmshadow-guard";
 /// How long a guardian tries what does not succeed.
 const TRYING: Duration = Duration::from_secs(180);
 
-/// How often it asks a destination that doesn't answer after that: it may be down for long, and
+/// How often it tries at first.
+const TRYING_AGAIN: Duration = Duration::from_secs(2);
+
+/// How often it asks a destination that gives no answer after that: it may be down for long, and
 /// nobody else lets the guest go on.
 const ASKING_AGAIN: Duration = Duration::from_secs(60);
 
@@ -106,13 +109,22 @@ pub fn run(directories: &Directories, path: &Path) -> Result<Option<Settled>> {
             Err(error) => error,
         };
         log::warn!("{}", chain(&error));
-        if start.elapsed() < TRYING {
-            thread::sleep(Duration::from_secs(2));
-        } else if matches!(error, Error::LinkLost { .. }) {
-            thread::sleep(ASKING_AGAIN);
-        } else {
-            return Err(error);
+        let asks = journal::read(path).is_ok_and(|entry| action(&entry) == Action::AskDestination);
+        match pause(&error, asks, start.elapsed()) {
+            Some(pause) => thread::sleep(pause),
+            None => return Err(error),
         }
+    }
+}
+
+/// When to try again what failed; none where that is of no use any more. Where the destination is
+/// to be asked (`asks`) it is, for as long as it takes, whatever keeps it from being reached: that
+/// ssh can't be started here may pass as well. That it has no record of the move will not.
+fn pause(error: &Error, asks: bool, since: Duration) -> Option<Duration> {
+    match error {
+        _ if since < TRYING => Some(TRYING_AGAIN),
+        Error::InDoubt { .. } => None,
+        _ => asks.then_some(ASKING_AGAIN),
     }
 }
 
@@ -158,4 +170,30 @@ pub(crate) fn log_file(directories: &Directories, name: &str) -> Result<File> {
         .mode(0o600)
         .open(&path)
         .context(|| format!("Can't open {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_destination_is_asked_for_as_long_as_an_answer_can_come() {
+        let unstarted = Error::Io {
+            doing: "Can't start ssh".into(),
+            source: io::ErrorKind::NotFound.into(),
+        };
+        let lost = Error::LinkLost {
+            peer: "b".into(),
+            reason: "No route".into(),
+        };
+        let unknown = Error::InDoubt { peer: "b".into() };
+        for error in [&unstarted, &lost, &unknown] {
+            assert_eq!(pause(error, true, Duration::ZERO), Some(TRYING_AGAIN));
+        }
+        assert_eq!(pause(&unstarted, true, TRYING), Some(ASKING_AGAIN));
+        assert_eq!(pause(&lost, true, TRYING), Some(ASKING_AGAIN));
+        assert_eq!(pause(&unknown, true, TRYING), None);
+        // What is to be done here fails for good some day.
+        assert_eq!(pause(&unstarted, false, TRYING), None);
+    }
 }

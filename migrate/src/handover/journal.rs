@@ -99,6 +99,10 @@ pub struct Begin {
     pub peer: String,
     /// The command that reaches the other site's `vmshadow`; empty at the destination.
     pub remote: Vec<String>,
+    /// Where that command was given, and is to be run: paths in it may start there. None at the
+    /// destination, where it can't be written as text, and in journals of earlier programs.
+    #[serde(default)]
+    pub directory: Option<String>,
     /// At the destination, the file that holds the memory.
     pub memory: Option<PathBuf>,
     /// The kernel's boot id: after a reboot no domain of the journal is left.
@@ -108,7 +112,7 @@ pub struct Begin {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "record", rename_all = "lowercase")]
 enum Record {
-    Begin(Begin),
+    Begin(Box<Begin>),
     Phase { phase: Phase },
     Slowing { cap: u32 },
     End { outcome: Outcome },
@@ -162,7 +166,7 @@ impl Journal {
         let mut journal = Journal { file, entry };
         let begin = journal.entry.begin.clone();
         let begun = journal
-            .append(&Record::Begin(begin))
+            .append(&Record::Begin(Box::new(begin)))
             .and_then(|()| sync_directory(&directories.moves()));
         match begun {
             Ok(()) => Ok(journal),
@@ -302,7 +306,7 @@ fn parse(path: &Path, text: &[u8]) -> Result<Entry> {
                 }
                 entry = Some(Entry {
                     path: path.into(),
-                    begin,
+                    begin: *begin,
                     phase: Phase::Begun,
                     cap: None,
                     outcome: None,
@@ -455,6 +459,7 @@ mod tests {
             domid: Some(3),
             peer: "b".into(),
             remote: vec!["ssh".into(), "b".into(), "vmshadow".into()],
+            directory: Some("/root".into()),
             memory: None,
             boot_id: "boot".into(),
         }
@@ -522,6 +527,14 @@ mod tests {
         .unwrap();
         let path = path_of(&directories, "0123abcd-ef", Role::Source).unwrap();
         assert!(matches!(read(&path), Err(Error::Journal { .. })));
+    }
+
+    #[test]
+    fn a_journal_of_an_earlier_program_has_no_directory() {
+        let line = serde_json::to_string(&Record::Begin(Box::new(begin()))).unwrap();
+        let line = line.replace(r#""directory":"/root","#, "") + "\n";
+        let entry = parse(Path::new("x"), line.as_bytes()).unwrap();
+        assert_eq!(entry.begin.directory, None);
     }
 
     #[test]

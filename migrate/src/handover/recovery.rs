@@ -462,7 +462,11 @@ fn remove(entry: &Entry) {
 /// Asks the destination, which may itself have to wait for its worker to notice the lost link.
 pub(crate) fn ask(entry: &Entry) -> Result<Owner> {
     let begin = &entry.begin;
-    let remote = Remote::from_parts(begin.peer.clone(), begin.remote.clone());
+    let remote = Remote::from_parts(
+        begin.peer.clone(),
+        begin.remote.clone(),
+        begin.directory.clone(),
+    );
     let text = remote.ask(&["receive", "--ask", &begin.move_id])?;
     let answer: Answer = serde_json::from_str(text.trim()).map_err(|error| Error::Protocol {
         peer: begin.peer.clone(),
@@ -608,6 +612,7 @@ mod tests {
                 domid: None,
                 peer: "b".into(),
                 remote: Vec::new(),
+                directory: None,
                 memory: None,
                 boot_id: String::new(),
             },

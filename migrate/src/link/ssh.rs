@@ -6,6 +6,7 @@
 
 use std::io::Read;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -45,6 +46,9 @@ pub struct Remote {
     pub host: String,
     /// The command line up to and including `vmshadow` at the other site.
     pub command: Vec<String>,
+    /// Where it is run: options may name files by paths that start there, and whoever asks later is
+    /// elsewhere. None: wherever this process is.
+    pub directory: Option<String>,
     /// The congestion control that connections are to go by; by default the host's own, see
     /// [`Session::follow_losses`].
     pub congestion: Option<String>,
@@ -80,15 +84,19 @@ impl Remote {
         Ok(Remote {
             host: host.to_owned(),
             command,
+            directory: std::env::current_dir()
+                .ok()
+                .and_then(|directory| directory.into_os_string().into_string().ok()),
             congestion: None,
         })
     }
 
     /// As a journal keeps it.
-    pub fn from_parts(host: String, command: Vec<String>) -> Remote {
+    pub fn from_parts(host: String, command: Vec<String>, directory: Option<String>) -> Remote {
         Remote {
             host,
             command,
+            directory,
             congestion: None,
         }
     }
@@ -100,6 +108,11 @@ impl Remote {
             .ok_or_else(|| Error::Refused("The ssh command is empty".into()))?;
         let mut command = Command::new(program);
         command.args(rest).args(arguments);
+        if let Some(directory) = &self.directory {
+            // One that is gone would look as if ssh were.
+            let there = Path::new(directory).is_dir();
+            command.current_dir(if there { directory } else { "/" });
+        }
         // Out of the terminal's group: Ctrl-C is for us to answer, in order.
         command.process_group(0);
         Ok(command)
@@ -403,7 +416,7 @@ mod tests {
         let echo = ["sh", "-c", "echo hello >&2; cat"]
             .map(str::to_owned)
             .to_vec();
-        let remote = Remote::from_parts("here".into(), echo);
+        let remote = Remote::from_parts("here".into(), echo, None);
         let (mut link, mut session) = remote.connect().unwrap();
         link.writer.write_all(b"there and back").unwrap();
         drop(link.writer);
@@ -415,7 +428,24 @@ mod tests {
 
     fn shell(script: &str) -> Remote {
         let command = ["sh", "-c", script].map(str::to_owned).to_vec();
-        Remote::from_parts("b".into(), command)
+        Remote::from_parts("b".into(), command, None)
+    }
+
+    #[test]
+    fn paths_in_the_command_hold_for_whoever_asks_later() {
+        let root = tempfile::tempdir().unwrap();
+        std::fs::write(root.path().join("key"), "mine").unwrap();
+        let mut remote = shell("cat ./key");
+        assert!(remote.ask(&[]).is_err());
+        remote.directory = Some(root.path().display().to_string());
+        assert_eq!(remote.ask(&[]).unwrap(), "mine");
+        drop(root);
+        // It says what it lacks, and is not taken for one that is missing itself.
+        let error = remote.ask(&[]).unwrap_err();
+        assert!(matches!(error, Error::LinkLost { .. }), "{error:?}");
+        let here = std::env::current_dir().unwrap();
+        let remote = Remote::new("ssh", "b", "vmshadow").unwrap();
+        assert_eq!(remote.directory, here.to_str().map(str::to_owned));
     }
 
     #[test]
@@ -489,10 +519,7 @@ mod tests {
 
     #[test]
     fn a_failing_command_is_a_lost_link() {
-        let sh = ["sh", "-c", "echo No route >&2; exit 255"]
-            .map(str::to_owned)
-            .to_vec();
-        let error = Remote::from_parts("b".into(), sh).ask(&[]).unwrap_err();
+        let error = shell("echo No route >&2; exit 255").ask(&[]).unwrap_err();
         assert_eq!(error.to_string(), "Lost the link to b: No route");
     }
 }

@@ -428,6 +428,7 @@ fn begin(move_id: MoveId, role: Role, name: &str, uuid: &str) -> Begin {
         domid: None,
         peer: "the other site".into(),
         remote: Vec::new(),
+        directory: None,
         memory: None,
         boot_id: journal::boot_id().unwrap_or_default(),
     }
