@@ -38,6 +38,8 @@ pub(crate) fn run(program: &str, arguments: &[&str], input: &str) -> Result<Stri
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
+        // A Ctrl-C in the terminal is for this process, which ends in good order.
+        .process_group(0)
         .spawn()
         .map_err(|error| failed(program, error))?;
     if let Some(mut stdin) = child.stdin.take() {
@@ -102,5 +104,17 @@ impl Drop for Tethered {
     fn drop(&mut self) {
         drop(self.child.stdin.take());
         let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_is_out_of_the_terminals_group() {
+        let printed = run("/bin/sh", &["-c", "cut -d ' ' -f 1,5 /proc/$$/stat"], "").unwrap();
+        let (id, group) = printed.trim().split_once(' ').unwrap();
+        assert_eq!(id, group);
     }
 }

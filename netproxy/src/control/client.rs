@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -49,7 +50,7 @@ impl Client {
 
     /// Connects through a program whose input and output lead to a control socket, such as
     /// `ssh edge netproxy attach /run/netproxy/netproxy.sock`. The program is ended with the
-    /// client.
+    /// client, and not by a Ctrl-C in the terminal before that: it has a process group of its own.
     ///
     /// # Errors
     /// When the program can't be started. That it does not get through shows in the first call.
@@ -64,6 +65,7 @@ impl Client {
         let child = command
             .stdin(OwnedFd::from(input))
             .stdout(OwnedFd::from(far))
+            .process_group(0)
             .spawn();
         // The command keeps its copies of the other end, and the program's end would not be seen.
         command.stdin(Stdio::null()).stdout(Stdio::null());
@@ -320,4 +322,19 @@ pub fn attach(path: &Path) -> Result<()> {
     std::io::copy(&mut reader, &mut std::io::stdout())
         .map(drop)
         .map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_leads_to_another_host_is_out_of_the_terminals_group() {
+        let script = r#"answer=$(cut -d ' ' -f 1,5 /proc/$$/stat); read -r _
+            echo "{\"version\":1,\"ok\":true,\"answer\":\"$answer\"}""#;
+        let mut client = Client::through(Command::new("sh").args(["-c", script])).unwrap();
+        let answer = client.call(&Request::Reload).unwrap();
+        let (id, group) = answer["answer"].as_str().unwrap().split_once(' ').unwrap();
+        assert_eq!(id, group);
+    }
 }

@@ -3,7 +3,9 @@
 use std::cell::Cell;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::fmt;
+use std::fs::File;
 use std::marker::PhantomData;
+use std::os::fd::AsRawFd;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,12 +14,46 @@ use crate::log_bridge::LogBridge;
 use crate::{DomId, Error, LibxlCode, Result, raw};
 
 /// libxl installs a handler for SIGCHLD, and waits for its own children only: ours (ssh) are
-/// ours to wait for. All contexts of a process have to be set so.
+/// ours to wait for. Its own are out of the terminal's reach. All contexts of a process have to be
+/// set so.
 static CHILD_PROCESSES: ChildProcesses = ChildProcesses(raw::libxl_childproc_hooks {
     chldowner: raw::libxl_sigchld_owner_libxl_always_selective_reap,
-    fork_replacement: None,
+    fork_replacement: Some(fork_out_of_reach),
     reaped_callback: None,
 });
+
+/// libxl's fork. A Ctrl-C in the terminal is for this process, which ends in good order, and not for
+/// a hotplug script in the middle of its work: there the child gets a process group of its own. Not
+/// elsewhere, as in a keeper: whoever leads a group can't lead a session, which a boot loader does.
+unsafe extern "C" fn fork_out_of_reach(_user: *mut c_void) -> libc::pid_t {
+    // SAFETY: libxl calls it where it would fork itself.
+    unsafe { fork(in_foreground()) }
+}
+
+/// Whether what is typed at the terminal ends this process.
+fn in_foreground() -> bool {
+    // SAFETY: it takes nothing.
+    let group = unsafe { libc::getpgrp() };
+    File::open("/dev/tty").is_ok_and(|terminal| {
+        // SAFETY: the file is open.
+        unsafe { libc::tcgetpgrp(terminal.as_raw_fd()) == group }
+    })
+}
+
+/// # Safety
+///
+/// As fork: the child may do what is async-signal-safe, and nothing else.
+unsafe fn fork(apart: bool) -> libc::pid_t {
+    // SAFETY: as the caller says; setpgid is async-signal-safe. For a child that is new it can't
+    // fail, and else all would be as it was.
+    unsafe {
+        let child = libc::fork();
+        if child == 0 && apart {
+            libc::setpgid(0, 0);
+        }
+        child
+    }
+}
 
 struct ChildProcesses(raw::libxl_childproc_hooks);
 
@@ -259,4 +295,27 @@ pub(super) unsafe fn text(text: *const c_char) -> Option<String> {
 
 pub(super) fn c_string(text: &str, what: &str) -> Result<CString> {
     CString::new(text).map_err(|_| Error::argument(format!("{what}: it contains a zero byte")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_child_is_in_a_process_group_of_its_own_where_it_is_to_be() {
+        for apart in [true, false] {
+            // SAFETY: the child calls nothing but what is async-signal-safe, and ends.
+            let status = unsafe {
+                let child = fork(apart);
+                if child == 0 {
+                    libc::_exit(i32::from(libc::getpgrp() == libc::getpid()));
+                }
+                assert!(child > 0);
+                let mut status = -1;
+                assert_eq!(libc::waitpid(child, &mut status, 0), child);
+                status
+            };
+            assert_eq!(libc::WEXITSTATUS(status), i32::from(apart));
+        }
+    }
 }
