@@ -1,10 +1,12 @@
 //! `vmshadow check`
 
+use std::borrow::Cow;
 use std::process::{Command, ExitCode, Stdio};
 
 use migrate::directories::Directories;
 use migrate::link::ssh::Remote;
-use serde::Serialize;
+use migrate::wire::Text;
+use serde::{Deserialize, Serialize};
 use xen_sys::ctl::Ctl;
 
 use crate::cli;
@@ -12,11 +14,25 @@ use crate::output;
 use crate::policy;
 
 /// One thing that was looked at.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Finding {
-    what: &'static str,
+    /// The other host that was looked at; none where it was this one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    host: Option<String>,
+    what: Cow<'static, str>,
     ok: bool,
     found: String,
+}
+
+impl Finding {
+    fn new(what: &'static str, ok: bool, found: impl Into<String>) -> Self {
+        Finding {
+            host: None,
+            what: what.into(),
+            ok,
+            found: found.into(),
+        }
+    }
 }
 
 /// Looks at everything a move needs and prints it. Fails where something is missing.
@@ -24,7 +40,7 @@ pub fn run(options: &cli::Check) -> ExitCode {
     let mut findings = host_findings();
     let here = findings.iter().all(|finding| finding.ok);
     if let Some(host) = &options.host {
-        findings.push(remote_finding(host, &options.remote));
+        findings.extend(remote_findings(host, &options.remote));
     }
     let good = findings.iter().all(|finding| finding.ok);
     if options.json {
@@ -34,10 +50,13 @@ pub fn run(options: &cli::Check) -> ExitCode {
         }
     } else {
         for finding in &findings {
+            let what = match &finding.host {
+                Some(host) => format!("{host}: {}", finding.what),
+                None => finding.what.to_string(),
+            };
             say!(
-                "{:4} {:22} {}",
+                "{:4} {what:22} {}",
                 if finding.ok { "ok" } else { "FAIL" },
-                finding.what,
                 finding.found
             );
         }
@@ -60,74 +79,63 @@ pub fn run(options: &cli::Check) -> ExitCode {
 fn host_findings() -> Vec<Finding> {
     let mut findings = Vec::new();
     let root = nix::unistd::geteuid().is_root();
-    findings.push(Finding {
-        what: "privileges",
-        ok: root,
-        found: if root {
-            "root".into()
-        } else {
-            "not root: run it as root".into()
-        },
-    });
+    let user = match root {
+        true => "root",
+        false => "not root: run it as root",
+    };
+    findings.push(Finding::new("privileges", root, user));
     if let Some(problem) = xen_sys::host::probe().missing {
-        findings.push(Finding {
-            what: "Xen",
-            ok: false,
-            found: migrate::error::chain(&problem),
-        });
+        let found = migrate::error::chain(&problem);
+        findings.push(Finding::new("Xen", false, found));
     }
     if findings.iter().all(|finding| finding.ok) {
         findings.extend(hypervisor_findings());
     }
     let directories = Directories::default().create();
-    findings.push(Finding {
-        what: "directories",
-        ok: directories.is_ok(),
-        found: match directories {
+    findings.push(Finding::new(
+        "directories",
+        directories.is_ok(),
+        match directories {
             Ok(()) => Directories::default().state.display().to_string(),
             Err(error) => migrate::error::chain(&error),
         },
-    });
+    ));
     let policy = policy::read();
-    findings.push(Finding {
-        what: "configuration",
-        ok: policy.is_ok(),
-        found: match &policy {
+    findings.push(Finding::new(
+        "configuration",
+        policy.is_ok(),
+        match &policy {
             Ok(_) => policy::PATH.into(),
             Err(error) => format!("{error:#}"),
         },
-    });
+    ));
     let groups = policy.iter().flat_map(|policy| &policy.groups);
     findings.extend(groups.map(|group| {
         let opened = group.open();
-        Finding {
-            what: "trust group",
-            ok: opened.is_ok(),
-            found: match opened {
+        Finding::new(
+            "trust group",
+            opened.is_ok(),
+            match opened {
                 Ok(_) => format!("{}: {}", group.name, group.guests.join(", ")),
                 Err(error) => migrate::error::chain(&error),
             },
-        }
+        )
     }));
     let ssh = Command::new("ssh").arg("-V").stdin(Stdio::null()).output();
-    findings.push(Finding {
-        what: "ssh",
-        ok: ssh.is_ok(),
-        found: match ssh {
+    findings.push(Finding::new(
+        "ssh",
+        ssh.is_ok(),
+        match ssh {
             Ok(output) => String::from_utf8_lossy(&output.stderr).trim().to_owned(),
             Err(error) => format!("Can't start ssh: {error}"),
         },
-    });
+    ));
     findings
 }
 
 fn hypervisor_findings() -> Vec<Finding> {
     let failed = |what, error: xen_sys::Error| {
-        vec![Finding {
-            what,
-            ok: false,
-            found: migrate::error::chain(&error),
-        }]
+        vec![Finding::new(what, false, migrate::error::chain(&error))]
     };
     let ctl = match Ctl::open() {
         Ok(ctl) => ctl,
@@ -146,56 +154,61 @@ fn hypervisor_findings() -> Vec<Finding> {
     } else {
         "scan (the hypervisor has no shadow paging: every page is digested each round)"
     };
+    let version = format!("Xen {}.{}{}", version.major, version.minor, version.extra);
+    let pvh = match (info.hvm, info.hap) {
+        (true, true) => "log-dirty (hardware-assisted paging)",
+        (true, false) => "no hardware-assisted paging",
+        (false, _) => "none can run here",
+    };
+    let free = info.free_pages.saturating_sub(info.outstanding_pages) >> 8;
     vec![
-        Finding {
-            what: "hypervisor",
-            ok: true,
-            found: format!("Xen {}.{}{}", version.major, version.minor, version.extra),
-        },
-        Finding {
-            what: "PV guests",
-            ok: info.pv || info.hvm,
-            found: if info.pv {
-                tracking
-            } else {
-                "none can run here"
-            }
-            .into(),
-        },
-        Finding {
-            what: "PVH guests",
-            // They are no must: a nested host often runs PV guests only.
-            ok: true,
-            found: match (info.hvm, info.hap) {
-                (true, true) => "log-dirty (hardware-assisted paging)",
-                (true, false) => "no hardware-assisted paging",
-                (false, _) => "none can run here",
-            }
-            .into(),
-        },
-        Finding {
-            what: "free memory",
-            ok: true,
-            found: format!(
-                "{} MiB",
-                info.free_pages.saturating_sub(info.outstanding_pages) >> 8
-            ),
-        },
+        Finding::new("hypervisor", true, version),
+        Finding::new(
+            "PV guests",
+            info.pv || info.hvm,
+            match info.pv {
+                true => tracking,
+                false => "none can run here",
+            },
+        ),
+        // They are no must: a nested host often runs PV guests only.
+        Finding::new("PVH guests", true, pvh),
+        Finding::new("free memory", true, format!("{free} MiB")),
     ]
 }
 
-fn remote_finding(host: &str, options: &cli::RemoteOptions) -> Finding {
+/// What the other host finds of itself. It answers also where something is missing there.
+fn remote_findings(host: &str, options: &cli::RemoteOptions) -> Vec<Finding> {
     let answer = Remote::new(&options.ssh, host, &options.remote_command)
-        .and_then(|remote| remote.ask(&["check"]));
-    Finding {
-        what: "other host",
-        ok: answer.is_ok(),
-        found: match answer {
-            Ok(_) => format!("{host} can move guests"),
-            Err(error) => format!(
-                "{} (run there: vmshadow check)",
-                migrate::error::chain(&error)
-            ),
-        },
-    }
+        .and_then(|remote| remote.ask_what_may_fail(&["check", "--json"]));
+    let failed = |why: String| {
+        let found = format!("{why} (run there: vmshadow check)");
+        vec![Finding::new("other host", false, found)]
+    };
+    let answer = match answer {
+        Ok(answer) => answer,
+        Err(error) => return failed(migrate::error::chain(&error)),
+    };
+    let findings = match serde_json::from_str::<Vec<Finding>>(&answer) {
+        Ok(findings) if !findings.is_empty() => findings,
+        _ => {
+            let begin = answer.lines().next().unwrap_or_default();
+            let begin = Text::new(begin);
+            return failed(format!("{host} gives no answer that can be read: {begin}"));
+        }
+    };
+    let ready = findings.iter().all(|finding| finding.ok);
+    let found = match ready {
+        true => format!("{host} can move guests"),
+        false => format!("{host} can't move guests yet"),
+    };
+    let mut all = vec![Finding::new("other host", ready, found)];
+    // The other host's words: made fit to be shown.
+    all.extend(findings.into_iter().map(|finding| Finding {
+        host: Some(host.to_owned()),
+        what: Text::new(&finding.what).to_string().into(),
+        ok: finding.ok,
+        found: Text::new(&finding.found).to_string(),
+    }));
+    all
 }

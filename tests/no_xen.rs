@@ -155,6 +155,36 @@ fn check_says_that_another_host_can_not_be_reached() {
 }
 
 #[test]
+fn check_says_what_another_host_lacks() {
+    let Some(machine) = Machine::new() else {
+        return;
+    };
+    let script = machine.path("ssh");
+    let check = |answer: &str, words: &[&str]| {
+        fs::write(&script, format!("cat <<'END'\n{answer}\nEND\nexit 1\n")).unwrap();
+        let ssh = format!("sh {}", script.display());
+        said(&machine.says(&["check", "b", "-s", &ssh], 1, words))
+    };
+    let found = "x".repeat(500);
+    let answer = serde_json::json!([
+        { "what": "privileges", "ok": true, "found": "root" },
+        { "what": "Xen", "ok": false, "found": format!("none \u{1b}[2J {found}") },
+    ]);
+    let answer = serde_json::to_string_pretty(&answer).unwrap();
+    let words = [
+        "FAIL other host",
+        "b can't move guests yet",
+        "ok   b: privileges",
+        "FAIL b: Xen",
+        &found,
+    ];
+    let said = check(&answer, &words);
+    assert!(!said.contains("Lost the link"), "{said}");
+    let words = ["FAIL other host", "can be read: This account", "run there"];
+    check("This account is not available", &words);
+}
+
+#[test]
 fn nothing_else_works_and_each_says_why() {
     let Some(machine) = Machine::new() else {
         return;

@@ -27,6 +27,7 @@ use crate::guest::xen::host::{Host, SUSPENDING};
 use crate::keeper;
 use crate::link::ssh::Remote;
 use crate::shadow::{ShadowPolicy, Shadows};
+use crate::wire::Text;
 
 /// What a journal demands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -470,7 +471,7 @@ pub(crate) fn ask(entry: &Entry) -> Result<Owner> {
     let text = remote.ask(&["receive", "--ask", &begin.move_id])?;
     let answer: Answer = serde_json::from_str(text.trim()).map_err(|error| Error::Protocol {
         peer: begin.peer.clone(),
-        what: format!("an answer that can't be read: {error}"),
+        what: Text::new(&format!("an answer that can't be read: {error}")).to_string(),
     })?;
     Ok(answer.owner)
 }

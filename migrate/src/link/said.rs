@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::io::{self, Read};
 
-use crate::wire::Text;
+use crate::wire::{Text, printable};
 
 /// The most bytes kept of a line; the rest of it is read and dropped.
 const LONGEST_LINE: usize = 400;
@@ -67,6 +67,26 @@ pub(super) fn read_lines(mut from: impl Read, mut take: impl FnMut(String)) -> i
     }
     lines.finish(take);
     Ok(())
+}
+
+/// Reads `from` to its end, for whoever takes it apart: lines of any length, printable. The caller
+/// bounds it.
+///
+/// # Errors
+/// Fails when reading does.
+pub(super) fn read_whole(mut from: impl Read) -> io::Result<String> {
+    let mut bytes = Vec::new();
+    from.read_to_end(&mut bytes)?;
+    let shown = |line: &[u8]| -> String {
+        let line = String::from_utf8_lossy(line.trim_ascii_end());
+        line.chars().map(printable).collect()
+    };
+    let lines: Vec<_> = bytes
+        .trim_ascii_end()
+        .split(|byte| *byte == b'\n')
+        .map(shown)
+        .collect();
+    Ok(lines.join("\n"))
 }
 
 /// The last lines of what was said: what ended a program is said last.
@@ -132,6 +152,16 @@ mod tests {
         assert_eq!(lines[0].len(), LONGEST_LINE + 4);
         assert!(lines[0].ends_with(" ..."));
         assert_eq!(lines[1], "last");
+    }
+
+    #[test]
+    fn what_is_read_whole_is_not_cut() {
+        let long = "x".repeat(2 * LONGEST_LINE);
+        let text = format!("  {long}\x1b[2J\r\nlast\n\n");
+        assert_eq!(
+            read_whole(text.as_bytes()).unwrap(),
+            format!("  {long}\u{fffd}[2J\nlast")
+        );
     }
 
     #[test]

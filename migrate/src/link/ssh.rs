@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, bounded};
 
 use super::loss::Losses;
-use super::said::{LastLines, read_lines};
+use super::said::{LastLines, read_lines, read_whole};
 use super::{Carrier, Link, congestion};
 use crate::error::{Error, IoContext, Result};
 use crate::wire::MoveId;
@@ -177,10 +177,19 @@ impl Remote {
     /// # Errors
     /// [`Error::LinkLost`] where it can't be reached, fails, or gives no answer in time.
     pub fn ask(&self, arguments: &[&str]) -> Result<String> {
-        self.ask_for(arguments, ANSWERING)
+        self.ask_for(arguments, ANSWERING, &[0])
     }
 
-    fn ask_for(&self, arguments: &[&str], patience: Duration) -> Result<String> {
+    /// As [`Remote::ask`], also of what ends with the status 1 and has printed something all the
+    /// same: that is an answer too.
+    ///
+    /// # Errors
+    /// As [`Remote::ask`].
+    pub fn ask_what_may_fail(&self, arguments: &[&str]) -> Result<String> {
+        self.ask_for(arguments, ANSWERING, &[0, 1])
+    }
+
+    fn ask_for(&self, arguments: &[&str], patience: Duration, good: &[i32]) -> Result<String> {
         let lost = |reason: String| Error::LinkLost {
             peer: self.host.clone(),
             reason,
@@ -214,19 +223,25 @@ impl Remote {
         let (answer, answered) = bounded(1);
         if let Some(stdout) = stdout {
             thread::spawn(move || {
-                let mut text = Vec::new();
                 // What can't be read is no answer; the status says why.
-                let _ = read_lines(stdout.take(LONGEST_ANSWER), |line| text.push(line));
-                let _ = answer.send(text.join("\n"));
+                let text = read_whole(stdout.take(LONGEST_ANSWER)).unwrap_or_default();
+                let _ = answer.send(text);
             });
         }
         let start = Instant::now();
         match session.wait(patience) {
-            Some(Some(0)) => {
+            Some(Some(status)) if good.contains(&status) => {
                 let left = patience.saturating_sub(start.elapsed()).max(LAST_WORDS);
-                answered
+                let text = answered
                     .recv_timeout(left)
-                    .map_err(|_| lost("its answer has no end".into()))
+                    .map_err(|_| lost("its answer has no end".into()))?;
+                match status {
+                    0 => Ok(text),
+                    _ if !text.is_empty() => Ok(text),
+                    _ => Err(lost(
+                        session.words(Some(status)).unwrap_or("no answer".into()),
+                    )),
+                }
             }
             Some(status) => Err(lost(session.words(status).unwrap_or("no answer".into()))),
             None => {
@@ -462,7 +477,9 @@ mod tests {
         let script = format!("echo $$ > {}; exec sleep 3600", file.path().display());
         let remote = shell(&script);
         let pid = loop {
-            let error = remote.ask_for(&[], Duration::from_secs(1)).unwrap_err();
+            let error = remote
+                .ask_for(&[], Duration::from_secs(1), &[0])
+                .unwrap_err();
             assert!(error.to_string().contains("no answer within"), "{error}");
             // A busy machine may not even have come to the echo.
             if let Ok(pid) = std::fs::read_to_string(file.path())
@@ -478,7 +495,7 @@ mod tests {
 
     #[test]
     fn an_answer_without_end_is_no_answer() {
-        let error = shell("exec yes").ask_for(&[], Duration::from_secs(30));
+        let error = shell("exec yes").ask_for(&[], Duration::from_secs(30), &[0]);
         // Its output is closed once it was enough, and that ends it.
         assert!(matches!(error, Err(Error::LinkLost { .. })), "{error:?}");
     }
@@ -515,6 +532,16 @@ mod tests {
         session.finish(Duration::from_secs(60));
         assert_eq!(session.said().len(), 20);
         assert_eq!(session.reason("closed".into()), "\u{fffd}[31mlast\u{fffd}");
+    }
+
+    #[test]
+    fn what_fails_may_have_answered() {
+        let ask = |script| shell(script).ask_what_may_fail(&[]);
+        assert_eq!(ask("echo no; exit 1").unwrap(), "no");
+        for script in ["echo No route >&2; exit 1", "echo No route >&2; exit 255"] {
+            let error = ask(script).unwrap_err();
+            assert_eq!(error.to_string(), "Lost the link to b: No route");
+        }
     }
 
     #[test]

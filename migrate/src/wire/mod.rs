@@ -71,6 +71,7 @@ pub use frame::{FRAME_HEADER_SIZE, Frame, FrameReader, FrameWriter, Tag};
 pub use hello::{Agreement, Hello, MAX_PROTOCOL, MIN_PROTOCOL, Role};
 pub use message::{Direction, MAX_PROBE, MAX_SHARES, Message, Place, ToDestination, ToSource};
 pub use text::Text;
+pub(crate) use text::printable;
 
 use crate::bytes::Malformed;
 use crate::guest::xen::stream::state::StateError;

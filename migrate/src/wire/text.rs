@@ -17,16 +17,7 @@ impl Text {
     #[must_use]
     pub fn new(text: &str) -> Self {
         let mut safe = String::with_capacity(text.len().min(Self::MAX));
-        for character in text.chars() {
-            let character = match character {
-                '\t' => ' ',
-                // Marks that change the direction of text, and others nobody can see.
-                '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' => {
-                    char::REPLACEMENT_CHARACTER
-                }
-                character if character.is_control() => char::REPLACEMENT_CHARACTER,
-                character => character,
-            };
+        for character in text.chars().map(printable) {
             if safe.len() + character.len_utf8() > Self::MAX {
                 break;
             }
@@ -47,6 +38,19 @@ impl Text {
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+}
+
+/// What is shown for a character of a peer's.
+pub(crate) fn printable(character: char) -> char {
+    match character {
+        '\t' => ' ',
+        // Marks that change the direction of text, and others nobody can see.
+        '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' => {
+            char::REPLACEMENT_CHARACTER
+        }
+        character if character.is_control() => char::REPLACEMENT_CHARACTER,
+        character => character,
     }
 }
 
