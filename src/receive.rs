@@ -23,10 +23,12 @@ pub fn run(options: &cli::Receive, directories: &Directories) -> anyhow::Result<
     if let Some(move_id) = &options.join {
         return incoming::join(directories, move_id).map_err(Into::into);
     }
-    let policy = policy::read()?;
+    // A mistake in it is for the source to hear, as any other reason why the guest can't come.
+    let policy = policy::read().map_err(|error| format!("{error:#}"));
+    let edge = policy.as_ref().ok().and_then(|policy| policy.edge.clone());
     let paths = Paths::new(directories);
     let detours = Detours::new(directories);
-    let arranged = |guest: Expected<'_>| match &policy.edge {
+    let arranged = |guest: Expected<'_>| match &edge {
         None => Ok(Arranged::default()),
         Some(edge) => arrange(edge, &paths, &detours, guest)
             .map_err(|error| Error::Refused(format!("{error:#}"))),
@@ -37,15 +39,16 @@ pub fn run(options: &cli::Receive, directories: &Directories) -> anyhow::Result<
         arranged(guest)
     };
     let cancel = crate::cancelled()?;
-    let policies = Policies {
-        site: policy.site.clone(),
-        shadows: policy.shadows.clone(),
-        groups: policy.groups.clone(),
-    };
-    let received = incoming::receive(directories, &policies, &mut expect, cancel);
+    let policies = policy.map(|policy| Policies {
+        site: policy.site,
+        shadows: policy.shadows,
+        groups: policy.groups,
+    });
+    let known = policies.as_ref().map_err(String::clone);
+    let received = incoming::receive(directories, known, &mut expect, cancel);
     match (&received, name) {
         (Ok(()), Some(name)) => {
-            if let Some(edge) = &policy.edge
+            if let Some(edge) = &edge
                 && let Err(error) = edge.see_to_arrival(&name)
             {
                 log::warn!("Connections to {name} may not have followed: {error:#}");
@@ -57,7 +60,10 @@ pub fn run(options: &cli::Receive, directories: &Directories) -> anyhow::Result<
         (Ok(()), None) => {}
         // The guest did not come.
         (Err(_), _) => {
-            paths.tidy(directories, policy.edge.as_ref());
+            // Where it can't be told whether there is an edge, paths stay.
+            if policies.is_ok() {
+                paths.tidy(directories, edge.as_ref());
+            }
             detours.tidy(directories);
         }
     }

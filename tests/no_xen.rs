@@ -53,13 +53,22 @@ impl Machine {
     }
 
     fn vmshadow(&self, arguments: &[&str]) -> Command {
+        self.vmshadow_with(&[], arguments)
+    }
+
+    /// With these directories of the root as well in place of the machine's.
+    fn vmshadow_with(&self, others: &[&str], arguments: &[&str]) -> Command {
+        let others: String = others
+            .iter()
+            .map(|name| format!("mount --bind \"$0/{name}\" /{name}; "))
+            .collect();
         let mut command = Command::new("unshare");
         command
             .args(["--mount", "--propagation", "private", "sh", "-ec"])
-            .arg(
+            .arg(format!(
                 "mount --bind \"$0/lib\" /var/lib; mount --bind \"$0/log\" /var/log; \
-                 mount --bind \"$0/run\" /run; exec \"$@\"",
-            )
+                 mount --bind \"$0/run\" /run; {others}exec \"$@\"",
+            ))
             .arg(self.root.path())
             .arg(env!("CARGO_BIN_EXE_vmshadow"))
             .args(arguments)
@@ -248,8 +257,11 @@ fn printed_json(output: &Output) -> serde_json::Value {
 
 /// Starts the receiving end and takes its hello.
 fn receive(machine: &Machine) -> (Child, ChildStdin, ChildStdout) {
-    let mut child = machine
-        .vmshadow(&["receive"])
+    receive_by(&mut machine.vmshadow(&["receive"]))
+}
+
+fn receive_by(command: &mut Command) -> (Child, ChildStdin, ChildStdout) {
+    let mut child = command
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -268,29 +280,54 @@ fn a_source_is_told_why_it_is_refused() {
     let Some(machine) = Machine::new() else {
         return;
     };
-    let (child, mut stdin, stdout) = receive(&machine);
-    Hello::new(WireRole::Source).write(&mut stdin).unwrap();
+    refuses(&machine, receive(&machine), NO_XEN);
+}
+
+/// Its operator is the one who can do nothing about it, and should not look for a broken link.
+#[test]
+fn a_source_is_told_of_a_mistake_in_the_configuration() {
+    let Some(machine) = Machine::new() else {
+        return;
+    };
+    let directory = machine.path("etc/vmshadow");
+    fs::create_dir_all(&directory).unwrap();
+    fs::write(directory.join("vmshadow.toml"), "[site]\nbridge = 1\n").unwrap();
+    let mut command = machine.vmshadow_with(&["etc"], &["receive"]);
+    let why = "Bad /etc/vmshadow/vmshadow.toml, line 2: unknown field `bridge`";
+    refuses(&machine, receive_by(&mut command), why);
+}
+
+/// Offers a guest, and expects that it is refused for that.
+fn refuses(machine: &Machine, receiving: (Child, ChildStdin, ChildStdout), why: &str) {
+    let (child, mut stdin, stdout) = receiving;
+    Hello::new(WireRole::Source)
+        .write(&mut stdin)
+        .expect("It is greeted");
     let mut to = FrameWriter::new(stdin);
     let mut from = FrameReader::new(stdout, Direction::ToSource);
     // The answer says how far the other end is: nothing slow comes before it.
-    to.send(&ToDestination::Ping(1)).unwrap();
+    to.send(&ToDestination::Ping(1)).expect("It listens");
     let mut next = || loop {
-        let frame = from.read().unwrap().expect("It goes on");
-        match ToSource::decode(frame).unwrap() {
+        let frame = from.read().expect("It answers").expect("It goes on");
+        match ToSource::decode(frame).expect("It makes sense") {
             // A sign of life.
             ToSource::Pong(0) => {}
             message => break message,
         }
     };
     assert_eq!(next(), ToSource::Pong(1));
-    to.send(&ToDestination::Offer(Box::new(offer()))).unwrap();
+    to.send(&ToDestination::Offer(Box::new(offer())))
+        .expect("It listens");
     match next() {
-        ToSource::Refuse(refusal) => assert_eq!(refusal.reason.to_string(), NO_XEN),
+        ToSource::Refuse(refusal) => {
+            let reason = refusal.reason.to_string();
+            assert!(reason.starts_with(why), "{reason}");
+        }
         other => panic!("{other:?}"),
     }
-    let output = child.wait_with_output().unwrap();
+    let output = child.wait_with_output().expect("It ends");
     assert_eq!(output.status.code(), Some(1));
-    assert!(told(&output).contains(NO_XEN), "{output:?}");
+    assert!(told(&output).contains(why), "{output:?}");
     assert!(is_empty(&machine.path("lib/vmshadow/moves")));
     assert!(is_empty(&machine.path("lib/vmshadow/incoming")));
 }

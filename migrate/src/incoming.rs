@@ -61,21 +61,23 @@ pub struct Policies {
 }
 
 /// Receives one guest over standard input and output. `expect` is called once it is accepted.
+/// Where there are no policies that can be read, the source is told why.
 ///
 /// # Errors
 /// Whatever failed; the source was told, and nothing of the guest is left here. Where this is no
 /// host that can receive, [`Error::Refused`] says what is missing.
 pub fn receive(
     directories: &Directories,
-    policies: &Policies,
+    policies: std::result::Result<&Policies, String>,
     expect: &mut Expect<'_>,
     cancel: Arc<AtomicBool>,
 ) -> Result<()> {
     directories.create()?;
     // Quick, and told in words: whoever looks at this end alone should see it too.
-    let missing = xen_sys::host::probe()
-        .missing
-        .map(|missing| chain(&missing));
+    let ready = policies.and_then(|policies| match xen_sys::host::probe().missing {
+        Some(missing) => Err(chain(&missing)),
+        None => Ok(policies),
+    });
     let peer = std::env::var("SSH_CONNECTION")
         .ok()
         .and_then(|text| text.split_whitespace().next().map(str::to_owned))
@@ -88,9 +90,9 @@ pub fn receive(
         Conversation::start(&peer, link, WireRole::Destination, rate.clone(), cancel);
     let mut server = None;
     let mut purpose = Purpose::Move;
-    let mut take = |offer: &Offer| match &missing {
-        Some(missing) => Err(Error::Refused(missing.clone())),
-        None => {
+    let mut take = |offer: &Offer| match &ready {
+        Err(missing) => Err(Error::Refused(missing.clone())),
+        Ok(policies) => {
             purpose = offer.purpose;
             let control = control(&peer, offer, rate.clone(), Arc::clone(&stop));
             prepare(
@@ -104,9 +106,9 @@ pub fn receive(
             )
         }
     };
-    let mut judge = |offer: &Offer| match &missing {
-        Some(missing) => Err(Error::Refused(missing.clone())),
-        None => would_take(directories, policies, offer),
+    let mut judge = |offer: &Offer| match &ready {
+        Err(missing) => Err(Error::Refused(missing.clone())),
+        Ok(policies) => would_take(directories, policies, offer),
     };
     let result = run(conversation, &mut take, &mut judge);
     if let Some(server) = server {
@@ -118,8 +120,8 @@ pub fn receive(
         };
         server.end(Ended::of(&result, what));
     }
-    match (result, missing) {
-        (Err(_), Some(missing)) => Err(Error::Refused(missing)),
+    match (result, ready) {
+        (Err(_), Err(missing)) => Err(Error::Refused(missing)),
         (result, _) => result,
     }
 }
