@@ -307,7 +307,7 @@ pub enum Tracker {
 /// `vmshadow resolve`
 #[derive(Debug, Args)]
 pub struct Resolve {
-    /// The guest: its name, not its domain id
+    /// The guest: its name, UUID or domain id
     #[arg(required_unless_present = "all")]
     pub domain: Option<String>,
     /// Settle every open move of this host. Goes on after one that can't be settled
@@ -360,7 +360,7 @@ pub enum ProxyCommand {
     },
     /// Tell the edge that a guest is here now; connections that are still open follow
     Arrived {
-        /// The guest's name
+        /// The guest, which has to be here: its name or domain id
         guest: String,
     },
     /// Refuse new connections to a guest, or to all; those that are open go on

@@ -14,6 +14,10 @@ use crate::policy;
 
 /// Runs one of the subcommands.
 pub fn run(options: &cli::Proxy, directories: &Directories) -> anyhow::Result<()> {
+    // What is here can be taken back without an edge, as after it was taken out of the configuration.
+    if let ProxyCommand::Close { guest } = &options.command {
+        return close(directories, guest);
+    }
     let edge = policy::read()?.edge.with_context(|| {
         format!(
             "This host has no edge: {} has no [edge] section",
@@ -23,28 +27,8 @@ pub fn run(options: &cli::Proxy, directories: &Directories) -> anyhow::Result<()
     match &options.command {
         ProxyCommand::List { json } => list(&edge, *json),
         ProxyCommand::Open { domain } => open(&edge, directories, domain),
-        ProxyCommand::Close { guest } => {
-            let closed = Paths::new(directories).close(guest)?;
-            say!(
-                "{guest}: {}",
-                if closed {
-                    "closed"
-                } else {
-                    "there was no path"
-                }
-            );
-            Ok(())
-        }
-        ProxyCommand::Arrived { guest } => {
-            let tally = edge.connect()?.arrived(guest, &edge.site)?;
-            say!(
-                "{guest}: at {} now; {} connections follow, {} can't",
-                edge.site,
-                tally.connections,
-                tally.failed
-            );
-            Ok(())
-        }
+        ProxyCommand::Close { guest } => close(directories, guest),
+        ProxyCommand::Arrived { guest } => arrived(&edge, guest),
         ProxyCommand::Drain { guest, off } => call(
             &edge,
             &Request::Drain {
@@ -65,6 +49,30 @@ pub fn run(options: &cli::Proxy, directories: &Directories) -> anyhow::Result<()
 
 fn call(edge: &Edge, request: &Request) -> anyhow::Result<()> {
     edge.connect()?.call(request)?;
+    Ok(())
+}
+
+fn close(directories: &Directories, guest: &str) -> anyhow::Result<()> {
+    let said = match Paths::new(directories).close(guest)? {
+        true => "closed",
+        false => "there was no path",
+    };
+    say!("{guest}: {said}");
+    Ok(())
+}
+
+/// Connections that are led to where the guest is not would end.
+fn arrived(edge: &Edge, domain: &str) -> anyhow::Result<()> {
+    crate::require_xen()?;
+    let host = Host::open()?;
+    let name = host.name(find_domain(&host, domain)?)?;
+    let tally = edge.connect()?.arrived(&name, &edge.site)?;
+    say!(
+        "{name}: at {} now; {} connections follow, {} can't",
+        edge.site,
+        tally.connections,
+        tally.failed
+    );
     Ok(())
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::bail;
+use anyhow::{anyhow, bail};
 use indicatif::{HumanBytes, HumanDuration};
 use migrate::directories::Directories;
 use migrate::handover::lock::GuestLock;
@@ -29,11 +29,10 @@ pub fn run(options: &cli::Shadows, directories: &Directories) -> anyhow::Result<
         if options.drop_all {
             shadows.drop_useless()?;
         }
-        for one in &listed {
+        return drop_each(&listed, |one| {
             let _lock = GuestLock::wait(directories, &one.uuid, &one.name, PATIENCE)?;
-            shadows.drop_shadow(&one.uuid)?;
-        }
-        return Ok(());
+            shadows.drop_shadow(&one.uuid)
+        });
     }
     if options.json {
         say!("{}", serde_json::to_string_pretty(&listed)?);
@@ -54,6 +53,24 @@ pub fn run(options: &cli::Shadows, directories: &Directories) -> anyhow::Result<
     Ok(())
 }
 
+/// Drops all; one that is in use does not hold up the others.
+fn drop_each(
+    listed: &[Listed],
+    drop: impl Fn(&Listed) -> migrate::error::Result<()>,
+) -> anyhow::Result<()> {
+    let mut last = None;
+    for one in listed {
+        if let Err(error) = drop(one) {
+            let error = anyhow!(error).context(format!("The shadow of {} is still here", one.name));
+            // The last of them is for the caller to tell.
+            if let Some(before) = last.replace(error) {
+                tell!("vmshadow: {before:#}");
+            }
+        }
+    }
+    last.map_or(Ok(()), Err)
+}
+
 fn line(one: &Listed) -> String {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -70,4 +87,36 @@ fn line(one: &Listed) -> String {
         one.peer,
         HumanDuration(Duration::from_secs(now.saturating_sub(one.kept_at))),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use migrate::Error;
+    use std::cell::RefCell;
+
+    #[test]
+    fn one_shadow_in_use_does_not_keep_the_others() {
+        let listed = ["g1", "g2", "g3"].map(|name| Listed {
+            name: name.into(),
+            uuid: name.into(),
+            peer: "b".into(),
+            kept_at: 0,
+            guest_bytes: 0,
+            memory: true,
+            bytes: 0,
+        });
+        let dropped = RefCell::<Vec<String>>::default();
+        let error = drop_each(&listed, |one| {
+            if one.name == "g2" {
+                return Err(Error::Busy("Another vmshadow is at work on g2".into()));
+            }
+            dropped.borrow_mut().push(one.name.clone());
+            Ok(())
+        });
+        assert_eq!(*dropped.borrow(), ["g1", "g3"]);
+        let error = format!("{:#}", error.unwrap_err());
+        assert!(error.starts_with("The shadow of g2 is still"), "{error}");
+        assert!(drop_each(&listed, |_| Ok(())).is_ok());
+    }
 }
