@@ -21,6 +21,6 @@ pub fn run(options: &cli::Cancel, directories: &Directories) -> anyhow::Result<(
             Ok(())
         }
         // It ended before it could be given up.
-        Outcome::Moved | Outcome::Failed => bail!("{}", ended.what),
+        Outcome::Moved | Outcome::Kept | Outcome::Failed => bail!("{}", ended.what),
     }
 }

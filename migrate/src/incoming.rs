@@ -118,7 +118,7 @@ pub fn receive(
             Ok(()) => format!("{name} runs here"),
             Err(error) => format!("{name} did not come, and {peer} has it: {}", chain(error)),
         };
-        server.end(Ended::of(&result, what));
+        server.end(Ended::of(&result, purpose, what));
     }
     match (result, ready) {
         (Err(_), Err(missing)) => Err(Error::Refused(missing)),

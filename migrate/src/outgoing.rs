@@ -15,7 +15,7 @@ use xen_sys::DomId;
 use xen_sys::ctl::ShutdownReason;
 
 use crate::connections::Connections;
-use crate::control::{self, Bandwidth, Change, Ended, Server, Shared, Watched};
+use crate::control::{self, Ended, Server, Shared, Watched};
 use crate::costs::{Costs, Past};
 use crate::digest::{DigestKey, Digester};
 use crate::directories::Directories;
@@ -140,6 +140,60 @@ pub fn migrate(
     connections: &mut dyn Connections,
     cancel: &Arc<AtomicBool>,
 ) -> Moved {
+    let mut known = Known::default();
+    let moved = attempts(
+        directories,
+        request,
+        observer,
+        connections,
+        cancel,
+        &mut known,
+    );
+    if let Some(server) = known.server {
+        let name = server.shared().facts().domain;
+        server.end(ended(&name, request, &moved.result, moved.left));
+    }
+    moved
+}
+
+/// What the attempts of one move have in common.
+#[derive(Default)]
+struct Known {
+    /// The guest's UUID, as soon as it is known: later attempts are of the same one.
+    uuid: Option<String>,
+    /// Where the move is watched and steered, also between attempts.
+    server: Option<Server>,
+}
+
+impl Known {
+    /// How an attempt is watched and steered: as the one before, with its limits.
+    fn watched(
+        &mut self,
+        directories: &Directories,
+        facts: control::Facts,
+        request: &Request,
+        cancel: &Arc<AtomicBool>,
+    ) -> Result<Shared> {
+        if let Some(server) = &self.server {
+            server.shared().go_on(facts);
+            return Ok(server.shared().clone());
+        }
+        let rate = Rate::new(request.rate);
+        let downtime = request.plan.limits.downtime;
+        let shared = Shared::new(facts, rate, downtime, Arc::clone(cancel));
+        self.server = Some(Server::start(directories, shared.clone())?);
+        Ok(shared)
+    }
+}
+
+fn attempts(
+    directories: &Directories,
+    request: &Request,
+    observer: &mut dyn Observer,
+    connections: &mut dyn Connections,
+    cancel: &Arc<AtomicBool>,
+    known: &mut Known,
+) -> Moved {
     let started = Instant::now();
     let mut request = request.clone();
     let timeout = request.plan.timeout;
@@ -147,16 +201,14 @@ pub fn migrate(
     let mut interruptions: Vec<Interruption> = Vec::new();
     // What the newest attempt that came so far has found out.
     let mut newest = None;
-    // The guest's UUID, when it is known.
-    let mut found = None;
     loop {
         let mut moved = attempt(
             directories,
-            &mut request,
+            &request,
             observer,
             connections,
             Arc::clone(cancel),
-            &mut found,
+            known,
         );
         let pause = moved.result.as_ref().err().and_then(|error| {
             let ended = retry::Ended {
@@ -173,6 +225,9 @@ pub fn migrate(
         let (Some(pause), Err(error)) = (pause, &moved.result) else {
             return sum_up(moved, newest, interruptions, started.elapsed());
         };
+        if let Some(server) = &known.server {
+            server.shared().pause("waiting for the link");
+        }
         observer.notice(Progress::Warning(format!(
             "{}. The guest runs here; trying again in {} s",
             chain(error),
@@ -185,28 +240,16 @@ pub fn migrate(
         });
         newest = moved.report.take().or(newest);
         let until = Instant::now() + pause;
-        let server = newest
-            .as_ref()
-            .and_then(|report| waiting(directories, &request, report, cancel));
-        while Instant::now() < until {
-            if cancel.load(Ordering::Relaxed) {
-                moved.result = Err(Error::Cancelled);
-                // It ran before the pause.
-                if let Some(report) = &newest {
-                    moved.left = Some(look_again(&report.uuid));
-                }
-                if let Some(server) = server {
-                    let name = server.shared().facts().domain.clone();
-                    server.end(ended(&name, &request, &moved.result, moved.left));
-                }
-                return sum_up(moved, newest, interruptions, started.elapsed());
-            }
+        while Instant::now() < until && !cancel.load(Ordering::Relaxed) {
             thread::sleep(TICK);
         }
-        if let Some(server) = server {
-            let limits = server.shared().set(Change::default());
-            request.rate = limits.bandwidth.and_then(Bandwidth::bytes);
-            request.plan.limits.downtime = server.shared().downtime();
+        if cancel.load(Ordering::Relaxed) {
+            moved.result = Err(Error::Cancelled);
+            // It ran before the pause.
+            if let Some(report) = &newest {
+                moved.left = Some(look_again(&report.uuid));
+            }
+            return sum_up(moved, newest, interruptions, started.elapsed());
         }
         request.plan.timeout = timeout.map(|timeout| timeout.saturating_sub(started.elapsed()));
     }
@@ -241,52 +284,23 @@ fn sum_up(
     moved
 }
 
-/// Watched and steered as any other, a move that waits for its link. That this can't be done is no
-/// reason to give it up.
-fn waiting(
-    directories: &Directories,
-    request: &Request,
-    report: &Report,
-    cancel: &Arc<AtomicBool>,
-) -> Option<Server> {
-    // It may have rebooted since.
-    let found = Host::open().and_then(|host| host.find(&report.uuid));
-    let facts = control::Facts {
-        role: Role::Source,
-        move_id: MoveId::from_random(random().ok()?).to_string(),
-        domain: report.domain.clone(),
-        uuid: report.uuid.clone(),
-        domid: found.ok().flatten().map(DomId::get),
-        peer: request.remote.host.clone(),
-        guest_bytes: report.guest_bytes,
-    };
-    let rate = Rate::new(request.rate);
-    let downtime = request.plan.limits.downtime;
-    let shared = Shared::new(facts, rate, downtime, Arc::clone(cancel));
-    shared.note(&Progress::Phase("waiting for the link"));
-    Server::start(directories, shared)
-        .inspect_err(|error| log::warn!("{}", chain(error)))
-        .ok()
-}
-
-/// One attempt. Limits that were changed meanwhile are in the request afterwards. `found` is the UUID
-/// of the guest, as soon as it is known: later attempts are of the same one.
+/// One attempt.
 fn attempt(
     directories: &Directories,
-    request: &mut Request,
+    request: &Request,
     observer: &mut dyn Observer,
     connections: &mut dyn Connections,
     cancel: Arc<AtomicBool>,
-    found: &mut Option<String>,
+    known: &mut Known,
 ) -> Moved {
-    match prepare_and_move(directories, request, observer, connections, cancel, found) {
+    match prepare_and_move(directories, request, observer, connections, cancel, known) {
         Ok(moved) => moved,
         Err(error) => Moved {
             report: None,
             left: match error {
                 // It is in another worker's hands, who will tell.
                 Error::Busy(_) => None,
-                _ => found.as_deref().map(look_again),
+                _ => known.uuid.as_deref().map(look_again),
             },
             result: Err(error),
         },
@@ -324,16 +338,16 @@ pub fn find_domain(host: &Host, domain: &str) -> Result<DomId> {
 
 fn prepare_and_move(
     directories: &Directories,
-    request: &mut Request,
+    request: &Request,
     observer: &mut dyn Observer,
     connections: &mut dyn Connections,
     cancel: Arc<AtomicBool>,
-    found: &mut Option<String>,
+    known: &mut Known,
 ) -> Result<Moved> {
     directories.create()?;
     recovery::settle_all(directories);
     let host = Host::open()?;
-    let domid = match found {
+    let domid = match &known.uuid {
         // Another guest may have its name or number by now.
         Some(uuid) => host
             .find(uuid)?
@@ -342,7 +356,7 @@ fn prepare_and_move(
     };
     let name = host.name(domid)?;
     let uuid = host.uuid_text(&host.info(domid)?);
-    *found = Some(uuid.clone());
+    known.uuid = Some(uuid.clone());
     let lock = GuestLock::wait(directories, &uuid, &name, LOCKED)?;
     recovery::refuse_open_moves(directories, &uuid, &name)?;
     let hindrances = hindrances(&host, domid, request.allowed)?;
@@ -381,28 +395,24 @@ fn prepare_and_move(
             boot_id: journal::boot_id()?,
         },
     )?;
-    let rate = Rate::new(request.rate);
     let guest_bytes = guest.populated() * PAGE_SIZE as u64;
     let mut costs = Costs::read(directories);
-    let control = Shared::new(
-        control::Facts {
-            role: Role::Source,
-            move_id: move_id.to_string(),
-            domain: name.clone(),
-            uuid: uuid.clone(),
-            domid: Some(domid.get()),
-            peer: request.remote.host.clone(),
-            guest_bytes,
-        },
-        rate.clone(),
-        request.plan.limits.downtime,
-        Arc::clone(&cancel),
-    );
-    let begun = Server::start(directories, control.clone()).and_then(|server| {
-        let guardian = Guardian::start(directories, &journal.entry().path, &name)?;
-        Ok((server, guardian, request.remote.connect()?))
-    });
-    let (server, guardian, (link, session)) = match begun {
+    let facts = control::Facts {
+        role: Role::Source,
+        move_id: move_id.to_string(),
+        domain: name.clone(),
+        uuid: uuid.clone(),
+        domid: Some(domid.get()),
+        peer: request.remote.host.clone(),
+        guest_bytes,
+    };
+    let begun = known
+        .watched(directories, facts, request, &cancel)
+        .and_then(|control| {
+            let guardian = Guardian::start(directories, &journal.entry().path, &name)?;
+            Ok((control, guardian, request.remote.connect()?))
+        });
+    let (control, guardian, (link, session)) = match begun {
         Ok(begun) => begun,
         Err(error) => {
             // Nothing was touched.
@@ -410,6 +420,7 @@ fn prepare_and_move(
             return Err(error);
         }
     };
+    let rate = control.rate();
     let peer = Conversation::start_with(
         &request.remote.host,
         link,
@@ -513,12 +524,7 @@ fn prepare_and_move(
     {
         log::warn!("{}", chain(&error));
     }
-    // Another attempt goes on with them.
-    let limits = control.set(Change::default());
-    request.rate = limits.bandwidth.and_then(Bandwidth::bytes);
-    request.plan.limits.downtime = control.downtime();
     let left = result.as_ref().err().map(|_| look(&host, &uuid));
-    server.end(ended(&name, request, &result, left));
     Ok(Moved {
         report: Some(report),
         result,
@@ -540,7 +546,7 @@ fn ended(name: &str, request: &Request, result: &Result<()>, left: Option<Left>)
         (Err(error), Some(left)) => format!("{name} was not moved and {left}: {}", chain(error)),
         (Err(error), None) => format!("{name} was not moved: {}", chain(error)),
     };
-    Ended::of(result, what)
+    Ended::of(result, request.purpose, what)
 }
 
 pub(crate) fn offer(

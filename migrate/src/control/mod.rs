@@ -14,7 +14,8 @@
 //! the time of a copy. So a status is answered whatever the engine waits for.
 //!
 //! Each move has a name of its own, and so has its socket: one that nobody listens on belongs to
-//! a worker that was killed, and the next worker removes it.
+//! a worker that was killed, and the next worker removes it. A move that is tried again keeps the
+//! socket of its first attempt.
 
 mod client;
 mod protocol;

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result as CrateResult};
 use crate::handover::journal::Role;
+use crate::wire::Purpose;
 
 /// The version of the protocol.
 pub const VERSION: u32 = 1;
@@ -140,6 +141,8 @@ pub struct Status {
 pub enum Outcome {
     /// The guest is at the destination.
     Moved,
+    /// The destination has a shadow of the guest, which stays where it is.
+    Kept,
     /// The move was given up because somebody asked for it.
     Cancelled,
     /// The move failed.
@@ -158,8 +161,9 @@ pub struct Ended {
 impl Ended {
     /// Of a move that ended like this; `what` says it for people.
     #[must_use]
-    pub fn of(result: &CrateResult<()>, what: String) -> Self {
+    pub fn of(result: &CrateResult<()>, purpose: Purpose, what: String) -> Self {
         let outcome = match result {
+            Ok(()) if purpose == Purpose::Shadow => Outcome::Kept,
             Ok(()) => Outcome::Moved,
             Err(Error::Cancelled) => Outcome::Cancelled,
             Err(_) => Outcome::Failed,
@@ -291,6 +295,16 @@ mod tests {
         }
         let other = read_request(r#"{"version":2,"command":"status"}"#).unwrap_err();
         assert!(other.contains("not spoken"), "{other}");
+    }
+
+    #[test]
+    fn a_shadow_that_is_there_is_no_move() {
+        let ended = |purpose| {
+            let ended = Ended::of(&Ok(()), purpose, String::new());
+            serde_json::to_value(ended.outcome).unwrap()
+        };
+        assert_eq!(ended(Purpose::Shadow), "kept");
+        assert_eq!(ended(Purpose::Move), "moved");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use crate::pages::PAGE_SIZE;
 use crate::report::{Observer, Progress};
 use crate::rounds::Outlook;
 
-/// What is fixed of a move.
+/// What is fixed of an attempt to move a guest.
 #[derive(Debug, Clone)]
 pub struct Facts {
     /// Which end of it this is.
@@ -42,6 +42,8 @@ struct Now {
     done: u64,
     total: u64,
     wire_bytes: u64,
+    /// Of attempts before this one.
+    earlier_bytes: u64,
     outlook: Outlook,
 }
 
@@ -51,7 +53,7 @@ pub struct Shared(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    facts: Facts,
+    facts: Mutex<Facts>,
     began: Instant,
     rate: Rate,
     downtime_ms: AtomicU64,
@@ -75,7 +77,7 @@ impl Shared {
     #[must_use]
     pub fn new(facts: Facts, rate: Rate, downtime: Duration, cancel: Arc<AtomicBool>) -> Self {
         Shared(Arc::new(Inner {
-            facts,
+            facts: Mutex::new(facts),
             began: Instant::now(),
             rate,
             downtime_ms: AtomicU64::new(milliseconds(downtime)),
@@ -88,10 +90,34 @@ impl Shared {
         }))
     }
 
-    /// What is fixed of it.
+    /// What is fixed of it, for as long as an attempt takes.
     #[must_use]
-    pub fn facts(&self) -> &Facts {
-        &self.0.facts
+    pub fn facts(&self) -> Facts {
+        lock(&self.0.facts).clone()
+    }
+
+    /// What is sent, and how fast it may be.
+    #[must_use]
+    pub fn rate(&self) -> Rate {
+        self.0.rate.clone()
+    }
+
+    /// An attempt has ended with its link, and `phase` is what is done until the next: what it has
+    /// sent counts, and all else of it is over. It can be given up again, should it have come to its
+    /// commit.
+    pub fn pause(&self, phase: &str) {
+        *lock(&self.0.committed) = false;
+        let mut now = lock(&self.0.now);
+        *now = Now {
+            phase: phase.to_owned(),
+            earlier_bytes: now.earlier_bytes + now.wire_bytes,
+            ..Now::default()
+        };
+    }
+
+    /// Another attempt begins, of which this is fixed.
+    pub fn go_on(&self, facts: Facts) {
+        *lock(&self.0.facts) = facts;
     }
 
     /// The downtime that is to be reached now.
@@ -173,22 +199,23 @@ impl Shared {
     /// How the move goes.
     #[must_use]
     pub fn status(&self) -> Status {
-        let facts = &self.0.facts;
+        let facts = self.facts();
+        let committed = *lock(&self.0.committed);
         let now = lock(&self.0.now).clone();
         let seconds = |duration: Duration| (duration.as_secs_f64() * 1e3).round() / 1e3;
         let page = PAGE_SIZE as f64;
         Status {
             role: facts.role,
-            move_id: facts.move_id.clone(),
-            domain: facts.domain.clone(),
-            uuid: facts.uuid.clone(),
+            move_id: facts.move_id,
+            domain: facts.domain,
+            uuid: facts.uuid,
             domid: facts.domid,
-            peer: facts.peer.clone(),
+            peer: facts.peer,
             pid: std::process::id(),
             phase: now.phase,
             seconds: seconds(self.0.began.elapsed()),
             guest_bytes: facts.guest_bytes,
-            wire_bytes: now.wire_bytes,
+            wire_bytes: now.earlier_bytes + now.wire_bytes,
             rate: now.outlook.rate.map(f64::round),
             round: now.round,
             pages_done: now.done,
@@ -199,8 +226,9 @@ impl Shared {
             predicted_downtime: now.outlook.downtime.map(seconds),
             downtime_ms: self.0.downtime_ms.load(Ordering::Relaxed),
             bandwidth: Bandwidth::of_bytes(self.0.rate.get()),
-            cancelling: self.0.cancel.load(Ordering::Relaxed),
-            committed: *lock(&self.0.committed),
+            // A signal that comes after the commit gives nothing up.
+            cancelling: self.0.cancel.load(Ordering::Relaxed) && !committed,
+            committed,
         }
     }
 
@@ -281,6 +309,10 @@ pub(super) mod tests {
         assert!(shared.commit());
         assert_eq!(shared.cancel(), Err(Committed));
         assert!(!shared.cancelled() && shared.status().committed);
+        // A signal that comes too late.
+        shared.0.cancel.store(true, Ordering::Relaxed);
+        let status = shared.status();
+        assert!(status.committed && !status.cancelling);
 
         let shared = a_move(Role::Source, 1);
         shared.cancel().unwrap();
@@ -291,6 +323,36 @@ pub(super) mod tests {
         let shared = a_move(Role::Source, 1);
         shared.0.cancel.store(true, Ordering::Relaxed);
         assert!(!shared.commit() && !shared.asked_to_cancel());
+    }
+
+    #[test]
+    fn an_attempt_goes_on_where_the_one_before_ended() {
+        let shared = a_move(Role::Source, 1);
+        let sent = |wire_bytes| Progress::Pages {
+            round: 2,
+            done: 3,
+            total: 4,
+            wire_bytes,
+            outlook: Outlook::default(),
+        };
+        shared.note(&sent(1000));
+        assert!(shared.commit());
+        shared.pause("waiting for the link");
+        let status = shared.status();
+        assert_eq!((status.wire_bytes, status.round), (1000, 0));
+        assert_eq!(status.phase, "waiting for the link");
+        assert!(!status.committed);
+        let first = shared.facts();
+        shared.go_on(Facts {
+            move_id: "another".into(),
+            domid: Some(7),
+            ..first
+        });
+        shared.note(&sent(10));
+        let status = shared.status();
+        assert_eq!((status.wire_bytes, status.round), (1010, 2));
+        assert_eq!((&*status.move_id, status.domid), ("another", Some(7)));
+        shared.cancel().unwrap();
     }
 
     #[test]
