@@ -18,7 +18,7 @@ use migrate::wire::Purpose;
 
 use crate::cli;
 use crate::dry_run;
-use crate::edge::{Departure, Edge, close_path_behind};
+use crate::edge::{Departure, Edge, Paths, close_path_behind};
 use crate::policy;
 use crate::progress;
 use crate::report_file::ReportFile;
@@ -93,11 +93,12 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
     );
     drop(observer);
     crate::output::finish_log();
-    close_path(&moved, policy.edge.as_ref(), directories);
     // What became of the guest matters more than a report that can't be written.
     if let Err(error) = publish(options, &moved, report) {
         tell!("Warning: {error:#}");
     }
+    // The edge may take its time, or not answer.
+    close_path(&moved, policy.edge.as_ref(), directories);
     let Moved {
         result,
         left,
@@ -131,6 +132,17 @@ fn close_path(moved: &Moved, edge: Option<&Edge>, directories: &Directories) {
     // Where connections were kept, the edge has followed. Else the destination may see to that, also
     // where nothing was to be done here.
     let edge = edge.filter(|_| report.connections.is_none());
+    if edge.is_some()
+        && Paths::new(directories)
+            .is_open(&report.domain)
+            .unwrap_or(false)
+    {
+        tell!(
+            "Waiting until the edge has {} elsewhere, for a minute or so: its path here stays until \
+             then",
+            report.domain
+        );
+    }
     if let Err(error) = close_path_behind(directories, edge, &report.domain) {
         tell!(
             "Warning: The path to {} is still here: {error:#}",
@@ -144,15 +156,14 @@ fn publish(options: &cli::Migrate, moved: &Moved, file: Option<ReportFile>) -> a
         return Ok(());
     };
     let json = serde_json::to_string_pretty(report)?;
+    // A terminal may stand still.
+    let written = file.map_or(Ok(()), |mut file| file.write(&format!("{json}\n")));
     if options.json {
         say!("{json}");
     } else if moved.result.is_ok() {
         say!("{}", progress::summary(report).trim_end());
     }
-    if let Some(mut file) = file {
-        file.write(&format!("{json}\n"))?;
-    }
-    Ok(())
+    written
 }
 
 /// Adds where the guest is now, and what to do.
