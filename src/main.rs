@@ -29,6 +29,7 @@ mod set;
 mod shadow;
 mod shadows;
 mod status;
+mod unit;
 
 use std::path::Path;
 use std::process::ExitCode;

@@ -82,6 +82,9 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
         true => None,
         false => policy.edge.clone(),
     };
+    if let Some(warning) = crate::unit::warning() {
+        tell!("Warning: {warning}");
+    }
     let mut connections = connections(edge, &options.domain, directories)?;
     let mut observer = progress::observer(options.json);
     let moved = migrate(
