@@ -168,8 +168,9 @@ pub struct Migrate {
     /// it is silent
     #[arg(long)]
     pub verify: bool,
-    /// Don't move the guest: say whether HOST would take it, and what the move would take. Its memory
-    /// is read for some seconds, and the link is measured unless --bandwidth says what it takes
+    /// Don't move the guest: say whether HOST would take it, whether its connections at the edge could
+    /// follow, and what the move would take. Its memory is read for some seconds, and the link is
+    /// measured unless --bandwidth says what it takes
     #[arg(long, conflicts_with_all = ["timeout", "verify"])]
     pub dry_run: bool,
     /// Leave the guest's connections at the edge as they are: they end

@@ -2,6 +2,7 @@
 
 use anyhow::bail;
 use indicatif::HumanBytes;
+use migrate::connections::Connections;
 use migrate::directories::Directories;
 use migrate::dry_run::{DryRun, dry_run};
 use migrate::outgoing::Request;
@@ -15,9 +16,10 @@ pub fn run(
     options: &cli::Migrate,
     request: &Request,
     report: Option<ReportFile>,
+    connections: &mut dyn Connections,
     directories: &Directories,
 ) -> anyhow::Result<()> {
-    let found = dry_run(directories, request, crate::cancelled()?)?;
+    let found = dry_run(directories, request, connections, crate::cancelled()?)?;
     let json = serde_json::to_string_pretty(&found)?;
     if options.json {
         say!("{json}");

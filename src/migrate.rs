@@ -75,17 +75,17 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
         .map(ReportFile::open)
         .transpose()?;
     crate::require_xen()?;
-    if options.dry_run {
-        return dry_run::run(options, &request, report, directories);
-    }
     let edge = match options.no_edge {
         true => None,
         false => policy.edge.clone(),
     };
+    let mut connections = connections(edge, &options.domain, directories)?;
+    if options.dry_run {
+        return dry_run::run(options, &request, report, connections.as_mut(), directories);
+    }
     if let Some(warning) = crate::unit::warning() {
         tell!("Warning: {warning}");
     }
-    let mut connections = connections(edge, &options.domain, directories)?;
     let mut observer = progress::observer(options.json);
     let moved = migrate(
         directories,

@@ -38,6 +38,13 @@ pub fn run(options: &cli::Receive, directories: &Directories) -> anyhow::Result<
         name = Some(guest.name.to_owned());
         arranged(guest)
     };
+    let mut foresee = |name: &str| match &edge {
+        None => Ok(None),
+        Some(edge) => edge
+            .reach(name)
+            .map(|_| Some(edge.site.clone()))
+            .map_err(|error| Error::Refused(format!("{error:#}"))),
+    };
     let cancel = crate::cancelled()?;
     let policies = policy.map(|policy| Policies {
         site: policy.site,
@@ -45,7 +52,7 @@ pub fn run(options: &cli::Receive, directories: &Directories) -> anyhow::Result<
         groups: policy.groups,
     });
     let known = policies.as_ref().map_err(String::clone);
-    let received = incoming::receive(directories, known, &mut expect, cancel);
+    let received = incoming::receive(directories, known, &mut expect, &mut foresee, cancel);
     match (&received, name) {
         (Ok(()), Some(name)) => {
             if let Some(edge) = &edge

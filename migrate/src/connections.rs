@@ -109,3 +109,6 @@ pub type Lead = Box<dyn FnMut(Vec<u8>) -> JoinHandle<()>>;
 /// # Errors
 /// Where that can't be: the guest is refused.
 pub type Expect<'a> = dyn FnMut(Expected<'_>) -> Result<Arranged> + 'a;
+
+/// What [`Arranged::site`] would be if the guest of that name came; nothing is made.
+pub type Foresee<'a> = dyn FnMut(&str) -> Result<Option<String>> + 'a;

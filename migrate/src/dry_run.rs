@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use crate::connections::Connections;
 use crate::costs::Costs;
 use crate::digest::Digester;
 use crate::directories::Directories;
@@ -101,11 +102,12 @@ pub struct DryRun {
 /// Finds out.
 ///
 /// # Errors
-/// As a move that is refused here; [`Error::LinkLost`] where the other site can't be reached. That
-/// it would refuse is no error.
+/// As a move that is refused here, or whose `connections` could not follow; [`Error::LinkLost`] where
+/// the other site can't be reached. That it would refuse is no error.
 pub fn dry_run(
     directories: &Directories,
     request: &Request,
+    connections: &mut dyn Connections,
     cancel: Arc<AtomicBool>,
 ) -> Result<DryRun> {
     directories.create()?;
@@ -158,6 +160,9 @@ pub fn dry_run(
     };
     let answer = ask(request, offer, &asked, group.as_ref(), Arc::clone(&cancel))?;
     warnings.extend(answer.warnings);
+    if answer.refused.is_none() {
+        connections.accepted(answer.site.as_deref())?;
+    }
 
     let bytes_a_second = answer.rate;
     let learned = answer.learned;
@@ -205,6 +210,8 @@ pub(crate) struct Answer {
     rate: f64,
     refused: Option<String>,
     warnings: Vec<String>,
+    /// What it calls itself at the edge.
+    site: Option<String>,
     /// What it has of the guest.
     pub learned: Learned,
 }
@@ -262,19 +269,25 @@ pub(crate) fn ask_over(
     };
     let move_id = offer.move_id;
     peer.send(&ToDestination::Offer(Box::new(offer)))?;
-    let answer = |refused, warnings, learned| Answer {
+    let refused = |reason: Text| Answer {
         link,
         rate,
-        refused,
-        warnings,
-        learned,
+        refused: Some(reason.to_string()),
+        warnings: Vec::new(),
+        site: None,
+        learned: asked.nothing(),
     };
-    let refused = |reason: Text| answer(Some(reason.to_string()), Vec::new(), asked.nothing());
     match receive(peer, ANSWERING)? {
         ToSource::Accept(accepted) => {
             let learned = learn(peer, &accepted, asked, group, move_id)?;
-            let warnings = accepted.warnings.iter().map(ToString::to_string).collect();
-            Ok(answer(None, warnings, learned))
+            Ok(Answer {
+                link,
+                rate,
+                refused: None,
+                warnings: accepted.warnings.iter().map(ToString::to_string).collect(),
+                site: accepted.edge_site.as_ref().map(ToString::to_string),
+                learned,
+            })
         }
         ToSource::Refuse(refusal) => Ok(refused(refusal.reason)),
         ToSource::Failed(reason) => Ok(refused(reason)),

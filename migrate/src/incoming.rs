@@ -21,7 +21,7 @@ use serde_json::Value;
 use xen_sys::ctl::{CpuPolicy, GuestKind as CpuKind};
 
 use crate::configuration::{Accepted, SitePolicy, accept};
-use crate::connections::{Arranged, Expect, Expected};
+use crate::connections::{Arranged, Expect, Expected, Foresee};
 use crate::control::{self, Ended, Server, Shared};
 use crate::destination::{Prepared, Sharing, Willing, run};
 use crate::digest::Digester;
@@ -60,7 +60,8 @@ pub struct Policies {
     pub groups: Vec<GroupPolicy>,
 }
 
-/// Receives one guest over standard input and output. `expect` is called once it is accepted.
+/// Receives one guest over standard input and output. `expect` is called once it is accepted, and
+/// `foresee` where it is only asked whether it would be.
 /// Where there are no policies that can be read, the source is told why.
 ///
 /// # Errors
@@ -70,6 +71,7 @@ pub fn receive(
     directories: &Directories,
     policies: std::result::Result<&Policies, String>,
     expect: &mut Expect<'_>,
+    foresee: &mut Foresee<'_>,
     cancel: Arc<AtomicBool>,
 ) -> Result<()> {
     directories.create()?;
@@ -108,7 +110,7 @@ pub fn receive(
     };
     let mut judge = |offer: &Offer| match &ready {
         Err(missing) => Err(Error::Refused(missing.clone())),
-        Ok(policies) => would_take(directories, policies, offer),
+        Ok(policies) => would_take(directories, policies, foresee, offer),
     };
     let result = run(conversation, &mut take, &mut judge);
     if let Some(server) = server {
@@ -360,10 +362,16 @@ fn missing_files(configuration: &Value) -> impl Iterator<Item = &str> {
 }
 
 /// The answer to a dry run: as if the guest came now.
-fn would_take(directories: &Directories, policies: &Policies, offer: &Offer) -> Result<Willing> {
+fn would_take(
+    directories: &Directories,
+    policies: &Policies,
+    foresee: &mut Foresee<'_>,
+    offer: &Offer,
+) -> Result<Willing> {
     let host = Host::open()?;
     let kind = Kind::try_from(offer.kind)?;
     let mut judged = judge(directories, &host, &policies.site, offer, kind)?;
+    let site = foresee(&offer.name)?;
     let ranges = kind.memory_ranges(offer.pages, judged.accepted.most_pages());
     let guest = XenDestination::new(
         Incoming {
@@ -390,7 +398,9 @@ fn would_take(directories: &Directories, policies: &Policies, offer: &Offer) -> 
     }
     let sharing = sharing(policies, &shadows, offer, &mut judged.warnings);
     let Judged { xen, warnings, .. } = judged;
-    Ok(Willing::new(offer, xen, &warnings, shadows, sharing))
+    let mut willing = Willing::new(offer, xen, &warnings, shadows, sharing);
+    willing.acceptance.edge_site = site.as_deref().map(Text::new);
+    Ok(willing)
 }
 
 /// Where connections for pages can join the move, and what they have to know.

@@ -28,8 +28,9 @@ use migrate::directories::Directories;
 use migrate::handover::journal::Role;
 use migrate::handover::recovery::{Place, Settled};
 use netproxy::GuestInfo;
-use netproxy::control::Client;
+use netproxy::control::{Client, Reach};
 use netproxy::retarget::phase::Phase;
+use netproxy::site::Translation;
 use serde::Deserialize;
 
 use crate::policy;
@@ -137,6 +138,25 @@ impl Edge {
     pub fn look_up(&self, client: &mut Client, guest: &str) -> anyhow::Result<Option<GuestInfo>> {
         let overview = client.list().with_context(|| self.unreachable())?;
         Ok(overview.guests.into_iter().find(|it| it.name == guest))
+    }
+
+    /// How the edge reaches the guest here; none where it does not know it.
+    ///
+    /// # Errors
+    /// Where the edge can't be reached, does not know this site, or makes no sense.
+    pub fn reach(&self, guest: &str) -> anyhow::Result<Option<Reach>> {
+        let mut client = self.connect()?;
+        if self.look_up(&mut client, guest)?.is_none() {
+            return Ok(None);
+        }
+        let reach = client.reach(guest, &self.site)?;
+        // It may only say how its own packets get to the guest that was asked for.
+        let answers = |of: &Translation| of.guest == guest && of.guest_address == reach.address;
+        anyhow::ensure!(
+            reach.translation.as_ref().is_none_or(answers),
+            "The edge answers for another guest"
+        );
+        Ok(Some(reach))
     }
 
     /// Tells the edge that the guest is here, whatever was before. Nothing is said of a guest that
