@@ -21,6 +21,9 @@ WORKSPACE := --workspace --exclude testbed-guest
 
 CLIPPY := $(CARGO) clippy --workspace --locked
 
+# Xen's own checker of migration streams.
+CHECKER := $(abspath $(TARGET))/xen-utils/usr/lib/xen-4.17/bin/verify-stream-v2
+
 # What the end-to-end tests run with.
 E2E := VMSHADOW_DEB='$(DEB)' VMSHADOW_ORACLE='$(abspath $(TARGET))/debug/examples/oracle' \
 	$(CARGO) test $(WORKSPACE) --locked --test e2e -- --test-threads=1
@@ -79,12 +82,20 @@ test-full: unit deb
 
 # Unit, property and documentation tests. Builds the examples too, and so what compares our image of
 # a guest with the stock saver's.
-unit: packages
+unit: packages $(CHECKER)
 	$(CARGO) fmt --all --check
 	$(CLIPPY) --all-targets -- -D warnings
 	$(CLIPPY) --test e2e --test namespaces -- -D warnings # none of "all targets"
-	$(CARGO) test $(WORKSPACE) --locked
+	VERIFY_STREAM='$(CHECKER)' $(CARGO) test $(WORKSPACE) --locked
 	$(CARGO) test $(WORKSPACE) --locked --test namespaces -- --test-threads=1 $(RETARGET)
+
+# Taken out of its package. Installed, that would bring services of a Xen host along.
+$(CHECKER): | packages
+	rm -rf '$(TARGET)/xen-utils'
+	mkdir -p '$(TARGET)/xen-utils'
+	cd '$(TARGET)/xen-utils' && { apt-get --quiet download xen-utils-4.17 || { apt-get --quiet update && \
+		apt-get --quiet download xen-utils-4.17; }; } && dpkg-deb -x xen-utils-*.deb .
+	touch '$@'
 
 # Over guests that are replayed: those of `make record`, and a generated one. Give the machine
 # nothing else to do.

@@ -1,7 +1,8 @@
 //! Xen's own checker of migration streams accepts ours.
 //!
 //! It needs `verify-stream-v2` of Debian's xen-utils and Python, and looks for it where that package
-//! puts it; `VERIFY_STREAM` names another place. Without it the test says so and checks nothing.
+//! puts it; `VERIFY_STREAM` names another place, as `make unit` does. Without it the test says so and
+//! checks nothing.
 
 mod synthesized;
 
