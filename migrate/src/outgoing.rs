@@ -395,6 +395,7 @@ fn prepare_and_move(
             boot_id: journal::boot_id()?,
         },
     )?;
+    let journal_path = journal.entry().path.clone();
     let guest_bytes = guest.populated() * PAGE_SIZE as u64;
     let mut costs = Costs::read(directories);
     let facts = control::Facts {
@@ -507,10 +508,12 @@ fn prepare_and_move(
     // Whatever is still mapped keeps the old domain from going away.
     drop(guest);
     // The guardian settles what is left, and needs the lock for it. What is in doubt stays its
-    // affair: it goes on asking after we have ended.
+    // affair, and an old domain that could not be destroyed: it goes on after we have ended.
     drop(lock);
+    let open = || journal::read(&journal_path).is_ok_and(|entry| entry.outcome.is_none());
     match &result {
         Err(Error::InDoubt { .. }) => guardian.leave(),
+        Ok(()) if open() => guardian.leave(),
         _ => guardian.finish(),
     }
     // Those for pages have nothing more to say.

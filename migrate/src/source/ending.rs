@@ -44,12 +44,15 @@ impl Session<'_> {
         if let Err(error) = self.leave_shadow() {
             log::warn!("No shadow is kept here: {}", chain(&error));
         }
-        match self.go.guest.destroy() {
+        // Since the commit another tool may have let it go on: what it did then is nowhere else.
+        let guest = &mut self.go.guest;
+        match guest.confirm().and_then(|()| guest.destroy()) {
             Ok(()) => self.end_journal(Outcome::Moved),
-            // The journal stays: `resolve` destroys it later.
+            // The journal stays: `resolve` destroys it later, or says why it does not.
             Err(error) => self.go.observer.notice(Progress::Warning(format!(
-                "The guest has moved, but its old domain is still here: {}",
-                chain(&error)
+                "The guest has moved, but its old domain is still here: {}; run: vmshadow resolve {}",
+                chain(&error),
+                self.report.domain
             ))),
         }
         self.go.peer.close();

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use migrate::error::chain;
-use migrate::guest::replay::{Call, Crossing, Site, Watch};
+use migrate::guest::replay::{Call, Crossing, Shape, Site, Watch, cross, pair};
+use migrate::handover::journal::{self, Phase};
 use migrate::rounds::{Limits, Stop};
 use migrate::source::Plan;
 
@@ -82,4 +83,30 @@ fn one_that_was_let_go_on_is_not_handed_over() {
         let error = crossed.source.error().map(|error| chain(error));
         assert!(error.is_some_and(|text| text.contains("Another tool")));
     }
+}
+
+/// What it has done since is nowhere else: its operator chooses between the two.
+#[test]
+fn one_that_was_let_go_on_after_the_commit_is_not_destroyed() {
+    let scene = Scene::with(busy(770));
+    let near = Arc::clone(&scene.near);
+    let crossing = Crossing {
+        // The first thing that is done here once the guest runs there.
+        at_source: at_call(Call::EndTracking, 1, move || {
+            near.with_guest(|guest| {
+                guest.resume();
+                Ok(())
+            })
+            .unwrap();
+        }),
+        ..Crossing::default()
+    };
+    let (near, far, _cut) = pair(Shape::default());
+    // Nor does whoever settles the move destroy it.
+    let error = cross(&scene.near, &scene.far, (near, far), crossing).unwrap_err();
+    assert!(chain(&error).contains("Another tool"), "{error}");
+    assert!(scene.near.runs() && scene.far.runs());
+    let journals = journal::list(&scene.near.directories).unwrap();
+    assert_eq!(journals[0].phase, Phase::Committed);
+    assert_eq!(journals[0].outcome, None);
 }

@@ -19,8 +19,8 @@ use super::memory::Memory;
 use crate::directories::Directories;
 use crate::error::{Error, IoContext, Result};
 use crate::group::Group;
-use crate::guest::Moment;
 use crate::guest::xen::stream::state::GuestState;
+use crate::guest::{Moment, RESUMED};
 use crate::handover::journal::{self, Entry, Journal, Outcome, Phase, Role};
 use crate::handover::lock::GuestLock;
 use crate::handover::recovery::{self, Action, Owner};
@@ -225,6 +225,9 @@ impl Site {
             Action::GoOn | Action::Resume => self.stays(&mut journal)?,
             Action::AskDestination => match ask(&entry)? {
                 Owner::Destination => {
+                    if self.runs() {
+                        return Err(Error::Refused(RESUMED.into()));
+                    }
                     self.destroy()?;
                     journal.end(Outcome::Moved)?;
                 }
