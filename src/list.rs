@@ -4,7 +4,7 @@ use migrate::directories::Directories;
 use migrate::error::Error;
 use migrate::guest::xen::checks::{Allowed, hindrances};
 use migrate::guest::xen::host::Host;
-use migrate::handover::journal::{self, Begin, Entry, Role};
+use migrate::handover::journal::{self, Begin, Entry, Journals, Role};
 use migrate::handover::lock::GuestLock;
 use migrate::handover::recovery::{Action, action};
 use migrate::report::TrackerKind;
@@ -58,7 +58,16 @@ pub fn run(options: &cli::List) -> anyhow::Result<()> {
     crate::require_xen()?;
     let host = Host::open()?;
     let directories = Directories::default();
-    let mut open = journal::list(&directories)?;
+    let Journals {
+        entries: mut open,
+        unreadable,
+    } = journal::list(&directories)?;
+    for error in &unreadable {
+        tell!(
+            "Warning: A move may be open here whose journal can't be read: {}",
+            migrate::error::chain(error)
+        );
+    }
     open.retain(|entry| action(entry) != Action::Nothing);
     let open_moves = |uuid: &str| -> Vec<String> {
         let own = open.iter().filter(|entry| entry.begin.uuid == uuid);

@@ -18,7 +18,7 @@ use migrate::wire::Purpose;
 
 use crate::cli;
 use crate::dry_run;
-use crate::edge::{Departure, Edge, Paths, close_path_behind};
+use crate::edge::{self, Departure, Edge, Paths, close_path_behind};
 use crate::policy;
 use crate::progress;
 use crate::report_file::ReportFile;
@@ -92,6 +92,7 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
         &request,
         observer.as_mut(),
         connections.as_mut(),
+        &mut |settled| edge::follow(directories, settled),
         &crate::cancelled()?,
     );
     drop(observer);

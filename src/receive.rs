@@ -9,15 +9,20 @@ use migrate::handover::recovery;
 use migrate::incoming::{self, Policies};
 
 use crate::cli;
-use crate::edge::{Detours, Edge, Paths};
+use crate::edge::{self, Detours, Edge, Paths};
 use crate::policy;
 
 /// Receives a guest, or says what became of a move.
 pub fn run(options: &cli::Receive, directories: &Directories) -> anyhow::Result<()> {
     if let Some(move_id) = &options.ask {
-        let answer = recovery::answer(directories, move_id)?;
+        let (answer, settled) = recovery::answer(directories, move_id)?;
         // An answer that did not arrive must not look like one.
-        writeln!(std::io::stdout(), "{}", serde_json::to_string(&answer)?)?;
+        let mut output = std::io::stdout();
+        writeln!(output, "{}", serde_json::to_string(&answer)?)?;
+        output.flush()?;
+        if let Some(settled) = &settled {
+            edge::follow(directories, settled);
+        }
         return Ok(());
     }
     if let Some(move_id) = &options.join {
@@ -51,8 +56,14 @@ pub fn run(options: &cli::Receive, directories: &Directories) -> anyhow::Result<
         shadows: policy.shadows,
         groups: policy.groups,
     });
-    let known = policies.as_ref().map_err(String::clone);
-    let received = incoming::receive(directories, known, &mut expect, &mut foresee, cancel);
+    let received = incoming::receive(
+        directories,
+        policies.as_ref().map_err(String::clone),
+        &mut expect,
+        &mut foresee,
+        &mut |settled| edge::follow(directories, settled),
+        cancel,
+    );
     match (&received, name) {
         (Ok(()), Some(name)) => {
             if let Some(edge) = &edge

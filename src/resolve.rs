@@ -6,7 +6,7 @@ use anyhow::{anyhow, bail};
 use migrate::directories::Directories;
 use migrate::error::Error;
 use migrate::guest::xen::host::Host;
-use migrate::handover::journal::{self, Entry};
+use migrate::handover::journal::{self, Entry, Journals};
 use migrate::handover::recovery::{Action, Settled, action, settle, settle_by_decree};
 use migrate::outgoing::find_domain;
 
@@ -19,7 +19,10 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Settles every open move of the guest.
 pub fn run(options: &cli::Resolve, directories: &Directories) -> anyhow::Result<()> {
     directories.create()?;
-    let mut open = journal::list(directories)?;
+    let Journals {
+        entries: mut open,
+        unreadable,
+    } = journal::list(directories)?;
     let mut known = true;
     if let Some(domain) = &options.domain {
         let here = uuid_here(domain);
@@ -27,7 +30,7 @@ pub fn run(options: &cli::Resolve, directories: &Directories) -> anyhow::Result<
         known = here.is_some() || !open.is_empty();
     }
     open.retain(|entry| action(entry) != Action::Nothing);
-    if open.is_empty() {
+    if open.is_empty() && unreadable.is_empty() {
         // Here no guest can be, nor a move of it: the operator may be at another host.
         crate::require_xen()?;
         if let (Some(domain), false) = (&options.domain, known) {
@@ -66,6 +69,10 @@ pub fn run(options: &cli::Resolve, directories: &Directories) -> anyhow::Result<
             );
         }
     }
+    // Whose they are nobody knows: perhaps of a move of this guest.
+    failed.extend(unreadable.into_iter().map(|error| {
+        anyhow!(error).context("A move may be open here whose journal can't be read")
+    }));
     // The last of them is for the caller to tell.
     let last = failed.pop();
     for error in failed {

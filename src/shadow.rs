@@ -17,6 +17,7 @@ use migrate::source::Plan;
 use migrate::wire::Purpose;
 
 use crate::cli;
+use crate::edge;
 use crate::policy;
 use crate::progress;
 
@@ -62,6 +63,7 @@ pub fn run(options: &cli::Shadow, directories: &Directories) -> anyhow::Result<(
             &request,
             observer.as_mut(),
             &mut Untouched,
+            &mut |settled| edge::follow(directories, settled),
             &cancel,
         );
         drop(observer);

@@ -36,7 +36,7 @@ use crate::guest::xen::restore::{Incoming, XenDestination};
 use crate::handover::guardian::Guardian;
 use crate::handover::journal::{self, Begin, JOURNAL_VERSION, Journal, Role};
 use crate::handover::lock::GuestLock;
-use crate::handover::recovery::{self, incoming_name};
+use crate::handover::recovery::{self, Settled, incoming_name};
 use crate::keeper;
 use crate::link::door::{self, Door};
 use crate::link::{Conversation, Expecting, Link, Rate};
@@ -60,9 +60,9 @@ pub struct Policies {
     pub groups: Vec<GroupPolicy>,
 }
 
-/// Receives one guest over standard input and output. `expect` is called once it is accepted, and
-/// `foresee` where it is only asked whether it would be.
-/// Where there are no policies that can be read, the source is told why.
+/// Receives one guest over standard input and output. `expect` is called once it is accepted,
+/// `foresee` where it is only asked whether it would be, `follow` for each earlier move that is
+/// settled before. Where there are no policies that can be read, the source is told why.
 ///
 /// # Errors
 /// Whatever failed; the source was told, and nothing of the guest is left here. Where this is no
@@ -72,6 +72,7 @@ pub fn receive(
     policies: std::result::Result<&Policies, String>,
     expect: &mut Expect<'_>,
     foresee: &mut Foresee<'_>,
+    follow: &mut dyn FnMut(&Settled),
     cancel: Arc<AtomicBool>,
 ) -> Result<()> {
     directories.create()?;
@@ -96,6 +97,8 @@ pub fn receive(
         Err(missing) => Err(Error::Refused(missing.clone())),
         Ok(policies) => {
             purpose = offer.purpose;
+            // An earlier attempt for the same guest may be among it.
+            recovery::settle_all(directories, follow);
             let control = control(&peer, offer, rate.clone(), Arc::clone(&stop));
             prepare(
                 directories,
@@ -182,8 +185,6 @@ fn prepare(
         return Err(Error::Refused("This site keeps no shadows".into()));
     }
     let host = Host::open()?;
-    // An earlier attempt for the same guest may be among it.
-    recovery::settle_all(directories);
     let lock = GuestLock::wait(directories, &offer.uuid, &offer.name, LOCKED)?;
     let Judged {
         accepted,

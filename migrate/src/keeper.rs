@@ -112,11 +112,13 @@ fn keep(host: &Host, directories: &Directories, uuid: &str, domid: DomId) -> Res
 /// The processor time that the guest has by itself, where a move has slowed it down: what it is
 /// started anew with is read from the domain that has stopped.
 fn own_cap(directories: &Directories, uuid: &str) -> Option<u32> {
-    let open = journal::list(directories)
+    let journals = journal::list(directories)
         .inspect_err(|error| log::warn!("{}", chain(error)))
         .ok()?;
     let slowed = |entry: &Entry| entry.begin.uuid == uuid && entry.outcome.is_none();
-    open.iter()
+    journals
+        .entries
+        .iter()
         .find(|entry| slowed(entry))
         .and_then(|entry| entry.cap)
 }

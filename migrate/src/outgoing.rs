@@ -27,7 +27,7 @@ use crate::guest::{self, Source};
 use crate::handover::guardian::Guardian;
 use crate::handover::journal::{self, Begin, JOURNAL_VERSION, Journal, Outcome, Role};
 use crate::handover::lock::GuestLock;
-use crate::handover::recovery;
+use crate::handover::recovery::{self, Settled};
 use crate::keeper;
 use crate::link::ssh::{Remote, Session};
 use crate::link::{Conversation, Rate};
@@ -132,12 +132,14 @@ fn look(host: &Host, uuid: &str) -> Left {
 }
 
 /// Moves a guest, or sends a shadow of it. Once `cancel` is set it gives up, unless the guest is
-/// committed. Where the link is lost before that, it is tried again, with what has arrived.
+/// committed. Where the link is lost before that, it is tried again, with what has arrived. `follow`
+/// hears of earlier moves that were settled for it.
 pub fn migrate(
     directories: &Directories,
     request: &Request,
     observer: &mut dyn Observer,
     connections: &mut dyn Connections,
+    follow: &mut dyn FnMut(&Settled),
     cancel: &Arc<AtomicBool>,
 ) -> Moved {
     let mut known = Known::default();
@@ -146,6 +148,7 @@ pub fn migrate(
         request,
         observer,
         connections,
+        follow,
         cancel,
         &mut known,
     );
@@ -191,6 +194,7 @@ fn attempts(
     request: &Request,
     observer: &mut dyn Observer,
     connections: &mut dyn Connections,
+    follow: &mut dyn FnMut(&Settled),
     cancel: &Arc<AtomicBool>,
     known: &mut Known,
 ) -> Moved {
@@ -207,6 +211,7 @@ fn attempts(
             &request,
             observer,
             connections,
+            follow,
             Arc::clone(cancel),
             known,
         );
@@ -290,10 +295,20 @@ fn attempt(
     request: &Request,
     observer: &mut dyn Observer,
     connections: &mut dyn Connections,
+    follow: &mut dyn FnMut(&Settled),
     cancel: Arc<AtomicBool>,
     known: &mut Known,
 ) -> Moved {
-    match prepare_and_move(directories, request, observer, connections, cancel, known) {
+    let moved = prepare_and_move(
+        directories,
+        request,
+        observer,
+        connections,
+        follow,
+        cancel,
+        known,
+    );
+    match moved {
         Ok(moved) => moved,
         Err(error) => Moved {
             report: None,
@@ -341,11 +356,12 @@ fn prepare_and_move(
     request: &Request,
     observer: &mut dyn Observer,
     connections: &mut dyn Connections,
+    follow: &mut dyn FnMut(&Settled),
     cancel: Arc<AtomicBool>,
     known: &mut Known,
 ) -> Result<Moved> {
     directories.create()?;
-    recovery::settle_all(directories);
+    recovery::settle_all(directories, follow);
     let host = Host::open()?;
     let domid = match &known.uuid {
         // Another guest may have its name or number by now.

@@ -115,7 +115,12 @@ pub(super) fn present_or_expected(directories: &Directories) -> anyhow::Result<V
         .iter()
         .filter(|info| !info.dying)
         .map(|info| host.uuid_text(info));
-    let expected = journal::list(directories)?
+    let journals = journal::list(directories)?;
+    if let Some(error) = journals.unreadable.into_iter().next() {
+        return Err(anyhow::Error::new(error).context("Which guests may come can't be told"));
+    }
+    let expected = journals
+        .entries
         .into_iter()
         .filter(|entry| action(entry) != Action::Nothing)
         .map(|entry| entry.begin.uuid);

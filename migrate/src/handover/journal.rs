@@ -19,7 +19,7 @@
 //! lost the link asks what became of the move.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -27,7 +27,7 @@ use std::time::{Duration, SystemTime};
 use serde::{Deserialize, Serialize};
 
 use crate::directories::{Directories, sync_directory};
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, IoContext, Result, chain};
 
 /// The version of the journal's format. The first had no record of a guest that is slowed down, and
 /// is read all the same.
@@ -38,6 +38,9 @@ pub const KEEP_ENDED: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// The largest journal that is read: it has a handful of lines.
 const LONGEST: u64 = 1 << 20;
+
+/// What is wrong with a journal that was created and not begun.
+const EMPTY: &str = "Is empty";
 
 /// Which end of a move this journal belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -238,7 +241,7 @@ impl Journal {
     pub fn end_and_remove(mut self, outcome: Outcome) -> Result<()> {
         // On a full disk the end can't be written. Removed, the journal is ended just as well.
         if let Err(error) = self.end(outcome) {
-            log::warn!("{}", crate::error::chain(&error));
+            log::warn!("{}", chain(&error));
         }
         let path = &self.entry.path;
         fs::remove_file(path).context(|| format!("Can't remove the journal {}", path.display()))
@@ -322,7 +325,7 @@ fn parse(path: &Path, text: &[u8]) -> Result<Entry> {
             (_, None) => return Err(bad("Has no beginning".into())),
         }
     }
-    entry.ok_or_else(|| bad("Is empty".into()))
+    entry.ok_or_else(|| bad(EMPTY.into()))
 }
 
 fn complete_length(path: &Path) -> Result<u64> {
@@ -333,16 +336,26 @@ fn complete_length(path: &Path) -> Result<u64> {
         .map_or(0, |end| end as u64 + 1))
 }
 
-/// The journals of this host, readable ones only; a bad one is logged, never guessed at.
+/// The journals of a host.
+#[derive(Debug, Default)]
+pub struct Journals {
+    /// What those say that can be read.
+    pub entries: Vec<Entry>,
+    /// Why others can't be, each with its file. Of which guests they are, and whether they are open,
+    /// is not known, and never guessed.
+    pub unreadable: Vec<Error>,
+}
+
+/// The journals of this host.
 ///
 /// # Errors
 /// [`Error::Io`] where the directory can't be read.
-pub fn list(directories: &Directories) -> Result<Vec<Entry>> {
+pub fn list(directories: &Directories) -> Result<Journals> {
     let moves = directories.moves();
     let doing = || format!("Can't read {}", moves.display());
-    let mut entries = Vec::new();
+    let mut journals = Journals::default();
     let listing = match fs::read_dir(&moves) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(entries),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(journals),
         listing => listing.context(doing)?,
     };
     for file in listing {
@@ -354,16 +367,19 @@ pub fn list(directories: &Directories) -> Result<Vec<Entry>> {
             continue;
         }
         match read(&path) {
-            Ok(entry) => entries.push(entry),
+            Ok(entry) => journals.entries.push(entry),
             // Created, not yet begun: the process that makes it died before anything happened.
-            Err(Error::Journal { what, .. }) if what == "Is empty" => {
+            Err(Error::Journal { what, .. }) if what == EMPTY => {
                 log::debug!("{} is empty", path.display());
             }
-            Err(error) => log::warn!("{}", crate::error::chain(&error)),
+            // Its move has ended since the directory was read.
+            Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {}
+            Err(error) => journals.unreadable.push(error),
         }
     }
+    let entries = &mut journals.entries;
     entries.sort_by(|one, other| one.path.cmp(&other.path));
-    Ok(entries)
+    Ok(journals)
 }
 
 /// The journal of one move at one side, if there is one.
@@ -394,6 +410,7 @@ pub fn exists(path: &Path) -> Result<bool> {
 pub fn prune(directories: &Directories) -> Result<()> {
     let now = SystemTime::now();
     for entry in list(directories)?
+        .entries
         .into_iter()
         .filter(|entry| entry.outcome.is_some())
     {
@@ -473,14 +490,14 @@ mod tests {
         journal.slowing(60).unwrap();
         journal.reach(Phase::Suspending).unwrap();
         journal.reach(Phase::Committed).unwrap();
-        let entries = list(&directories).unwrap();
+        let entries = list(&directories).unwrap().entries;
         assert_eq!(entries.len(), 1);
         assert_eq!(entries[0].phase, Phase::Committed);
         assert_eq!(entries[0].begin, begin());
         assert_eq!(entries[0].cap, Some(0));
         assert_eq!(entries[0].outcome, None);
         journal.end_and_remove(Outcome::Moved).unwrap();
-        assert!(list(&directories).unwrap().is_empty());
+        assert!(list(&directories).unwrap().entries.is_empty());
     }
 
     #[test]
@@ -535,6 +552,27 @@ mod tests {
         let line = line.replace(r#""directory":"/root","#, "") + "\n";
         let entry = parse(Path::new("x"), line.as_bytes()).unwrap();
         assert_eq!(entry.begin.directory, None);
+    }
+
+    #[test]
+    fn one_that_can_not_be_read_is_not_none() {
+        let (_root, directories) = directories();
+        let write = |name: &str, text: &str| {
+            fs::write(directories.moves().join(name), text).unwrap();
+        };
+        // Its worker died before anything happened.
+        write("00000000-00.source.journal", "");
+        write("00000000-01.source.journal", "{\"record\":\"beg");
+        assert!(list(&directories).unwrap().unreadable.is_empty());
+        write("00000000-02.source.journal", "{\"record\":\"other\"}\n");
+        // As what the disk does not give any more.
+        fs::create_dir(directories.moves().join("00000000-03.source.journal")).unwrap();
+        let journals = list(&directories).unwrap();
+        assert!(journals.entries.is_empty());
+        let mut told: Vec<_> = journals.unreadable.iter().map(|it| chain(it)).collect();
+        told.sort();
+        assert!(told[0].contains("00000000-03") && told[1].contains("00000000-02"));
+        assert_eq!(told.len(), 2);
     }
 
     #[test]

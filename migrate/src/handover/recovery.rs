@@ -359,18 +359,20 @@ fn can_be_decreed(role: Role, phase: Phase, here: bool) -> bool {
     }
 }
 
-/// The destination's answer about a move: settles it first, so that the answer holds for good.
+/// The destination's answer about a move: settles it first, so that the answer holds for good. What
+/// was settled comes with it.
 ///
 /// # Errors
 /// As [`settle`].
-pub fn answer(directories: &Directories, move_id: &str) -> Result<Answer> {
+pub fn answer(directories: &Directories, move_id: &str) -> Result<(Answer, Option<Settled>)> {
     // After a reboot it may be the first to come: there are no locks yet.
     directories.create()?;
+    let mut done = None;
     let owner = match journal::find(directories, move_id, Role::Destination)? {
         None => Owner::Unknown,
         Some(entry) => {
             if entry.outcome.is_none() {
-                settle(directories, &entry, ANSWERING)?;
+                done = Some(settle(directories, &entry, ANSWERING)?);
             }
             match journal::read(&entry.path)?.outcome {
                 Some(Outcome::Moved) => Owner::Destination,
@@ -379,17 +381,22 @@ pub fn answer(directories: &Directories, move_id: &str) -> Result<Answer> {
             }
         }
     };
-    Ok(Answer { version: 1, owner })
+    Ok((Answer { version: 1, owner }, done))
 }
 
 /// Settles whatever dead workers left on this host, but for what is in doubt and what living
-/// workers have in hand. What can't be settled now is logged.
-pub fn settle_all(directories: &Directories) {
-    let entries = match journal::list(directories) {
-        Ok(entries) => entries,
+/// workers have in hand. What can't be settled now is logged. `follow` hears of each that was: the
+/// edge has to know.
+pub fn settle_all(directories: &Directories, follow: &mut dyn FnMut(&Settled)) {
+    let journals = match journal::list(directories) {
+        Ok(journals) => journals,
         Err(error) => return log::warn!("{}", chain(&error)),
     };
-    for entry in entries
+    for error in &journals.unreadable {
+        log::warn!("{}", chain(error));
+    }
+    for entry in journals
+        .entries
         .iter()
         .filter(|entry| action(entry) != Action::Nothing)
     {
@@ -397,7 +404,10 @@ pub fn settle_all(directories: &Directories) {
             continue;
         }
         match settle(directories, entry, Duration::ZERO) {
-            Ok(settled) => log::info!("{}: {}", settled.name, settled.what),
+            Ok(settled) => {
+                log::info!("{}: {}", settled.name, settled.what);
+                follow(&settled);
+            }
             Err(Error::Busy(_)) => {}
             Err(error) => log::warn!("{}: {}", entry.begin.name, chain(&error)),
         }
@@ -407,12 +417,21 @@ pub fn settle_all(directories: &Directories) {
     }
 }
 
-/// An earlier move of the guest that is still open must be settled first.
+/// An earlier move of the guest that is still open must be settled first. A journal that can't be
+/// read may be of one.
 ///
 /// # Errors
 /// [`Error::Refused`] says how.
 pub fn refuse_open_moves(directories: &Directories, uuid: &str, name: &str) -> Result<()> {
-    for entry in journal::list(directories)?
+    let journals = journal::list(directories)?;
+    if let Some(error) = journals.unreadable.first() {
+        return Err(Error::Refused(format!(
+            "Whether an earlier move of {name} is open can't be told: {}",
+            chain(error)
+        )));
+    }
+    for entry in journals
+        .entries
         .iter()
         .filter(|entry| entry.begin.uuid == uuid)
     {
@@ -699,6 +718,18 @@ mod tests {
                 complete || owned
             );
         }
+    }
+
+    #[test]
+    fn a_journal_that_can_not_be_read_may_be_of_an_open_move() {
+        let root = tempfile::tempdir().unwrap();
+        let directories = Directories::under(root.path());
+        directories.create().unwrap();
+        refuse_open_moves(&directories, "u", "g1").unwrap();
+        let journal = directories.moves().join("00000000-00.source.journal");
+        fs::write(&journal, "{\"record\":\"of another time\"}\n").unwrap();
+        let error = refuse_open_moves(&directories, "u", "g1").unwrap_err();
+        assert!(chain(&error).contains("00000000-00"), "{error}");
     }
 
     #[test]

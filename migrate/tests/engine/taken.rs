@@ -107,6 +107,6 @@ fn one_that_was_let_go_on_after_the_commit_is_not_destroyed() {
     assert!(chain(&error).contains("Another tool"), "{error}");
     assert!(scene.near.runs() && scene.far.runs());
     let journals = journal::list(&scene.near.directories).unwrap();
-    assert_eq!(journals[0].phase, Phase::Committed);
-    assert_eq!(journals[0].outcome, None);
+    assert_eq!(journals.entries[0].phase, Phase::Committed);
+    assert_eq!(journals.entries[0].outcome, None);
 }
