@@ -52,7 +52,7 @@ pub fn run(options: &cli::Resolve, directories: &Directories) -> anyhow::Result<
     let (done, mut failed) = settle_each(open, |entry| match options.decree {
         Some(Decree::Here) => settle_by_decree(directories, entry, true),
         Some(Decree::There) => settle_by_decree(directories, entry, false),
-        None => settle(directories, entry, PATIENCE),
+        None => settle(directories, entry, PATIENCE, true),
     });
     for settled in &done {
         edge::follow(directories, settled);

@@ -523,12 +523,13 @@ fn prepare_and_move(
     });
     // Whatever is still mapped keeps the old domain from going away.
     drop(guest);
-    // The guardian settles what is left, and needs the lock for it. What is in doubt stays its
-    // affair, and an old domain that could not be destroyed: it goes on after we have ended.
+    // The guardian settles what is left, and needs the lock for it. What may take it long stays its
+    // affair, when we have ended: what is in doubt, a guest that could not be made to go on, an old
+    // domain that could not be destroyed.
     drop(lock);
     let open = || journal::read(&journal_path).is_ok_and(|entry| entry.outcome.is_none());
     match &result {
-        Err(Error::InDoubt { .. }) => guardian.leave(),
+        Err(Error::InDoubt { .. } | Error::Unsettled(_)) => guardian.leave(),
         Ok(()) if open() => guardian.leave(),
         _ => guardian.finish(),
     }

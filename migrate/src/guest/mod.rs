@@ -400,11 +400,11 @@ pub trait Source {
     /// What Xen refuses.
     fn end_tracking(&mut self) -> Result<()>;
 
-    /// Takes a suspend that is still pending back. True: it is too late, the guest is suspended.
+    /// Takes a suspend that is still pending back, and says what became of it.
     ///
     /// # Errors
     /// What Xen refuses.
-    fn end_suspend(&mut self) -> Result<bool>;
+    fn end_suspend(&mut self) -> Result<EndedSuspend>;
 
     /// Lets a suspended guest go on here.
     ///
@@ -418,6 +418,21 @@ pub trait Source {
     /// What Xen refuses.
     fn destroy(&mut self) -> Result<()>;
 }
+
+/// What became of a request to suspend that nobody needs any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EndedSuspend {
+    /// It was too late to take it back: the guest is suspended.
+    Suspended,
+    /// The guest won't suspend because of it, or is gone.
+    WillNot,
+    /// The guest has taken the request, and may suspend yet.
+    MayCome,
+}
+
+/// What is told of a guest that may suspend when nobody waits for it any more.
+pub(crate) const MAY_SUSPEND: &str =
+    "The guest has taken the request to suspend, and may suspend yet";
 
 /// What is told of a guest that was suspended, and is not any more.
 pub(crate) const RESUMED: &str = "Another tool let the suspended guest go on";

@@ -34,9 +34,12 @@ const TRYING: Duration = Duration::from_secs(180);
 /// How often it tries at first.
 const TRYING_AGAIN: Duration = Duration::from_secs(2);
 
-/// How often it asks a destination that gives no answer after that: it may be down for long, and
-/// nobody else lets the guest go on.
+/// How often it asks a destination that gives no answer after that, or looks again at a guest that is
+/// in other hands or may suspend yet: that may last, and nobody else lets the guest go on.
 const ASKING_AGAIN: Duration = Duration::from_secs(60);
+
+/// After that a suspend that has not come will not.
+const LATEST_SUSPEND: Duration = Duration::from_secs(15 * 60);
 
 /// A worker's hold on its guardian. Dropped at the worker's end, or by the kernel.
 #[derive(Debug)]
@@ -104,7 +107,8 @@ pub fn run(directories: &Directories, path: &Path) -> Result<Option<Settled>> {
         .context(|| "Can't watch the worker")?;
     let start = Instant::now();
     loop {
-        let error = match look(directories, path) {
+        let last_word = start.elapsed() >= LATEST_SUSPEND;
+        let error = match look(directories, path, last_word) {
             Ok(settled) => return Ok(settled),
             Err(error) => error,
         };
@@ -119,17 +123,19 @@ pub fn run(directories: &Directories, path: &Path) -> Result<Option<Settled>> {
 
 /// When to try again what failed; none where that is of no use any more. Where the destination is
 /// to be asked (`asks`) it is, for as long as it takes, whatever keeps it from being reached: that
-/// ssh can't be started here may pass as well. That it has no record of the move will not.
+/// ssh can't be started here may pass as well. That it has no record of the move will not. A guest
+/// that is in other hands, or may suspend yet, is looked at again too.
 fn pause(error: &Error, asks: bool, since: Duration) -> Option<Duration> {
     match error {
         _ if since < TRYING => Some(TRYING_AGAIN),
         Error::InDoubt { .. } => None,
+        Error::Busy(_) => Some(ASKING_AGAIN),
         _ => asks.then_some(ASKING_AGAIN),
     }
 }
 
 /// Settles what the journal at `path` demands. Nothing where it has ended, or is gone.
-fn look(directories: &Directories, path: &Path) -> Result<Option<Settled>> {
+fn look(directories: &Directories, path: &Path, last_word: bool) -> Result<Option<Settled>> {
     if !journal::exists(path)? {
         return Ok(None);
     }
@@ -142,7 +148,7 @@ fn look(directories: &Directories, path: &Path) -> Result<Option<Settled>> {
     }
     let name = &entry.begin.name;
     log::warn!("{name}: its worker is gone at {:?}", entry.phase);
-    let settled = settle(directories, &entry, Duration::from_secs(10))?;
+    let settled = settle(directories, &entry, Duration::from_secs(10), last_word)?;
     log::warn!("{name}: {}", settled.what);
     Ok(Some(settled))
 }
@@ -193,6 +199,8 @@ mod tests {
         assert_eq!(pause(&unstarted, true, TRYING), Some(ASKING_AGAIN));
         assert_eq!(pause(&lost, true, TRYING), Some(ASKING_AGAIN));
         assert_eq!(pause(&unknown, true, TRYING), None);
+        let busy = Error::Busy("It is in other hands".into());
+        assert_eq!(pause(&busy, false, TRYING), Some(ASKING_AGAIN));
         // What is to be done here fails for good some day.
         assert_eq!(pause(&unstarted, false, TRYING), None);
     }

@@ -24,6 +24,7 @@ use super::lock::GuestLock;
 use crate::directories::Directories;
 use crate::error::{Error, Result, chain};
 use crate::guest::xen::host::{Host, SUSPENDING};
+use crate::guest::{EndedSuspend, MAY_SUSPEND};
 use crate::keeper;
 use crate::link::ssh::Remote;
 use crate::shadow::{ShadowPolicy, Shadows};
@@ -131,12 +132,18 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// How long it is waited for before a source is told to ask again: less than it waits for an answer.
 const ANSWERING: Duration = Duration::from_secs(20);
 
-/// Carries out what the journal at `entry` demands. Runs again without harm.
+/// Carries out what the journal at `entry` demands. Runs again without harm. With the `last_word` a
+/// suspend that is late is not waited for any longer.
 ///
 /// # Errors
-/// [`Error::Busy`] while its worker lives; [`Error::LinkLost`] or [`Error::InDoubt`] where the
+/// [`Error::Busy`] while its worker lives, and while the guest may suspend yet; [`Error::LinkLost`] or [`Error::InDoubt`] where the
 /// destination has to be asked and doesn't answer; what Xen refuses.
-pub fn settle(directories: &Directories, entry: &Entry, patience: Duration) -> Result<Settled> {
+pub fn settle(
+    directories: &Directories,
+    entry: &Entry,
+    patience: Duration,
+    last_word: bool,
+) -> Result<Settled> {
     let begin = &entry.begin;
     let _lock = GuestLock::wait(directories, &begin.uuid, &begin.name, patience)?;
     // While we waited its worker, or another of us, may have gone on.
@@ -189,7 +196,7 @@ pub fn settle(directories: &Directories, entry: &Entry, patience: Duration) -> R
             })
         }
         Action::Resume => {
-            let there = resume(directories, &entry)?;
+            let there = resume(directories, &entry, last_word)?;
             journal.end_and_remove(Outcome::Aborted)?;
             let what = "The move was given up and the guest goes on";
             Ok(settled_here(&entry, what, there))
@@ -205,7 +212,7 @@ pub fn settle(directories: &Directories, entry: &Entry, patience: Duration) -> R
                 ))
             }
             Owner::Source => {
-                let there = resume(directories, &entry)?;
+                let there = resume(directories, &entry, last_word)?;
                 journal.end_and_remove(Outcome::Aborted)?;
                 let what = "The destination gave up and the guest goes on";
                 Ok(settled_here(&entry, what, there))
@@ -317,7 +324,7 @@ pub fn settle_by_decree(directories: &Directories, entry: &Entry, here: bool) ->
             ("By decree the guest is the destination's", Place::There)
         }
         (Role::Source, Phase::Committed, true) if open => {
-            let there = resume(directories, &entry)?;
+            let there = resume(directories, &entry, true)?;
             journal.end_and_remove(Outcome::Aborted)?;
             let what = "By decree the guest is this site's, and goes on";
             return Ok(settled_here(&entry, what, there));
@@ -372,7 +379,7 @@ pub fn answer(directories: &Directories, move_id: &str) -> Result<(Answer, Optio
         None => Owner::Unknown,
         Some(entry) => {
             if entry.outcome.is_none() {
-                done = Some(settle(directories, &entry, ANSWERING)?);
+                done = Some(settle(directories, &entry, ANSWERING, false)?);
             }
             match journal::read(&entry.path)?.outcome {
                 Some(Outcome::Moved) => Owner::Destination,
@@ -403,7 +410,7 @@ pub fn settle_all(directories: &Directories, follow: &mut dyn FnMut(&Settled)) {
         if action(entry) == Action::AskDestination {
             continue;
         }
-        match settle(directories, entry, Duration::ZERO) {
+        match settle(directories, entry, Duration::ZERO, false) {
             Ok(settled) => {
                 log::info!("{}: {}", settled.name, settled.what);
                 follow(&settled);
@@ -497,22 +504,39 @@ pub(crate) fn ask(entry: &Entry) -> Result<Owner> {
 
 /// Makes sure that the guest runs here; under a keeper where it was suspended, since `xl`'s
 /// monitor ends then. False where there is no such guest any more.
-fn resume(directories: &Directories, entry: &Entry) -> Result<bool> {
+///
+/// # Errors
+/// [`Error::Busy`] where the guest may suspend yet, unless this is the `last_word`; what Xen refuses.
+fn resume(directories: &Directories, entry: &Entry, last_word: bool) -> Result<bool> {
     let host = Host::open()?;
     // With its processor time, a suspend that is late ends soon. But nothing of this keeps a guest
     // from going on.
     let sped_up = speed_up(&host, entry);
     let Some(domid) = host.find(&entry.begin.uuid)? else {
         log::warn!("{} is gone from this host", entry.begin.name);
+        keeper::forget_missing(directories, &entry.begin.uuid);
         return Ok(false);
     };
-    if host.end_suspend(domid, SUSPENDING)? {
-        // First the keeper: it is to see all that the guest does.
-        let kept = keeper::start(directories, &entry.begin.name, &entry.begin.uuid);
-        host.resume(domid)?;
-        kept?;
+    let (name, uuid) = (&entry.begin.name, &entry.begin.uuid);
+    let keep = || keeper::start(directories, name, uuid);
+    let mut may_come = false;
+    match host.end_suspend(domid, SUSPENDING)? {
+        EndedSuspend::Suspended => {
+            // First the keeper: it is to see all that the guest does.
+            let kept = keep();
+            host.resume(domid)?;
+            // What it lacked may be there by now.
+            kept.or_else(|_| keep())?;
+        }
+        // It was suspended, and goes on already.
+        _ if keeper::is_missing(directories, uuid) => keep()?,
+        EndedSuspend::WillNot => {}
+        EndedSuspend::MayCome => may_come = true,
     }
     host.end_log_dirty(domid, true)?;
+    if may_come && !last_word {
+        return Err(Error::Busy(MAY_SUSPEND.into()));
+    }
     sped_up.map(|()| true)
 }
 

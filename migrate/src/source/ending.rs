@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::{READ_BATCH, Session};
 use crate::error::{Error, Result, chain};
-use crate::guest::{Batch, Found, Moment, PageTable};
+use crate::guest::{Batch, EndedSuspend, Found, MAY_SUSPEND, Moment, PageTable};
 use crate::handover::journal::{Outcome, Phase};
 use crate::handover::recovery::Owner;
 use crate::pages::{PageSet, Pfn};
@@ -146,12 +146,17 @@ impl Session<'_> {
     /// Lets the guest run here again, under a keeper where it was suspended: `xl`'s monitor ends
     /// then.
     fn go_on(&mut self) -> Result<()> {
-        if self.go.guest.end_suspend()? {
-            let kept = (self.go.keep)();
-            self.go.guest.resume()?;
-            kept?;
+        match self.go.guest.end_suspend()? {
+            EndedSuspend::Suspended => {
+                let kept = (self.go.keep)();
+                self.go.guest.resume()?;
+                // What it lacked may be there by now.
+                kept.or_else(|_| (self.go.keep)())
+            }
+            EndedSuspend::WillNot => Ok(()),
+            // Whoever comes then has to find the journal.
+            EndedSuspend::MayCome => Err(Error::Busy(MAY_SUSPEND.into())),
         }
-        Ok(())
     }
 
     /// Commit was recorded and no answer came: only the destination knows.

@@ -240,3 +240,27 @@ fn with_several_connections_whatever_breaks_one_guest_runs() {
         }
     }
 }
+
+/// For want of a process, say. The guest must not run on without one.
+#[test]
+fn a_keeper_that_can_not_be_started_is_tried_again() {
+    let scene = Scene::with(busy(60));
+    let failing = |call: Call| -> Arc<Watch> {
+        let first = AtomicBool::new(true);
+        Arc::new(
+            move |this| match this == call && first.swap(false, Ordering::Relaxed) {
+                true => Err(Error::Refused("It can't be done".into())),
+                false => Ok(()),
+            },
+        )
+    };
+    let crossed = scene.cross(Crossing {
+        at_source: failing(Call::Keep),
+        at_destination: failing(Call::Complete),
+        ..Crossing::default()
+    });
+    assert_eq!(scene.settled(&crossed), Place::Source);
+    let error = crossed.source.error();
+    assert!(matches!(error, Some(Error::PeerFailed { .. })), "{error:?}");
+    assert_eq!(scene.near.keepers(), 1);
+}

@@ -11,7 +11,8 @@ use crate::guest::xen::stream::state::{
     DomainKind, GuestState, PvState, PvVcpu, StaticData, TscInfo,
 };
 use crate::guest::{
-    Batch, BatchEntry, Dirty, Facts, Found, Moment, PageState, PageTable, RESUMED, Source,
+    Batch, BatchEntry, Dirty, EndedSuspend, Facts, Found, Moment, PageState, PageTable, RESUMED,
+    Source,
 };
 use crate::pages::{PAGE_SIZE, Page, PageSet, PageType, is_zero};
 use crate::report::TrackerKind;
@@ -216,9 +217,14 @@ impl Source for ReplaySource {
         })
     }
 
-    fn end_suspend(&mut self) -> Result<bool> {
+    fn end_suspend(&mut self) -> Result<EndedSuspend> {
         (self.watch)(Call::EndSuspend)?;
-        self.site.with_guest(|guest| Ok(!guest.runs()))
+        self.site.with_guest(|guest| {
+            Ok(match guest.runs() {
+                true => EndedSuspend::WillNot,
+                false => EndedSuspend::Suspended,
+            })
+        })
     }
 
     fn resume(&mut self) -> Result<()> {

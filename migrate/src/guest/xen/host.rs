@@ -10,6 +10,7 @@ use xen_sys::toolstack::{DomainKind, Toolstack};
 
 use super::savers::{refuse_saver, saver_at_work};
 use crate::error::{Error, IoContext, Result, chain};
+use crate::guest::EndedSuspend;
 
 /// How long a destroyed domain may take to be gone: its memory is freed page by page.
 const DYING: Duration = Duration::from_secs(60);
@@ -273,37 +274,31 @@ impl Host {
     }
 
     /// Ends a request to suspend, whatever became of it: takes it back where the guest has not
-    /// seen it, and where it has waits for the suspend, up to `patience`. True: the guest is
-    /// suspended now.
+    /// seen it, and where it has waits for the suspend, up to `patience`; none where nothing was
+    /// asked.
     ///
     /// # Errors
     /// What Xen refuses. [`Error::Busy`] where the guest is paused and may suspend as soon as it
     /// goes on.
-    pub fn end_suspend(&self, domid: DomId, patience: Duration) -> Result<bool> {
+    pub fn end_suspend(&self, domid: DomId, patience: Duration) -> Result<EndedSuspend> {
         let look = || {
             self.ctl
                 .domain_info(domid)
                 .context(|| "Can't read about the domain")
         };
         if look()?.is_none() {
-            return Ok(false);
+            return Ok(EndedSuspend::WillNot);
         }
         let withdrawn = self.withdraw_suspend(domid)?;
         let start = Instant::now();
         loop {
             let Some(info) = look()? else {
-                return Ok(false);
+                return Ok(EndedSuspend::WillNot);
             };
-            if info.shutdown.is_some() {
-                return Ok(info.is_suspended());
-            }
-            if withdrawn || (start.elapsed() >= patience && !info.paused) {
-                return Ok(false);
-            }
-            if start.elapsed() >= patience {
-                return Err(Error::Busy(
-                    "The guest is paused, and may suspend as soon as it is unpaused".into(),
-                ));
+            // One that nobody has asked, or that can't have seen it, is not waited for.
+            let waited = (!withdrawn && !patience.is_zero()).then(|| start.elapsed());
+            if let Some(ended) = ended_suspend(&info, waited, patience) {
+                return ended;
             }
             thread::sleep(Duration::from_millis(50));
         }
@@ -403,6 +398,25 @@ impl Host {
     }
 }
 
+/// What became of a request to suspend, by what is seen of the domain after it was `waited` for, if
+/// it has to be. None: it is to be waited for still.
+fn ended_suspend(
+    info: &DomainInfo,
+    waited: Option<Duration>,
+    patience: Duration,
+) -> Option<Result<EndedSuspend>> {
+    match waited {
+        _ if info.is_suspended() => Some(Ok(EndedSuspend::Suspended)),
+        _ if info.shutdown.is_some() => Some(Ok(EndedSuspend::WillNot)),
+        None => Some(Ok(EndedSuspend::WillNot)),
+        Some(waited) if waited < patience => None,
+        Some(_) if info.paused => Some(Err(Error::Busy(
+            "The guest is paused, and may suspend as soon as it is unpaused".into(),
+        ))),
+        Some(_) => Some(Ok(EndedSuspend::MayCome)),
+    }
+}
+
 /// Whether Xen says that this makes no sense now (EINVAL).
 pub(super) fn is_invalid(error: &xen_sys::Error) -> bool {
     error.errno() == Some(nix::libc::EINVAL)
@@ -475,6 +489,31 @@ mod tests {
         };
         assert_eq!(found(&[domain(3, Some(Crash)), dying]), Some(3));
         assert_eq!(of_uuid(&[domain(3, None)], &uuid_text(&[8; 16])), None);
+    }
+
+    /// One that comes when nobody waits any more would hold the guest for good.
+    #[test]
+    fn a_suspend_that_was_taken_and_did_not_come_may_come_yet() {
+        use EndedSuspend::{MayCome, Suspended, WillNot};
+        let (short, patience) = (Duration::from_secs(1), Duration::from_secs(2));
+        let look = |info: &DomainInfo, waited| {
+            ended_suspend(info, waited, patience).map(|ended| ended.map_err(|_| ()))
+        };
+        let runs = domain(1, None);
+        assert_eq!(look(&runs, Some(short)), None);
+        assert_eq!(look(&runs, Some(patience)), Some(Ok(MayCome)));
+        assert_eq!(look(&runs, None), Some(Ok(WillNot)));
+        let paused = DomainInfo {
+            paused: true,
+            ..runs
+        };
+        assert_eq!(look(&paused, Some(patience)), Some(Err(())));
+        let suspended = domain(1, Some(ShutdownReason::Suspend));
+        let crashed = domain(1, Some(ShutdownReason::Crash));
+        for waited in [None, Some(short), Some(patience)] {
+            assert_eq!(look(&suspended, waited), Some(Ok(Suspended)));
+            assert_eq!(look(&crashed, waited), Some(Ok(WillNot)));
+        }
     }
 
     #[test]

@@ -20,7 +20,9 @@ use crate::digest::{DigestKey, Digester, PageDigest};
 use crate::error::{Error, IoContext, Result};
 use crate::guest::comparer::Comparer;
 use crate::guest::xen::stream::state::{StaticData, TscInfo};
-use crate::guest::{Batch, BatchEntry, Facts, Found, Kind, Moment, PageState, PageTable, RESUMED};
+use crate::guest::{
+    Batch, BatchEntry, EndedSuspend, Facts, Found, Kind, Moment, PageState, PageTable, RESUMED,
+};
 use crate::pages::{PAGE_SIZE, Page, PageSet, PageType, is_zero};
 use crate::report::TrackerKind;
 
@@ -41,7 +43,7 @@ pub(super) struct Leaving {
     comparer: Comparer,
     /// The digest of an ordinary page of zeros.
     zero: PageDigest,
-    /// Whether the guest was asked to suspend and has not done it.
+    /// Whether the guest may have taken a request to suspend, and has not done it.
     suspending: bool,
 }
 
@@ -294,10 +296,10 @@ impl Leaving {
 
     /// Suspends the guest, and returns once it is.
     pub fn suspend(&mut self) -> Result<()> {
-        self.suspending = true;
-        self.host.suspend(self.domid)?;
-        self.suspending = false;
-        Ok(())
+        let suspended = self.host.suspend(self.domid);
+        // Else nothing was asked, or libxl has taken it back.
+        self.suspending = matches!(suspended, Err(Error::Xen { .. }));
+        suspended
     }
 
     /// Makes sure that the guest is suspended still, and in nobody else's hands.
@@ -312,8 +314,8 @@ impl Leaving {
         }
     }
 
-    /// Takes a suspend that is still pending back. True: it is too late.
-    pub fn end_suspend(&self) -> Result<bool> {
+    /// Takes a suspend that is still pending back.
+    pub fn end_suspend(&self) -> Result<EndedSuspend> {
         let patience = if self.suspending {
             SUSPENDING
         } else {

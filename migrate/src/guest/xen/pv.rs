@@ -27,7 +27,7 @@ use crate::error::{Error, IoContext, Result, chain};
 use crate::guest::xen::p2m::{self, P2mDescription};
 use crate::guest::xen::page_table::normalise;
 use crate::guest::xen::stream::state::{GuestState, PvState, StaticData};
-use crate::guest::{Batch, Dirty, Facts, Kind, Moment, PageTable, Source};
+use crate::guest::{Batch, Dirty, EndedSuspend, Facts, Kind, Moment, PageTable, Source};
 use crate::pages::{PAGE_SIZE, Page, PageSet, PageType};
 use crate::report::TrackerKind;
 
@@ -318,7 +318,7 @@ impl Source for PvSource {
         self.leaving.tracker.end(&self.leaving.host)
     }
 
-    fn end_suspend(&mut self) -> Result<bool> {
+    fn end_suspend(&mut self) -> Result<EndedSuspend> {
         self.leaving.end_suspend()
     }
 

@@ -31,7 +31,7 @@ use super::presence::{self, Presence};
 use crate::digest::DigestKey;
 use crate::error::{Error, IoContext, Result};
 use crate::guest::xen::stream::state::{GuestState, HvmState, StaticData};
-use crate::guest::{Batch, Dirty, Facts, Kind, Moment, PageTable, Source};
+use crate::guest::{Batch, Dirty, EndedSuspend, Facts, Kind, Moment, PageTable, Source};
 use crate::pages::{PageSet, PageType, Pfn};
 use crate::report::TrackerKind;
 
@@ -332,7 +332,7 @@ impl Source for PvhSource {
         self.leaving.tracker.end(&self.leaving.host)
     }
 
-    fn end_suspend(&mut self) -> Result<bool> {
+    fn end_suspend(&mut self) -> Result<EndedSuspend> {
         self.leaving.end_suspend()
     }
 
