@@ -403,27 +403,31 @@ pub fn exists(path: &Path) -> Result<bool> {
         .context(|| format!("Can't look for {}", path.display()))
 }
 
-/// Removes ended journals older than [`KEEP_ENDED`].
+/// Removes ended journals older than [`KEEP_ENDED`], and those that nobody asks about.
 ///
 /// # Errors
 /// As [`list`].
 pub fn prune(directories: &Directories) -> Result<()> {
     let now = SystemTime::now();
-    for entry in list(directories)?
-        .entries
-        .into_iter()
-        .filter(|entry| entry.outcome.is_some())
-    {
-        let age = fs::metadata(&entry.path)
-            .and_then(|data| data.modified())
-            .ok();
-        let age = age.and_then(|modified| now.duration_since(modified).ok());
-        if age.is_some_and(|age| age > KEEP_ENDED) {
+    for entry in list(directories)?.entries {
+        let old = || {
+            let age = fs::metadata(&entry.path).and_then(|data| data.modified());
+            let age = age
+                .ok()
+                .and_then(|modified| now.duration_since(modified).ok());
+            age.is_some_and(|age| age > KEEP_ENDED)
+        };
+        if entry.outcome.is_some() && (is_never_asked(&entry) || old()) {
             fs::remove_file(&entry.path)
                 .context(|| format!("Can't remove the journal {}", entry.path.display()))?;
         }
     }
     Ok(())
+}
+
+/// A source asks only what became of a commit, and commits only what it was told to be ready.
+fn is_never_asked(entry: &Entry) -> bool {
+    entry.outcome == Some(Outcome::Aborted) && entry.phase < Phase::Ready
 }
 
 /// This kernel's boot id.
@@ -544,6 +548,36 @@ mod tests {
         .unwrap();
         let path = path_of(&directories, "0123abcd-ef", Role::Source).unwrap();
         assert!(matches!(read(&path), Err(Error::Journal { .. })));
+    }
+
+    /// As those of shadows that are sent every minute.
+    #[test]
+    fn what_nobody_asks_about_is_not_kept() {
+        let (_root, directories) = directories();
+        let ended = |number: u32, phase: Option<Phase>, outcome| {
+            let begin = Begin {
+                move_id: format!("0123abcd-{number}"),
+                role: Role::Destination,
+                ..begin()
+            };
+            let mut journal = Journal::create(&directories, begin).unwrap();
+            if let Some(phase) = phase {
+                journal.reach(phase).unwrap();
+            }
+            if let Some(outcome) = outcome {
+                journal.end(outcome).unwrap();
+            }
+            journal.entry().path.clone()
+        };
+        let given_up = ended(1, None, Some(Outcome::Aborted));
+        let kept = [
+            ended(2, None, None),
+            ended(3, Some(Phase::Ready), Some(Outcome::Aborted)),
+            ended(4, Some(Phase::Running), Some(Outcome::Moved)),
+        ];
+        prune(&directories).unwrap();
+        assert!(!given_up.exists());
+        assert!(kept.iter().all(|path| path.exists()));
     }
 
     #[test]
