@@ -28,6 +28,10 @@ pub fn run(options: &cli::Shadows, directories: &Directories) -> anyhow::Result<
         }
         if options.drop_all {
             shadows.drop_useless()?;
+            for uuid in shadows.drafts()? {
+                let _lock = GuestLock::wait(directories, &uuid, &uuid, PATIENCE)?;
+                shadows.drop_drafts(&uuid)?;
+            }
         }
         return drop_each(&listed, |one| {
             let _lock = GuestLock::wait(directories, &one.uuid, &one.name, PATIENCE)?;

@@ -102,9 +102,8 @@ impl Image {
         }
     }
 
-    /// Takes over the file at `path`, which held memory before: `table` says what, by digests of
-    /// `old`. Each page is read and digested. What is not what the table says is forgotten, and
-    /// returned. From now on the digests are those of `new`, if that is given. Room for the pages in
+    /// Takes over the file at `path`, which held memory before: `table` says what. Each page is read
+    /// and digested. What is not what the table says is forgotten, and returned. Room for the pages in
     /// `reserved` is reserved as by [`Image::create_in_part`].
     ///
     /// # Errors
@@ -113,8 +112,7 @@ impl Image {
         path: &Path,
         table: PageTable,
         reserved: &[Range<u64>],
-        old: &Digester,
-        new: Option<&Digester>,
+        digester: &Digester,
     ) -> Result<(Image, PageSet)> {
         let doing = || format!("Can't open {}", path.display());
         let file = OpenOptions::new()
@@ -137,12 +135,12 @@ impl Image {
             table,
             zero: PageSet::new(pages),
         };
-        let lacking = image.check(old, new);
+        let lacking = image.check(digester);
         Ok((image, lacking))
     }
 
     /// Reads every page, on all processors: forgets those that the table is wrong about.
-    fn check(&mut self, old: &Digester, new: Option<&Digester>) -> PageSet {
+    fn check(&mut self, digester: &Digester) -> PageSet {
         let pages = self.table.pages();
         let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let mut lacking = PageSet::new(pages);
@@ -156,7 +154,7 @@ impl Image {
                     .map(|first| {
                         let pfns = first..end.min(first + share);
                         let part = pfns.clone();
-                        let check = move || check_pages(part, table, contents, old, new);
+                        let check = move || check_pages(part, table, contents, digester);
                         (pfns, scope.spawn(check))
                     })
                     .collect();
@@ -166,16 +164,12 @@ impl Image {
                 });
                 found.collect()
             });
-            for Checked { pfn, zero, state } in found {
-                match state {
-                    Some(state) => self.table.set(pfn, state),
-                    None => {
-                        self.table.forget(pfn);
-                        lacking.insert(pfn);
-                    }
-                }
+            for Checked { pfn, zero } in found {
                 if zero {
                     self.zero.insert(pfn);
+                } else {
+                    self.table.forget(pfn);
+                    lacking.insert(pfn);
                 }
             }
         }
@@ -366,74 +360,41 @@ impl Image {
 /// guest takes memory.
 const CHECKED_AT_ONCE: u64 = 1 << 15;
 
-/// What was found of a page whose entry in the table is not as it has to be.
+/// A page that was looked at and needs to be noted.
 struct Checked {
     pfn: u64,
-    /// It is all zero: its content is not in the file.
+    /// It is all zero: its content is not in the file. Else its content is not what the table says.
     zero: bool,
-    /// What the table has to say; none where its content is another.
-    state: Option<PageState>,
 }
 
 /// Of pages that could not be looked at: their content is taken for another.
-fn not_checked(pfns: std::ops::Range<u64>, table: &PageTable) -> Vec<Checked> {
-    let unknown = |pfn| Checked {
-        pfn,
-        zero: false,
-        state: None,
-    };
+fn not_checked(pfns: Range<u64>, table: &PageTable) -> Vec<Checked> {
     pfns.filter(|pfn| table.get(*pfn).is_some())
-        .map(unknown)
+        .map(|pfn| Checked { pfn, zero: false })
         .collect()
 }
 
 fn check_pages(
-    pfns: std::ops::Range<u64>,
+    pfns: Range<u64>,
     table: &PageTable,
     contents: &[Page],
-    old: &Digester,
-    new: Option<&Digester>,
+    digester: &Digester,
 ) -> Vec<Checked> {
-    let (old_zeros, new_zeros) = (old.zeros(), new.unwrap_or(old).zeros());
-    let mut found = Vec::new();
-    for pfn in pfns {
-        let Some(PageState { page_type, digest }) = table.get(pfn) else {
-            continue;
-        };
-        let state = |digest| Some(PageState { page_type, digest });
+    let zeros = digester.zeros();
+    let check = |pfn: u64| {
+        let PageState { page_type, digest } = table.get(pfn)?;
         if !page_type.has_data() {
-            if let Some(new) = new {
-                let state = state(new.hole(page_type));
-                found.push(Checked {
-                    pfn,
-                    zero: false,
-                    state,
-                });
-            }
-        } else if digest == old_zeros.of(page_type) {
-            let state = state(new_zeros.of(page_type));
-            found.push(Checked {
-                pfn,
-                zero: true,
-                state,
-            });
-        } else {
-            let content = contents
-                .get(pfn as usize)
-                .filter(|content| old.page(page_type, content) == digest);
-            let state = match (content, new) {
-                (Some(_), None) => continue,
-                (Some(content), Some(new)) => state(new.page(page_type, content)),
-                (None, _) => None,
-            };
-            found.push(Checked {
-                pfn,
-                zero: false,
-                state,
-            });
+            return None;
         }
-    }
-    found
+        if digest == zeros.of(page_type) {
+            return Some(Checked { pfn, zero: true });
+        }
+        let same = contents
+            .get(pfn as usize)
+            .is_some_and(|content| digester.page(page_type, content) == digest);
+        (!same).then_some(Checked { pfn, zero: false })
+    };
+    pfns.filter_map(check).collect()
 }
 
 #[allow(unsafe_code)]

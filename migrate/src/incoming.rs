@@ -11,6 +11,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
@@ -222,10 +223,12 @@ fn prepare(
     };
     let most = accepted.most_pages();
     let digester = Digester::new(&offer.digest_key);
+    let ranges = kind.memory_ranges(offer.pages, most);
+    let shadows = Shadows::new(directories, policies.shadows.clone());
     let guest: Box<dyn Destination> = if shadow_only {
         Box::new(Shelf)
     } else {
-        Box::new(XenDestination::new(
+        let guest = XenDestination::new(
             Incoming {
                 name: offer.name.clone(),
                 uuid: offer.uuid.clone(),
@@ -235,14 +238,20 @@ fn prepare(
                 populated: offer.populated_pages,
             },
             digester.clone(),
-        )?)
+        )?;
+        // Before its shadow is taken up, which takes its time.
+        guest.refuse_lack_of_memory()?;
+        refuse_lack_of_room(directories, &shadows, offer, &ranges)?;
+        Box::new(guest)
     };
-    let ranges = kind.memory_ranges(offer.pages, most);
-    let shadows = Shadows::new(directories, policies.shadows.clone());
     // What comes to be a shadow pushes none away.
     if !shadow_only
-        && let Err(error) =
-            shadows.make_room_for_guest(&offer.uuid, &ranges, &directories.incoming())
+        && let Err(error) = shadows.make_room_for_guest(
+            &offer.uuid,
+            &offer.digest_key,
+            &ranges,
+            &directories.incoming(),
+        )
     {
         log::warn!("{}", chain(&error));
     }
@@ -386,9 +395,25 @@ fn would_take(
         Digester::new(&offer.digest_key),
     )?;
     guest.refuse_lack_of_memory()?;
-    let directory = directories.incoming();
     let shadows = Shadows::new(directories, policies.shadows.clone());
-    let (needed, free) = shadows.room_for_guest(&offer.uuid, &ranges, &directory)?;
+    refuse_lack_of_room(directories, &shadows, offer, &ranges)?;
+    let sharing = sharing(policies, &shadows, offer, &mut judged.warnings);
+    let Judged { xen, warnings, .. } = judged;
+    let mut willing = Willing::new(offer, xen, &warnings, shadows, sharing);
+    willing.acceptance.edge_site = site.as_deref().map(Text::new);
+    Ok(willing)
+}
+
+/// The disk must have room for what the guest has, with what the shadows of others would give back.
+fn refuse_lack_of_room(
+    directories: &Directories,
+    shadows: &Shadows,
+    offer: &Offer,
+    ranges: &[Range<u64>],
+) -> Result<()> {
+    let directory = directories.incoming();
+    let (needed, free) =
+        shadows.room_for_guest(&offer.uuid, &offer.digest_key, ranges, &directory)?;
     if free < needed {
         return Err(Error::Refused(format!(
             "Not enough room in {}: {} MiB needed, {} MiB free",
@@ -397,11 +422,7 @@ fn would_take(
             free >> 20
         )));
     }
-    let sharing = sharing(policies, &shadows, offer, &mut judged.warnings);
-    let Judged { xen, warnings, .. } = judged;
-    let mut willing = Willing::new(offer, xen, &warnings, shadows, sharing);
-    willing.acceptance.edge_site = site.as_deref().map(Text::new);
-    Ok(willing)
+    Ok(())
 }
 
 /// Where connections for pages can join the move, and what they have to know.

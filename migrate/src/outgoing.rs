@@ -34,7 +34,7 @@ use crate::link::{Conversation, Rate};
 use crate::pages::PAGE_SIZE;
 use crate::report::{Observer, Progress, Report, TrackerKind};
 use crate::retry::{self, Attempts, Interruption};
-use crate::shadow::{ShadowPolicy, Shadows};
+use crate::shadow::{Named, ShadowPolicy, Shadows};
 use crate::source::{Move, Plan, run, run_shadow};
 use crate::wire::{
     CpuPolicy, MoveId, Offer, Purpose, Role as WireRole, Text, TscOffer, XenVersion,
@@ -392,6 +392,17 @@ fn prepare_and_move(
     // One that has moved before keeps its own: what a site has of it stays comparable.
     let key = shadows.key_for(&uuid)?;
     let mut guest = guest::xen::open(&host, domid, &key, tracker, request.plan.cores())?;
+    let named = Named {
+        uuid: &uuid,
+        name: &name,
+        peer: &request.remote.host,
+    };
+    if let Err(error) = shadows.keep_key(named, &key, guest.facts().pages) {
+        log::warn!(
+            "What arrives of a move that breaks can't be used again: {}",
+            chain(&error)
+        );
+    }
     let move_id = MoveId::from_random(random()?);
     let digester = Digester::new(&key);
     let offer = offer(&host, &mut *guest, domid, &layout, key, move_id, request)?;

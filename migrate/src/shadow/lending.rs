@@ -9,6 +9,8 @@ use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -18,6 +20,9 @@ use crate::digest::{Digester, Zeros};
 use crate::error::{IoContext, Result};
 use crate::guest::PageTable;
 use crate::pages::{PageType, Pfn};
+
+/// How often one that is in use is tried again.
+const TICK: Duration = Duration::from_millis(20);
 
 /// A shadow that is read.
 pub struct Lent {
@@ -61,6 +66,18 @@ impl Shadows {
             zeros: Digester::new(&head.digest_key).zeros(),
             memory,
         }))
+    }
+}
+
+/// Opens and locks a shadow's memory alone, waiting for up to `patience` for others. None as by
+/// [`lock`].
+pub(super) fn lock_alone(path: &Path, patience: Duration) -> Result<Option<Flock<File>>> {
+    let start = Instant::now();
+    loop {
+        match lock(path, FlockArg::LockExclusiveNonblock)? {
+            None if start.elapsed() < patience && path.exists() => thread::sleep(TICK),
+            locked => return Ok(locked),
+        }
     }
 }
 

@@ -14,7 +14,8 @@
 //! A shadow is believed page by page. When its memory is taken up again every page is digested,
 //! and what is not as the table says counts as missing. So nothing has to be synced, a stale or
 //! damaged shadow costs bytes and never the guest, and the digest of the whole memory proves the
-//! move as it proves any other.
+//! move as it proves any other. It is taken up only for who has the secret of the guest's digests:
+//! it would tell of what it holds to whoever names the guest.
 //!
 //! Where the operator has made a trust group, other guests of it are built from them as well
 //! ([`group`](crate::group)).
@@ -34,13 +35,14 @@ pub use lending::Lent;
 pub use policy::ShadowPolicy;
 pub use table_file::{Head, TABLE_VERSION};
 
+use std::collections::BTreeSet;
 use std::fs;
+use std::io::ErrorKind;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use nix::fcntl::FlockArg;
 use serde::Serialize;
 
 use crate::digest::{DigestKey, Digester, MemoryDigest};
@@ -51,6 +53,10 @@ use crate::image::Image;
 use crate::outgoing::random;
 use crate::pages::{PAGE_SIZE, PageSet};
 use crate::wire::ShadowHead;
+
+/// How long a shadow may be in use before a guest that comes goes without: to look whether one is in
+/// use takes a moment, to read one for another guest minutes.
+const IN_USE: Duration = Duration::from_secs(1);
 
 /// A shadow that lacks pages in more places than this is told of by its inventory.
 const MOST_LACKING: usize = 1000;
@@ -97,8 +103,8 @@ pub struct Named<'a> {
 pub struct Recalled {
     /// Its pages, as far as they are what the table says.
     pub image: Image,
-    /// The digest of the table that it was kept with, if that is by the same secret.
-    pub basis: Option<MemoryDigest>,
+    /// The digest of the table that it was kept with.
+    pub basis: MemoryDigest,
     /// What of that table is no longer here.
     pub lacking: PageSet,
 }
@@ -133,19 +139,30 @@ impl Shadows {
         Ok(self.table_path(uuid)?.with_extension("memory"))
     }
 
-    /// What is known here of a guest's pages. None where nothing is, or where what is there can't
-    /// be read: that is dropped.
+    /// What is known here of a guest's pages. None where nothing is, or where it can't be read.
     #[must_use]
     pub fn known(&self, uuid: &str) -> Option<(Head, PageTable)> {
-        let path = self.table_path(uuid).ok()?;
-        match table_file::read(&path) {
-            Ok(known) => Some(known),
-            Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => None,
-            Err(error) => {
+        self.read(uuid).unwrap_or_else(|error| {
+            log::warn!("What is known of {uuid} can't be read: {}", chain(&error));
+            None
+        })
+    }
+
+    /// What is known here of a guest's pages. None where nothing is, or where it is of no use: then it
+    /// is dropped.
+    ///
+    /// # Errors
+    /// [`Error::Io`]: it may be of use at another time.
+    fn read(&self, uuid: &str) -> Result<Option<(Head, PageTable)>> {
+        match table_file::read(&self.table_path(uuid)?) {
+            Ok(known) => Ok(Some(known)),
+            Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error @ Error::Shadow { .. }) => {
                 log::warn!("A shadow is of no use: {}", chain(&error));
                 self.drop_quietly(uuid);
-                None
+                Ok(None)
             }
+            Err(error) => Err(error),
         }
     }
 
@@ -170,9 +187,25 @@ impl Shadows {
         }
     }
 
-    /// Takes a guest's shadow up as the file `to`, which is its image from now on; its digests
-    /// become those of `key`, and room is reserved for the pages in `reserved`. None where there is
-    /// none for a guest of so many pages. Every page is read once.
+    /// Keeps the secret of a guest that moves for the first time, whatever else is kept here: what
+    /// arrives of it is of use later only to who has that.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn keep_key(&self, named: Named<'_>, key: &DigestKey, pages: u64) -> Result<()> {
+        if self.key(named.uuid).is_some() || self.read(named.uuid)?.is_some() {
+            return Ok(());
+        }
+        // What it would be of nobody could tell.
+        remove(&self.memory_path(named.uuid)?)?;
+        let table = PageTable::new(pages);
+        let head = self.head(named, key, &table);
+        table_file::write(&self.table_path(named.uuid)?, &head, &table)
+    }
+
+    /// Takes a guest's shadow up as the file `to`, which is its image from now on; room is reserved
+    /// for the pages in `reserved`. None where there is none of a guest of so many pages, whose digests
+    /// are by `key`: whoever asks has to know that. Every page is read once.
     ///
     /// # Errors
     /// [`Error::Refused`] where the disk has no room for all of it; [`Error::Io`].
@@ -188,27 +221,37 @@ impl Shadows {
         if !memory.exists() {
             return Ok(None);
         }
-        let Some((head, table)) = self.known(uuid).filter(|(head, _)| head.pages == pages) else {
+        let Some((head, table)) = self.read(uuid)? else {
             self.drop_quietly(uuid);
             return Ok(None);
         };
-        // Where it is read for another guest that arrives, it is not written into.
-        let Some(_alone) = lending::lock(&memory, FlockArg::LockExclusiveNonblock)? else {
-            log::info!("The shadow of {uuid} is in use: this move goes without");
+        if head.digest_key != *key {
+            log::info!("The shadow of {uuid} has another secret: this move goes without");
+            return Ok(None);
+        }
+        if head.pages != pages {
             self.drop_quietly(uuid);
+            return Ok(None);
+        }
+        // Where it is read for another guest that arrives, it is not written into.
+        let Some(_alone) = lending::lock_alone(&memory, IN_USE)? else {
+            log::info!("The shadow of {uuid} is in use: this move goes without");
             return Ok(None);
         };
         // From here on it is an image, which whoever settles the move removes.
         fs::rename(&memory, to).context(|| format!("Can't rename {}", memory.display()))?;
-        let old = Digester::new(&head.digest_key);
-        let new = (head.digest_key != *key).then(|| Digester::new(key));
-        let basis = new.is_none().then_some(head.digest);
-        let (image, lacking) = Image::recall(to, table, reserved, &old, new.as_ref())?;
+        let (image, lacking) = Image::recall(to, table, reserved, &Digester::new(key))?;
         Ok(Some(Recalled {
             image,
-            basis,
+            basis: head.digest,
             lacking,
         }))
+    }
+
+    /// The guest, where its shadow here may be taken up by one who has this secret.
+    fn own(&self, uuid: &str, key: &DigestKey) -> Option<String> {
+        let own = self.policy.keep && self.key(uuid).as_ref() == Some(key);
+        own.then(|| uuid.to_ascii_lowercase())
     }
 
     /// Where the memory of a guest that comes goes: into its shadow if there is one, with what is to
@@ -224,7 +267,8 @@ impl Shadows {
         reserved: &[Range<u64>],
         memory: &Path,
     ) -> Result<(Image, Option<ShadowHead>)> {
-        if let Err(error) = self.prune() {
+        // What is about to be taken up is not too old for that, nor one too many.
+        if let Err(error) = self.prune_beside(self.own(uuid, key).as_deref()) {
             log::warn!("{}", chain(&error));
         }
         let recalled = match self.policy.keep {
@@ -233,7 +277,10 @@ impl Shadows {
                 .unwrap_or_else(|error| {
                     // Without it more bytes cross, and that is all.
                     log::warn!("A shadow is of no use: {}", chain(&error));
-                    self.drop_quietly(uuid);
+                    // What is where it was may be of use to another attempt.
+                    if self.memory_path(uuid).is_ok_and(|kept| !kept.exists()) {
+                        self.drop_quietly(uuid);
+                    }
                     // It may be there already, renamed.
                     let _ = fs::remove_file(memory);
                     None
@@ -253,12 +300,12 @@ impl Shadows {
             .take(MOST_LACKING + 1)
             .map(|run| (run.start, run.end - run.start))
             .collect();
-        let head = match basis {
-            Some(basis) if runs.len() <= MOST_LACKING => ShadowHead {
+        let head = match runs.len() <= MOST_LACKING {
+            true => ShadowHead {
                 basis: Some(basis),
                 lacking: runs,
             },
-            _ => ShadowHead {
+            false => ShadowHead {
                 basis: None,
                 lacking: Vec::new(),
             },
@@ -372,7 +419,7 @@ impl Shadows {
     fn files(&self) -> Result<Vec<PathBuf>> {
         let doing = || format!("Can't read {}", self.directory.display());
         match fs::read_dir(&self.directory) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
             entries => entries
                 .context(doing)?
                 .map(|entry| entry.map(|entry| entry.path()).context(doing))
@@ -434,6 +481,19 @@ impl Shadows {
         remove(&draft(&self.table_path(uuid)?))
     }
 
+    /// The guests of which something was begun to be written, by a worker that is at work or was
+    /// killed.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the directory can't be read.
+    pub fn drafts(&self) -> Result<BTreeSet<String>> {
+        let uuid = |path: PathBuf| {
+            let name = path.file_name()?.to_str()?.strip_suffix(DRAFT)?;
+            Some(name.split_once('.')?.0.to_owned())
+        };
+        Ok(self.files()?.into_iter().filter_map(uuid).collect())
+    }
+
     fn drop_quietly(&self, uuid: &str) {
         if let Err(error) = self.drop_shadow(uuid) {
             log::warn!("{}", chain(&error));
@@ -441,16 +501,19 @@ impl Shadows {
     }
 }
 
+/// How the names of files end while they are written.
+const DRAFT: &str = ".new";
+
 /// The name of a file while it is written.
 fn draft(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
-    name.push(".new");
+    name.push(DRAFT);
     name.into()
 }
 
 fn remove(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
             Err(error).context(|| format!("Can't remove {}", path.display()))
         }
         _ => Ok(()),

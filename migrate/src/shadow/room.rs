@@ -6,6 +6,7 @@
 //! ```
 
 use std::fs;
+use std::io::ErrorKind;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -15,7 +16,8 @@ use nix::sys::statvfs::{Statvfs, statvfs};
 
 use super::policy::{self, Kept};
 use super::{Shadows, lending, now, table_file};
-use crate::error::{IoContext, Result, chain};
+use crate::digest::DigestKey;
+use crate::error::{Error, IoContext, Result, chain};
 use crate::pages::PAGE_SIZE;
 
 /// What a guest that comes needs of the disk beside its memory, in bytes: for its journal, for what
@@ -24,17 +26,18 @@ pub(super) const BESIDE_MEMORY: u64 = 16 << 20;
 
 impl Shadows {
     /// What the memory of a guest that comes needs of the disk that `incoming` is on, beside its own
-    /// shadow; and what is free there, with what the shadows of others would give back. In bytes.
+    /// shadow, which is that of its secret; and what is free there, with what the shadows of others would give back. In bytes.
     ///
     /// # Errors
     /// [`Error::Io`](crate::error::Error::Io).
     pub fn room_for_guest(
         &self,
         uuid: &str,
+        key: &DigestKey,
         reserved: &[Range<u64>],
         incoming: &Path,
     ) -> Result<(u64, u64)> {
-        let (needed, free, others) = self.room(uuid, reserved, incoming)?;
+        let (needed, free, others) = self.room(uuid, key, reserved, incoming)?;
         let given_back: u64 = others.iter().map(|kept| kept.bytes).sum();
         Ok((needed, free.saturating_add(given_back)))
     }
@@ -47,10 +50,11 @@ impl Shadows {
     pub fn make_room_for_guest(
         &self,
         uuid: &str,
+        key: &DigestKey,
         reserved: &[Range<u64>],
         incoming: &Path,
     ) -> Result<()> {
-        let (needed, free, others) = self.room(uuid, reserved, incoming)?;
+        let (needed, free, others) = self.room(uuid, key, reserved, incoming)?;
         for uuid in policy::oldest_for(&others, needed.saturating_sub(free)) {
             log::info!("The shadow of {uuid} goes: a guest comes that needs the room");
             self.drop_quietly(&uuid);
@@ -62,6 +66,7 @@ impl Shadows {
     fn room(
         &self,
         uuid: &str,
+        key: &DigestKey,
         reserved: &[Range<u64>],
         incoming: &Path,
     ) -> Result<(u64, u64, Vec<Kept>)> {
@@ -77,9 +82,9 @@ impl Shadows {
         let mut others = Vec::new();
         if self.directory.exists() && device(&self.directory)? == device(incoming)? {
             (others, _) = self.kept()?;
-            // It becomes the memory of the guest. Where shadows are of no use it goes as any other.
-            if self.policy.keep {
-                let own = |kept: &mut Kept| kept.uuid.eq_ignore_ascii_case(uuid);
+            // It becomes the memory of the guest. Where it is of no use it goes as any other.
+            if let Some(own) = self.own(uuid, key) {
+                let own = |kept: &mut Kept| kept.uuid == own;
                 let own: u64 = others.extract_if(.., own).map(|kept| kept.bytes).sum();
                 needed = needed.saturating_sub(own);
             }
@@ -127,13 +132,16 @@ impl Shadows {
         Ok(needed == 0 || needed.saturating_add(free / 10) <= free)
     }
 
-    /// Drops what the policy does not keep any longer, and what is of no use.
+    /// Drops what the policy does not keep any longer, and what is of no use; but for what the guest
+    /// `taken` has here, which counts for nothing.
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn prune(&self) -> Result<()> {
+    pub(super) fn prune_beside(&self, taken: Option<&str>) -> Result<()> {
         self.drop_useless()?;
-        let (kept, used) = self.kept()?;
+        let (mut kept, _) = self.kept()?;
+        kept.retain(|kept| Some(kept.uuid.as_str()) != taken);
+        let used = kept.iter().map(|kept| kept.bytes).sum();
         let newest = kept.first().map_or(0, |kept| kept.bytes);
         let free = free_at(&self.directory)?;
         let most = self.policy.most_bytes(used, free, newest);
@@ -162,6 +170,7 @@ impl Shadows {
             let table = path.with_extension("table");
             if kind.is_some_and(|kind| kind == "memory" || kind == "table")
                 && let Err(error) = table_file::read_head(&table)
+                && tells_of_nothing(&error)
                 // Another may have taken it up, or dropped it, since the directory was read.
                 && path.exists()
             {
@@ -186,6 +195,15 @@ impl Shadows {
             .collect();
         let used = kept.iter().map(|kept| kept.bytes).sum();
         Ok((kept, used))
+    }
+}
+
+/// Whether a table is of no use, or not there. One that can't be read now may be of use later.
+fn tells_of_nothing(error: &Error) -> bool {
+    match error {
+        Error::Shadow { .. } => true,
+        Error::Io { source, .. } => source.kind() == ErrorKind::NotFound,
+        _ => false,
     }
 }
 

@@ -9,7 +9,7 @@
 //! is one that is not there.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -54,11 +54,17 @@ pub struct Head {
 /// # Errors
 /// [`Error::Io`].
 pub fn write(path: &Path, head: &Head, table: &PageTable) -> Result<()> {
-    let doing = || format!("Can't write {}", path.display());
     let draft = super::draft(path);
-    let document = serde_json::to_vec(head)
-        .map_err(std::io::Error::other)
-        .context(doing)?;
+    let written = write_draft(&draft, head, table).and_then(|()| fs::rename(&draft, path));
+    if written.is_err() {
+        // A disk that is full is to have its room back.
+        let _ = fs::remove_file(&draft);
+    }
+    written.context(|| format!("Can't write {}", path.display()))
+}
+
+fn write_draft(draft: &Path, head: &Head, table: &PageTable) -> io::Result<()> {
+    let document = serde_json::to_vec(head).map_err(io::Error::other)?;
     let digester = Digester::new(&head.digest_key);
     let mut bytes = Vec::with_capacity(1 << 20);
     bytes.extend(MAGIC);
@@ -70,15 +76,14 @@ pub fn write(path: &Path, head: &Head, table: &PageTable) -> Result<()> {
         .create(true)
         .truncate(true)
         .mode(0o600)
-        .open(&draft)
-        .context(doing)?;
+        .open(draft)?;
     for first in (0..table.pages()).step_by(inventory::CHUNK_PAGES as usize) {
         let end = first + inventory::CHUNK_PAGES;
         inventory::encode(table, &digester, first, end, &mut bytes);
-        file.write_all(&bytes).context(doing)?;
+        file.write_all(&bytes)?;
         bytes.clear();
     }
-    fs::rename(&draft, path).context(doing)
+    Ok(())
 }
 
 /// Reads a head alone.
@@ -188,6 +193,16 @@ mod tests {
             1,
             "no draft stays"
         );
+    }
+
+    #[test]
+    fn what_can_not_be_written_leaves_nothing() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("u.table");
+        fs::create_dir(&path).unwrap();
+        let (head, table) = sample();
+        assert!(write(&path, &head, &table).is_err());
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
     }
 
     #[test]

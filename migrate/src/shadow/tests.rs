@@ -107,7 +107,7 @@ fn a_guest_that_comes_back_finds_its_pages() {
     let digester = Digester::new(&key(1));
     let recalled = recall(&site, &key(1)).unwrap();
     same_as_left(&recalled, &digester, &[]);
-    assert_eq!(recalled.basis, Some(table(&digester).digest(&digester)));
+    assert_eq!(recalled.basis, table(&digester).digest(&digester));
     assert!(recalled.lacking.is_empty());
     // It is the move's now.
     assert!(recall(&site, &key(1)).is_none());
@@ -125,16 +125,37 @@ fn what_is_not_as_it_was_is_missing() {
     let recalled = recall(&site, &key(1)).unwrap();
     same_as_left(&recalled, &Digester::new(&key(1)), &[3, 7, 41, 44]);
     assert_eq!(recalled.lacking.iter().collect::<Vec<_>>(), [3, 7, 41, 44]);
-    assert!(recalled.basis.is_some());
+}
+
+/// Whoever lacks the secret learns nothing of what is in it, and costs the guest nothing.
+#[test]
+fn without_its_secret_no_shadow_is_taken_up() {
+    let site = site(ShadowPolicy::default());
+    leave(&site, &key(1), &[5]);
+    assert!(recall(&site, &key(2)).is_none());
+    let recalled = recall(&site, &key(1)).unwrap();
+    same_as_left(&recalled, &Digester::new(&key(1)), &[5]);
 }
 
 #[test]
-fn another_secret_makes_other_digests() {
-    let site = site(ShadowPolicy::default());
-    leave(&site, &key(1), &[5]);
-    let recalled = recall(&site, &key(2)).unwrap();
-    same_as_left(&recalled, &Digester::new(&key(2)), &[5]);
-    assert_eq!(recalled.basis, None, "the source can't know it");
+fn the_secret_of_a_guest_is_kept_from_its_first_move_on() {
+    for keep in [true, false] {
+        let site = site(ShadowPolicy {
+            keep,
+            ..ShadowPolicy::default()
+        });
+        let key = site.shadows.key_for(UUID).unwrap();
+        site.shadows.keep_key(named(UUID), &key, PAGES).unwrap();
+        assert_eq!(site.shadows.key_for(UUID).unwrap(), key);
+        // What is there is more than that.
+        if keep {
+            leave(&site, &key, &[]);
+        }
+        let other = DigestKey::new([9; 32]);
+        site.shadows.keep_key(named(UUID), &other, PAGES).unwrap();
+        assert_eq!(site.shadows.key(UUID), Some(key));
+        assert_eq!(site.shadows.list().unwrap()[0].memory, keep);
+    }
 }
 
 #[test]
@@ -316,7 +337,7 @@ fn what_is_known_of_another_site_is_not_kept_for_ever() {
     let site = site(ShadowPolicy::default());
     leave(&site, &key(1), &[]);
     fs::remove_file(site.shadows.memory_path(UUID).unwrap()).unwrap();
-    site.shadows.prune().unwrap();
+    site.shadows.prune_beside(None).unwrap();
     assert_eq!(site.shadows.list().unwrap().len(), 1);
     let strict = Shadows::new(
         &Directories::under(site.root.path()),
@@ -326,8 +347,8 @@ fn what_is_known_of_another_site_is_not_kept_for_ever() {
         },
     );
     // Times are in whole seconds.
-    std::thread::sleep(std::time::Duration::from_millis(1100));
-    strict.prune().unwrap();
+    std::thread::sleep(Duration::from_millis(1100));
+    strict.prune_beside(None).unwrap();
     assert_eq!(site.shadows.list().unwrap(), []);
 }
 
@@ -336,13 +357,13 @@ fn memory_that_nobody_can_tell_is_dropped() {
     let site = site(ShadowPolicy::default());
     leave(&site, &key(1), &[]);
     let memory = site.shadows.memory_path(UUID).unwrap();
-    site.shadows.prune().unwrap();
+    site.shadows.prune_beside(None).unwrap();
     assert!(memory.exists());
     // As a power cut may leave it.
     fs::write(memory.with_extension("table"), "").unwrap();
     let other = memory.with_file_name("6c1c2b54.memory");
     fs::write(&other, "lost").unwrap();
-    site.shadows.prune().unwrap();
+    site.shadows.prune_beside(None).unwrap();
     assert!(!memory.exists() && !memory.with_extension("table").exists() && !other.exists());
 }
 
@@ -351,14 +372,24 @@ fn a_guest_that_comes_needs_what_its_shadow_does_not_take_already() {
     let site = site(ShadowPolicy::default());
     let incoming = site.root.path();
     let reserved = std::slice::from_ref(&(0..PAGES));
-    let room = || site.shadows.room_for_guest(UUID, reserved, incoming);
+    let room = || {
+        site.shadows
+            .room_for_guest(UUID, &key(1), reserved, incoming)
+    };
     let all = PAGES * PAGE_SIZE as u64 + BESIDE_MEMORY;
     assert_eq!(room().unwrap().0, all);
     leave(&site, &key(1), &[]);
     let own = site.shadows.list().unwrap()[0].bytes;
     assert_eq!(room().unwrap().0, all - own);
-    let beside = site.shadows.room_for_guest("b0", reserved, incoming);
+    let beside = site
+        .shadows
+        .room_for_guest("b0", &key(1), reserved, incoming);
     assert_eq!(beside.unwrap().0, all);
+    // What is of another secret is not its own.
+    let other = site
+        .shadows
+        .room_for_guest(UUID, &key(2), reserved, incoming);
+    assert_eq!(other.unwrap().0, all);
     // Where none is used, its own goes as any other.
     let unused = Shadows::new(
         &Directories::under(site.root.path()),
@@ -367,7 +398,10 @@ fn a_guest_that_comes_needs_what_its_shadow_does_not_take_already() {
             ..ShadowPolicy::default()
         },
     );
-    let needed = unused.room_for_guest(UUID, reserved, incoming).unwrap().0;
+    let needed = unused
+        .room_for_guest(UUID, &key(1), reserved, incoming)
+        .unwrap()
+        .0;
     assert_eq!(needed, all);
 }
 
@@ -379,6 +413,8 @@ fn a_draft_that_was_left_is_dropped() {
     std::mem::forget(leaving);
     let left = || fs::read_dir(&site.shadows.directory).unwrap().count();
     assert_eq!(left(), 1);
+    let drafts = site.shadows.drafts().unwrap();
+    assert!(drafts.iter().eq([&UUID.to_ascii_lowercase()]));
     site.shadows.drop_drafts(UUID).unwrap();
     assert_eq!(left(), 0);
 }
@@ -393,4 +429,72 @@ fn a_draft_leaves_nothing_and_a_path_is_no_uuid() {
     for uuid in ["", "../x", "a/b", "x"] {
         assert!(site.shadows.drop_shadow(uuid).is_err(), "{uuid:?}");
     }
+}
+
+/// It was kept long enough to be of use, and the guest that it is of has come.
+#[test]
+fn a_shadow_that_is_about_to_be_taken_up_is_not_too_old() {
+    let site = site(ShadowPolicy::default());
+    leave(&site, &key(1), &[]);
+    let strict = Shadows::new(
+        &Directories::under(site.root.path()),
+        ShadowPolicy {
+            days: 0,
+            guests: 0,
+            ..ShadowPolicy::default()
+        },
+    );
+    // Times are in whole seconds.
+    std::thread::sleep(Duration::from_millis(1100));
+    let expected = strict.expected(UUID, PAGES, &key(1)).map(|(head, _)| head);
+    let image = |number| {
+        let to = site.root.path().join(format!("m{number}.memory"));
+        let reserved = std::slice::from_ref(&(0..PAGES));
+        let (_, shadow) = strict
+            .image(UUID, PAGES, &key(number), reserved, &to)
+            .unwrap();
+        shadow
+    };
+    assert!(expected.is_some());
+    assert_eq!(image(1), expected);
+    // Of no use for who comes, it is.
+    leave(&site, &key(1), &[]);
+    std::thread::sleep(Duration::from_millis(1100));
+    assert_eq!(image(2), None);
+    assert_eq!(site.shadows.list().unwrap(), []);
+}
+
+/// For the moment that it takes to look whether it is in use.
+#[test]
+fn a_shadow_that_is_locked_for_a_moment_is_waited_for() {
+    let site = site(ShadowPolicy::default());
+    leave(&site, &key(1), &[]);
+    let lent = site.shadows.lend(UUID).unwrap().unwrap();
+    let given_back = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(100));
+        drop(lent);
+    });
+    assert!(recall(&site, &key(1)).is_some());
+    given_back.join().unwrap();
+}
+
+#[test]
+fn what_can_not_be_read_now_is_not_dropped() {
+    let site = site(ShadowPolicy::default());
+    leave(&site, &key(1), &[]);
+    let table = site.shadows.table_path(UUID).unwrap();
+    let hidden = table.with_extension("hidden");
+    fs::rename(&table, &hidden).unwrap();
+    // That a directory can't be read as a file says nothing of the shadow.
+    fs::create_dir(&table).unwrap();
+    assert!(site.shadows.known(UUID).is_none());
+    site.shadows.prune_beside(None).unwrap();
+    let to = site.root.path().join("m.memory");
+    let reserved = std::slice::from_ref(&(0..PAGES));
+    let image = site.shadows.image(UUID, PAGES, &key(1), reserved, &to);
+    assert_eq!(image.unwrap().1, None);
+    fs::remove_file(&to).unwrap();
+    fs::remove_dir(&table).unwrap();
+    fs::rename(&hidden, &table).unwrap();
+    assert!(recall(&site, &key(1)).is_some());
 }

@@ -1,9 +1,11 @@
 //! A dry run counts what the destination has already.
 
 use migrate::group::Group;
-use migrate::guest::replay::{Crossing, Foretold, Guest, Memory, Shape, foretell, pair};
+use migrate::guest::replay::{
+    Call, Crossing, Foretold, Guest, Memory, Shape, cross, foretell, pair,
+};
 
-use crate::scene::{Scene, leave_shadow, pool};
+use crate::scene::{Place, Scene, at_call, leave_shadow, pool};
 
 /// Bytes a second.
 const RATE: u64 = 5_000_000;
@@ -47,6 +49,26 @@ fn what_the_guest_left_there_is_counted() {
     // Its shadow is there still.
     let crossed = back.moves(Crossing::default()).report.unwrap();
     assert_eq!(crossed.recalled, second.recalled);
+}
+
+/// Of a guest that has never moved, and whatever the source keeps of those that leave.
+#[test]
+fn what_arrived_of_a_first_move_that_broke_is_counted() {
+    for keep in [true, false] {
+        let scene = scene();
+        let (near, far, cut) = pair(Shape::default());
+        let crossing = Crossing {
+            keep,
+            at_destination: at_call(Call::Complete, 1, move || cut.cut()),
+            ..Crossing::default()
+        };
+        let crossed = cross(&scene.near, &scene.far, (near, far), crossing).unwrap();
+        assert_eq!(scene.settled(&crossed), Place::Source);
+        let again = told(&scene);
+        assert_eq!(again.recalled, pool().len() as u64);
+        let crossed = scene.moves(Crossing::default()).report.unwrap();
+        assert_eq!(crossed.recalled, again.recalled);
+    }
 }
 
 #[test]

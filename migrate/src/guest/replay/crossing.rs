@@ -38,7 +38,7 @@ use crate::link::{Conversation, Expecting, Link, Rate};
 use crate::outgoing::random;
 use crate::pages::PAGE_SIZE;
 use crate::report::{Observer, Progress, Report, TrackerKind};
-use crate::shadow::{ShadowPolicy, Shadows};
+use crate::shadow::{Named, ShadowPolicy, Shadows};
 use crate::source::{self, Move, Plan};
 use crate::wire::{
     CpuPolicy, GuestKind, JoinToken, MoveId, Offer, Purpose, Role as WireRole, Text, TscOffer,
@@ -227,6 +227,12 @@ pub fn leave(
     let begin = begin(move_id, Role::Source, &name, &uuid);
     let journal = Journal::create(&from.directories, begin)?;
     let path = journal.entry().path.clone();
+    let named = Named {
+        uuid: &uuid,
+        name: &name,
+        peer: "the other site",
+    };
+    shadows.keep_key(named, &key, guest.facts().pages)?;
     let offer = offer(&mut guest, move_id, &key, crossing.plan.verify);
     let mut data = mem::take(&mut crossing.data.0);
     let mut plan = crossing.plan.clone();
