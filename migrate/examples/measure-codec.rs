@@ -154,7 +154,7 @@ fn measure(rounds: &[Memory], technique: Technique, name: &str) -> anyhow::Resul
                     let (state, has_data) = (*state, state.page_type.has_data());
                     has_data.then_some(HeldPage { state, content })
                 },
-                |_, _| false,
+                |_, _, _| false,
             )?;
             by_held.decoding += start.elapsed();
             for page in resolved.digest(&digester) {

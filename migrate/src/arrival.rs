@@ -19,6 +19,7 @@
 
 use crate::codec::{Batch, Content};
 use crate::digest::Digester;
+use crate::group::Witness;
 use crate::guest::PageState;
 use crate::image::{Arrived, Arriving};
 use crate::pages::{PAGE_SIZE, Page, PageType, Pfn};
@@ -35,8 +36,8 @@ pub enum ArrivalError {
         /// What it builds upon, itself perhaps.
         original: Pfn,
     },
-    /// It builds upon what is not held of other guests.
-    #[error("Page {pfn:#x} builds upon place {place} of the library, which has nothing there")]
+    /// It builds upon what is not held of other guests, or is not shown to be known.
+    #[error("Page {pfn:#x} builds upon place {place} of the library, which has not that there")]
     NotShared {
         /// The page.
         pfn: Pfn,
@@ -88,7 +89,7 @@ enum Is<'a> {
 impl Arrival {
     /// Takes from what is held all that the batch needs of it. `held` says what is held at a pfn;
     /// none where nothing arrived yet, and where there is no content. `shared` copies what is at a
-    /// place of the library; whether it could.
+    /// place of the library, by its witness; whether it could.
     ///
     /// # Errors
     /// Where the batch builds upon a page that is not held.
@@ -96,7 +97,7 @@ impl Arrival {
         &'a mut self,
         batch: Batch<'a>,
         held: impl Fn(Pfn) -> Option<HeldPage<'h>>,
-        shared: impl Fn(u64, &mut Page) -> bool,
+        shared: impl Fn(u64, Witness, &mut Page) -> bool,
     ) -> Result<Resolved<'a>, ArrivalError> {
         let mut pages: Vec<ResolvedPage<'a>> = Vec::with_capacity(batch.len());
         let mut used = 0;
@@ -115,8 +116,8 @@ impl Arrival {
                     delta.apply(copy);
                     Is::Copy(used - 1)
                 }
-                Content::Shared(place) => {
-                    if !shared(place, new_copy(&mut self.copies, &mut used)) {
+                Content::Shared(place, witness) => {
+                    if !shared(place, witness, new_copy(&mut self.copies, &mut used)) {
                         return Err(ArrivalError::NotShared { pfn, place });
                     }
                     Is::Copy(used - 1)

@@ -580,9 +580,9 @@ impl Receiving {
             .resolve(
                 batch,
                 |pfn| image.held(pfn),
-                |place, page| {
+                |place, witness, page| {
                     let library = self.library.as_ref();
-                    library.is_some_and(|library| library.read(place, page))
+                    library.is_some_and(|library| library.read(place, witness, page))
                 },
             )
             .map_err(|error| broken(error.to_string()))?;

@@ -6,6 +6,7 @@ use super::{
     ZSTD_AFTER, is_prefix,
 };
 use crate::bytes::{Bytes, Malformed};
+use crate::group::{WITNESS_SIZE, Witness};
 use crate::pages::{MAX_PAGES, PAGE_SIZE, Page, PageType, Pfn};
 use std::fmt;
 use std::ops::Range;
@@ -26,8 +27,8 @@ pub struct BatchDecoder {
     before_length: usize,
     /// The pfns of references, in the order of their pages.
     references: Vec<Pfn>,
-    /// The places of shared pages, in the order of their pages.
-    places: Vec<u64>,
+    /// The places of shared pages and their witnesses, in the order of their pages.
+    places: Vec<(u64, Witness)>,
     /// Where deltas are behind the raw pages, in the order of their pages.
     deltas: Vec<Range<usize>>,
     zstd: Option<DCtx<'static>>,
@@ -55,8 +56,9 @@ pub enum Content<'a> {
     Reference(Pfn),
     /// What it has at this pfn, with these changes.
     Delta(Delta<'a>),
-    /// What it has at this place of its library. Whether there is one is not known here.
-    Shared(u64),
+    /// What it has at this place of its library, which is given out by this witness. Whether there is
+    /// one is not known here.
+    Shared(u64, Witness),
 }
 
 /// Does not show the bytes: they are a guest's memory.
@@ -69,7 +71,7 @@ impl fmt::Debug for Content<'_> {
             Self::Same => "Same",
             Self::Reference(original) => return write!(f, "Reference({original:#x})"),
             Self::Delta(_) => "Delta(..)",
-            Self::Shared(place) => return write!(f, "Shared({place})"),
+            Self::Shared(place, _) => return write!(f, "Shared({place})"),
         })
     }
 }
@@ -93,7 +95,7 @@ pub struct Batch<'a> {
     noise: &'a [Page],
     rest: &'a [u8],
     references: &'a [Pfn],
-    places: &'a [u64],
+    places: &'a [(u64, Witness)],
     deltas: &'a [Range<usize>],
     pages: usize,
 }
@@ -146,8 +148,8 @@ impl BatchDecoder {
         if total == 0 {
             return Err(CodecError::PageCount);
         }
-        let most = (counts[Class::Reference as usize] + counts[Class::Shared as usize])
-            * MAX_REFERENCE_SIZE
+        let most = counts[Class::Reference as usize] * MAX_REFERENCE_SIZE
+            + counts[Class::Shared as usize] * (MAX_REFERENCE_SIZE + WITNESS_SIZE)
             + counts[Class::Delta as usize] * MAX_DELTA_BYTES;
         let rest = usize::try_from(rest)
             .ok()
@@ -215,7 +217,8 @@ impl BatchDecoder {
                             .checked_add_signed(step)
                             .filter(|place| *place < MAX_PAGES)
                             .ok_or(CodecError::Place(pfn))?;
-                        self.places.push(place);
+                        let witness = from.array().map_err(|_| CodecError::Rest)?;
+                        self.places.push((place, Witness(witness)));
                         expected_place = place + 1;
                     }
                 }
@@ -355,7 +358,10 @@ impl<'a> Batch<'a> {
                     Class::Noise => Content::Raw(noise.next()?),
                     Class::Same => Content::Same,
                     Class::Reference => Content::Reference(*references.next()?),
-                    Class::Shared => Content::Shared(*places.next()?),
+                    Class::Shared => {
+                        let (place, witness) = *places.next()?;
+                        Content::Shared(place, witness)
+                    }
                     Class::Delta => {
                         let mut from = Bytes::new(rest.get(deltas.next()?.clone())?);
                         Content::Delta(Delta::read(&mut from).ok()?)

@@ -3,6 +3,7 @@
 use super::{Class, HEADER_SIZE, LZ4, MAX_BATCH_PAGES, STORED, Technique, ZSTD, ZSTD_AFTER};
 use super::{delta, is_noise, is_prefix};
 use crate::bytes::{push_signed, push_varint};
+use crate::group::Witness;
 use crate::pages::{MAX_PAGES, PAGE_SIZE, Page, PageType, Pfn, is_zero};
 use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
 use std::fmt;
@@ -306,7 +307,8 @@ impl BatchEncoder {
         Ok(())
     }
 
-    /// Adds a page whose content the destination has at `place` of what it shares.
+    /// Adds a page whose content the destination has at `place` of what it shares, with what shows
+    /// that it is known here.
     ///
     /// # Errors
     /// As [`keep`](Self::keep); and where no library has that place.
@@ -315,6 +317,7 @@ impl BatchEncoder {
         pfn: Pfn,
         page_type: PageType,
         place: u64,
+        witness: Witness,
     ) -> Result<(), EncodeError> {
         if place >= MAX_PAGES {
             return Err(EncodeError::BadPlace(pfn, place));
@@ -322,6 +325,7 @@ impl BatchEncoder {
         self.add(pfn, page_type, Class::Shared)?;
         // Both are below 2^30.
         push_signed(&mut self.rest, place as i64 - self.expected_place as i64);
+        self.rest.extend(witness.0);
         self.expected_place = place + 1;
         Ok(())
     }

@@ -1,4 +1,5 @@
 use super::*;
+use crate::group::{WITNESS_SIZE, Witness};
 use crate::pages::{Page, PageType};
 use proptest::prelude::*;
 use std::sync::Arc;
@@ -570,12 +571,19 @@ fn what_stands_for_content_is_checked() {
         Err(CodecError::BlockLength { .. })
     ));
     // Places are of a library, not of the guest: beyond its end, but not beyond any.
-    let places = with_rest(Class::Shared, 2, 2, &[0x7e, 0]);
+    let witness = [7; WITNESS_SIZE];
+    let two = [&[0x7e][..], &witness, &[0], &witness].concat();
+    let places = with_rest(Class::Shared, 2, two.len() as u8, &two);
     assert_eq!(decode(&places), good(&["Shared(63)", "Shared(64)"]));
-    for rest in [&[1][..], &[0x80, 0x80, 0x80, 0x80, 0x08]] {
-        let places = with_rest(Class::Shared, 1, rest.len() as u8, rest);
+    for step in [&[1][..], &[0x80, 0x80, 0x80, 0x80, 0x08]] {
+        let rest = [step, &witness].concat();
+        let places = with_rest(Class::Shared, 1, rest.len() as u8, &rest);
         assert_eq!(decode(&places), Err(CodecError::Place(5)), "{rest:x?}");
     }
+    // A place without all of its witness.
+    let short = &two[..WITNESS_SIZE];
+    let places = with_rest(Class::Shared, 1, short.len() as u8, short);
+    assert_eq!(decode(&places), Err(CodecError::Rest));
     for class in [Class::Same, Class::Reference, Class::Delta, Class::Shared] {
         let mut hole = with_rest(class, 1, 0, &[]);
         hole[5] |= PageType::Invalid.bits();
@@ -617,10 +625,15 @@ fn what_stands_for_content_is_compressed_behind_it() {
         let beside = technique.leaves_noise();
         assert_eq!(class, Ok(if beside { Class::Noise } else { Class::Raw }));
         encoder.push_reference(6, PageType::L2, 78).unwrap();
-        encoder.push_shared(7, PageType::Normal, 40).unwrap();
-        encoder.push_shared(8, PageType::L1, 41).unwrap();
+        let witness = |fill| Witness([fill; WITNESS_SIZE]);
+        encoder
+            .push_shared(7, PageType::Normal, 40, witness(1))
+            .unwrap();
+        encoder
+            .push_shared(8, PageType::L1, 41, witness(2))
+            .unwrap();
         assert_eq!(
-            encoder.push_shared(9, PageType::L1, MAX_PAGES),
+            encoder.push_shared(9, PageType::L1, MAX_PAGES, witness(3)),
             Err(EncodeError::BadPlace(9, MAX_PAGES))
         );
         assert_eq!(
@@ -658,8 +671,8 @@ fn what_stands_for_content_is_compressed_behind_it() {
                 Content::Zero,
                 Content::Raw(&noise(6)),
                 Content::Reference(78),
-                Content::Shared(40),
-                Content::Shared(41)
+                Content::Shared(40, witness(1)),
+                Content::Shared(41, witness(2))
             ]
         );
         // The next batch knows nothing of this one's references.

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fmt;
 
-use super::{ContentName, Group, MAX_LIBRARY, NAME_SIZE, Names};
+use super::{ContentName, Group, MAX_LIBRARY, NAME_SIZE, Names, Witness};
 use crate::pages::Page;
 
 /// Finds contents among those that the destination shares.
@@ -69,11 +69,12 @@ impl Known {
         self.places.is_empty()
     }
 
-    /// The place of a content, if it is shared.
+    /// The place of a content, if it is shared, and what shows that this side may have it.
     #[must_use]
-    pub fn place(&self, content: &Page) -> Option<u64> {
-        let place = self.places.get(&self.names.of(content))?;
-        Some(u64::from(*place))
+    pub fn place(&self, content: &Page) -> Option<(u64, Witness)> {
+        let (name, witness) = self.names.witnessed(content);
+        let place = self.places.get(&name)?;
+        Some((u64::from(*place), witness))
     }
 }
 
@@ -100,7 +101,8 @@ mod tests {
         assert_eq!(known.take(5, &names[..2 * NAME_SIZE]), Ok(false));
         assert_eq!(known.take(5, &names[2 * NAME_SIZE..]), Ok(true));
         for (place, page) in (0..).zip(&pages) {
-            assert_eq!(known.place(page), Some(place));
+            let witness = group.names().witnessed(page).1;
+            assert_eq!(known.place(page), Some((place, witness)));
         }
         assert_eq!(known.place(&[9; PAGE_SIZE]), None);
         // By another key nothing is found.

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! Only names and where they were found are in memory, 24 bytes a place. A content is read from the
-//! shadow's file when it is asked for, and given out only if it still has its name. The files are
+//! shadow's file when it is asked for, and given out only if it still has its name, and the witness
+//! that it is asked for with. The files are
 //! locked, shared, so that nobody takes a shadow up and changes it meanwhile; one that is removed
 //! stays here as long as this.
 
@@ -20,7 +21,7 @@ use std::thread;
 
 use nix::fcntl::Flock;
 
-use super::{ContentName, Group, Names};
+use super::{ContentName, Group, Names, Witness};
 use crate::error::{Result, chain};
 use crate::pages::{PAGE_SIZE, Page, PageType, Pfn};
 use crate::shadow::{Lent, Shadows};
@@ -141,9 +142,10 @@ impl Library {
         self.places.iter().map(|place| place.name)
     }
 
-    /// Copies what is at a place. False where there is none, or where it is no longer what it was.
+    /// Copies what is at a place. False where there is none, where it is no longer what it was, and
+    /// where the `witness` is not that of it: then the peer does not know what it asks for.
     #[must_use]
-    pub fn read(&self, place: u64, to: &mut Page) -> bool {
+    pub fn read(&self, place: u64, witness: Witness, to: &mut Page) -> bool {
         let place = usize::try_from(place)
             .ok()
             .and_then(|at| self.places.get(at));
@@ -154,7 +156,7 @@ impl Library {
             return false;
         };
         let at = u64::from(place.pfn) * PAGE_SIZE as u64;
-        file.read_exact_at(to, at).is_ok() && self.names.of(to) == place.name
+        file.read_exact_at(to, at).is_ok() && self.names.witnessed(to) == (place.name, witness)
     }
 }
 

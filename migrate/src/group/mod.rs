@@ -9,7 +9,8 @@
 //!     | <------------- Accept: "acme", a nonce  |   and there are shadows of web-1, web-3
 //!     | Prove: MAC of nonce and move ---------> |   by the same key
 //!     | <-------------- Shares: names, names... |   of each content once: its place is its number
-//!     | Pages: ... shared, place 17 ... ------> |   reads it, and looks whether it has that name
+//!     | Pages: ... shared, place 17, witness -> |   reads it, and looks whether it has that name,
+//!     |                                         |   and that witness
 //! ```
 //!
 //! A content's name is keyed BLAKE3 of it, 128 bits: who lacks the key can neither make two
@@ -20,6 +21,11 @@
 //!
 //! The key gives two others, one for names and one for proofs, by BLAKE3's derivation. A proof is
 //! over a nonce of the destination's, so that one that was seen is of no use again.
+//!
+//! A proof says that somebody has the key, not that the peer does: a site to which a guest of the
+//! group moves could pass a nonce of another one's on, and have it proved. So names are all that a
+//! proof gives. Each page that is shared comes with a [`Witness`], more bytes of the hash that gave
+//! its name: only who has the key, and the content, can say them.
 
 mod known;
 mod library;
@@ -46,6 +52,9 @@ const PROOFS: &str = "VMShadow 2026 trust group proof v1";
 
 /// Bytes of a [`ContentName`].
 pub const NAME_SIZE: usize = 16;
+
+/// Bytes of a [`Witness`].
+pub const WITNESS_SIZE: usize = 8;
 
 /// A trust group as the operator names it.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -183,11 +192,19 @@ impl Names {
     /// The name of a content.
     #[must_use]
     pub fn of(&self, content: &Page) -> ContentName {
+        self.witnessed(content).0
+    }
+
+    /// The name of a content, and what shows that it is known to who has the key.
+    #[must_use]
+    pub fn witnessed(&self, content: &Page) -> (ContentName, Witness) {
         let hash = blake3::keyed_hash(&self.0, content);
-        let (name, _) = hash.as_bytes().split_at(NAME_SIZE);
-        let mut bytes = [0; NAME_SIZE];
-        bytes.copy_from_slice(name);
-        ContentName(bytes)
+        let (name, rest) = hash.as_bytes().split_at(NAME_SIZE);
+        let (witness, _) = rest.split_at(WITNESS_SIZE);
+        let (mut named, mut known) = ([0; NAME_SIZE], [0; WITNESS_SIZE]);
+        named.copy_from_slice(name);
+        known.copy_from_slice(witness);
+        (ContentName(named), Witness(known))
     }
 }
 
@@ -201,6 +218,11 @@ impl fmt::Debug for Names {
 /// What a content is called within its group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ContentName(pub [u8; NAME_SIZE]);
+
+/// What is said of a content besides its name, and crosses from the source alone: the destination
+/// never tells it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Witness(pub [u8; WITNESS_SIZE]);
 
 /// What a destination asks for to be proved over: 16 random bytes, as hexadecimal digits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -241,8 +263,14 @@ mod tests {
         let name = group(1).names().of(&page);
         assert_eq!(name, group(1).names().of(&page));
         assert_ne!(name, group(2).names().of(&page));
+        let witnessed = group(1).names().witnessed(&page);
+        assert_eq!(witnessed.0, name);
+        // No part of the name.
+        assert_ne!(name.0[..WITNESS_SIZE], witnessed.1.0);
+        assert_ne!(name.0[WITNESS_SIZE..], witnessed.1.0);
         page[PAGE_SIZE - 1] ^= 1;
         assert_ne!(name, group(1).names().of(&page));
+        assert_ne!(witnessed.1, group(1).names().witnessed(&page).1);
     }
 
     #[test]

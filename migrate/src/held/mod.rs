@@ -180,9 +180,10 @@ impl Held {
         }
         // What others have is what nobody has written since it was loaded: mostly in the first round.
         if self.content_at(pfn).is_none()
-            && let Some(place) = self.shared.as_ref().and_then(|known| known.place(content))
+            && let Some((place, witness)) =
+                self.shared.as_ref().and_then(|known| known.place(content))
         {
-            batch.push_shared(pfn, page_type, place)?;
+            batch.push_shared(pfn, page_type, place, witness)?;
             return Ok(Class::Shared);
         }
         match self.hot.get(pfn) {

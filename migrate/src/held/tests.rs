@@ -157,7 +157,7 @@ impl Crossing {
         let image = &self.image;
         let resolved = self
             .arrival
-            .resolve(batch, |pfn| image.held(pfn), |_, _| false)?;
+            .resolve(batch, |pfn| image.held(pfn), |_, _, _| false)?;
         let arrived = resolved.digest(&self.digester);
         self.image.store(&arrived).unwrap();
         Ok(())

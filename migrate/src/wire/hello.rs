@@ -16,10 +16,11 @@ use std::io::{self, Read, Write};
 /// version 2 neither references nor deltas; version 3 knew nothing of shadows, of dry runs, nor of
 /// connections that a guest has begun itself; version 4 had one connection for everything,
 /// version 5 no trust groups, and version 6 no batches that build upon the block before,
-/// nor did its sources say which connections they use.
-pub const MIN_PROTOCOL: u16 = 9;
+/// nor did its sources say which connections they use. Version 9 gave shared contents out to whoever
+/// said their places.
+pub const MIN_PROTOCOL: u16 = 10;
 /// The highest version of the protocol that this program speaks.
-pub const MAX_PROTOCOL: u16 = 9;
+pub const MAX_PROTOCOL: u16 = 10;
 
 const MAGIC: &[u8; 8] = b"VMSHADOW";
 const HEADER_SIZE: usize = 16;

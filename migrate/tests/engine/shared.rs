@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use migrate::Error;
-use migrate::group::{Group, Library};
+use migrate::group::{Group, Library, WITNESS_SIZE, Witness};
 use migrate::guest::replay::{Call, Clock, Crossing, Guest, Memory, Shape, Site, cross, pair};
 use migrate::pages::{PAGE_SIZE, PageType};
 use migrate::report::Report;
@@ -122,6 +122,34 @@ fn a_shadow_that_is_not_what_its_names_say_is_not_built_upon() {
     );
     assert_eq!(scene.settled(&crossed), Place::Source);
     moves(&scene);
+}
+
+/// Names are told to whoever had somebody prove the key: what they are of is not.
+#[test]
+fn nothing_is_given_out_to_who_does_not_know_it() {
+    let scene = scene();
+    let shadows = crate::scene::shadows(&scene.far);
+    let library = Library::open(&shadows, &group(1), "another").unwrap();
+    let group = group(1);
+    let mut page = [0; PAGE_SIZE];
+    let mut given = 0;
+    for content in pool() {
+        let (name, witness) = content.look(|page| group.names().witnessed(page));
+        let Some(place) = library.names().position(|known| known == name) else {
+            continue;
+        };
+        let place = place as u64;
+        assert!(library.read(place, witness, &mut page));
+        assert_eq!(group.names().of(&page), name);
+        // All that the names tell.
+        let (first, second) = name.0.split_at(WITNESS_SIZE);
+        for half in [first, second] {
+            let guess = Witness(half.try_into().unwrap());
+            assert!(!library.read(place, guess, &mut page));
+        }
+        given += 1;
+    }
+    assert_eq!(given, library.len());
 }
 
 /// What arrived of a copy that broke is little; the rest is built from what others left, again.

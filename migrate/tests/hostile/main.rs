@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use migrate::codec::{BatchEncoder, MAX_BATCH_BYTES, PREFIX_LEAST, Technique};
 use migrate::digest::{DigestKey, Digester, MemoryDigest};
-use migrate::group::{Nonce, Proof};
+use migrate::group::{Nonce, Proof, Witness};
 use migrate::guest::xen::stream::state::{GuestState, PvState, PvVcpu, TscInfo};
 use migrate::guest::xen::stream::{Framing, record};
 use migrate::guest::{PageState, PageTable};
@@ -187,7 +187,10 @@ fn batch(technique: Technique) -> Vec<u8> {
                 2 => encoder
                     .push_changed(pfn, page_type, &changed, &content)
                     .map(drop),
-                3 => encoder.push_shared(pfn, page_type, random.below(6) as u64),
+                3 => {
+                    let witness = Witness(random.next().to_le_bytes());
+                    encoder.push_shared(pfn, page_type, random.below(6) as u64, witness)
+                }
                 _ => encoder.push(pfn, page_type, &content).map(drop),
             }
             .expect("It fits");

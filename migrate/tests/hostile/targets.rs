@@ -115,7 +115,9 @@ pub fn batch(payload: &[u8]) {
                 assert!(original < PAGES && original != page.pfn);
                 encoder.push_reference(page.pfn, page.page_type, original)
             }
-            Content::Shared(place) => encoder.push_shared(page.pfn, page.page_type, place),
+            Content::Shared(place, witness) => {
+                encoder.push_shared(page.pfn, page.page_type, place, witness)
+            }
             Content::Delta(delta) => {
                 let mut new = CHANGED;
                 delta.apply(&mut new);
@@ -152,7 +154,7 @@ fn seen(content: Content<'_>) -> Result<Page, String> {
             delta.apply(&mut page);
             Ok(page)
         }
-        Content::None | Content::Same | Content::Reference(_) | Content::Shared(_) => {
+        Content::None | Content::Same | Content::Reference(_) | Content::Shared(..) => {
             Err(format!("{content:?}"))
         }
     }
@@ -183,7 +185,7 @@ pub fn arrival(bytes: &[u8]) {
                     content,
                 })
             },
-            |place, page| {
+            |place, _, page| {
                 // As a library of four contents.
                 page.fill(place as u8);
                 place < 4
