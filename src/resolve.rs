@@ -7,7 +7,7 @@ use migrate::directories::Directories;
 use migrate::error::Error;
 use migrate::guest::xen::host::Host;
 use migrate::handover::journal::{self, Entry, Journals};
-use migrate::handover::recovery::{Action, Settled, action, settle, settle_by_decree};
+use migrate::handover::recovery::{Action, LateSuspend, Settled, action, settle, settle_by_decree};
 use migrate::outgoing::find_domain;
 
 use crate::cli::{self, Decree};
@@ -52,7 +52,7 @@ pub fn run(options: &cli::Resolve, directories: &Directories) -> anyhow::Result<
     let (done, mut failed) = settle_each(open, |entry| match options.decree {
         Some(Decree::Here) => settle_by_decree(directories, entry, true),
         Some(Decree::There) => settle_by_decree(directories, entry, false),
-        None => settle(directories, entry, PATIENCE, true),
+        None => settle(directories, entry, PATIENCE, LateSuspend::WillNotCome),
     });
     for settled in &done {
         edge::follow(directories, settled);

@@ -28,8 +28,8 @@
 //!
 //! A reference is a signed varint (zigzag): the pfn less the one after the pfn of the reference
 //! before it in the batch, at first less 0. So a run of pages that is elsewhere as well costs a
-//! byte a page. A place of the library is written likewise, less the one after the place before it; behind it are
-//! the 8 bytes of its witness, without which the destination gives nothing out.
+//! byte a page. A place of the library is written likewise, less the one after the place before it;
+//! behind it are the 8 bytes of its witness, without which the destination gives nothing out.
 //! References and deltas are resolved in the order of the stream, by
 //! [`Arrival`](crate::arrival::Arrival): pages of the same batch that come before count, later
 //! ones don't. A page that is as the destination has it is not in a batch at all.

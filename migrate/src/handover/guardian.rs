@@ -21,7 +21,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::journal::{self, Role};
-use super::recovery::{Action, Settled, action, settle};
+use super::recovery::{Action, LateSuspend, Settled, action, settle};
 use crate::directories::Directories;
 use crate::error::{Error, IoContext, Result, chain};
 
@@ -106,13 +106,17 @@ pub fn run(directories: &Directories, path: &Path) -> Result<Option<Settled>> {
         .read_to_end(&mut nothing)
         .context(|| "Can't watch the worker")?;
     let start = Instant::now();
+    let mut late = LateSuspend::IsWaitedFor;
     loop {
-        let last_word = start.elapsed() >= LATEST_SUSPEND;
-        let error = match look(directories, path, last_word) {
+        let error = match look(directories, path, late) {
             Ok(settled) => return Ok(settled),
             Err(error) => error,
         };
         log::warn!("{}", chain(&error));
+        late = match start.elapsed() < LATEST_SUSPEND {
+            true => LateSuspend::StaysOpen,
+            false => LateSuspend::WillNotCome,
+        };
         let asks = journal::read(path).is_ok_and(|entry| action(&entry) == Action::AskDestination);
         match pause(&error, asks, start.elapsed()) {
             Some(pause) => thread::sleep(pause),
@@ -135,7 +139,7 @@ fn pause(error: &Error, asks: bool, since: Duration) -> Option<Duration> {
 }
 
 /// Settles what the journal at `path` demands. Nothing where it has ended, or is gone.
-fn look(directories: &Directories, path: &Path, last_word: bool) -> Result<Option<Settled>> {
+fn look(directories: &Directories, path: &Path, late: LateSuspend) -> Result<Option<Settled>> {
     if !journal::exists(path)? {
         return Ok(None);
     }
@@ -148,7 +152,7 @@ fn look(directories: &Directories, path: &Path, last_word: bool) -> Result<Optio
     }
     let name = &entry.begin.name;
     log::warn!("{name}: its worker is gone at {:?}", entry.phase);
-    let settled = settle(directories, &entry, Duration::from_secs(10), last_word)?;
+    let settled = settle(directories, &entry, Duration::from_secs(10), late)?;
     log::warn!("{name}: {}", settled.what);
     Ok(Some(settled))
 }

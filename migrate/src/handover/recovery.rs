@@ -126,23 +126,44 @@ impl fmt::Display for Place {
     }
 }
 
+/// What to do about a guest that has taken a request to suspend and has not done it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LateSuspend {
+    /// The move stays open, and somebody looks again.
+    StaysOpen,
+    /// It is waited for; where it does not come the move stays open.
+    IsWaitedFor,
+    /// It is waited for a last time.
+    WillNotCome,
+}
+
+impl LateSuspend {
+    /// Meanwhile nobody else can do anything about the guest.
+    fn patience(self) -> Duration {
+        match self {
+            LateSuspend::StaysOpen => Duration::ZERO,
+            LateSuspend::IsWaitedFor | LateSuspend::WillNotCome => SUSPENDING,
+        }
+    }
+}
+
 /// How long a worker of the same move is waited for.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long it is waited for before a source is told to ask again: less than it waits for an answer.
 const ANSWERING: Duration = Duration::from_secs(20);
 
-/// Carries out what the journal at `entry` demands. Runs again without harm. With the `last_word` a
-/// suspend that is late is not waited for any longer.
+/// Carries out what the journal at `entry` demands. Runs again without harm. `late` is what to do
+/// about a suspend that may come yet.
 ///
 /// # Errors
-/// [`Error::Busy`] while its worker lives, and while the guest may suspend yet; [`Error::LinkLost`] or [`Error::InDoubt`] where the
-/// destination has to be asked and doesn't answer; what Xen refuses.
+/// [`Error::Busy`] while its worker lives, and while the guest may suspend yet; [`Error::LinkLost`]
+/// or [`Error::InDoubt`] where the destination has to be asked and doesn't answer; what Xen refuses.
 pub fn settle(
     directories: &Directories,
     entry: &Entry,
     patience: Duration,
-    last_word: bool,
+    late: LateSuspend,
 ) -> Result<Settled> {
     let begin = &entry.begin;
     let _lock = GuestLock::wait(directories, &begin.uuid, &begin.name, patience)?;
@@ -196,7 +217,7 @@ pub fn settle(
             })
         }
         Action::Resume => {
-            let there = resume(directories, &entry, last_word)?;
+            let there = resume(directories, &entry, late)?;
             journal.end_and_remove(Outcome::Aborted)?;
             let what = "The move was given up and the guest goes on";
             Ok(settled_here(&entry, what, there))
@@ -212,7 +233,7 @@ pub fn settle(
                 ))
             }
             Owner::Source => {
-                let there = resume(directories, &entry, last_word)?;
+                let there = resume(directories, &entry, late)?;
                 journal.end_and_remove(Outcome::Aborted)?;
                 let what = "The destination gave up and the guest goes on";
                 Ok(settled_here(&entry, what, there))
@@ -324,7 +345,7 @@ pub fn settle_by_decree(directories: &Directories, entry: &Entry, here: bool) ->
             ("By decree the guest is the destination's", Place::There)
         }
         (Role::Source, Phase::Committed, true) if open => {
-            let there = resume(directories, &entry, true)?;
+            let there = resume(directories, &entry, LateSuspend::WillNotCome)?;
             journal.end_and_remove(Outcome::Aborted)?;
             let what = "By decree the guest is this site's, and goes on";
             return Ok(settled_here(&entry, what, there));
@@ -379,7 +400,12 @@ pub fn answer(directories: &Directories, move_id: &str) -> Result<(Answer, Optio
         None => Owner::Unknown,
         Some(entry) => {
             if entry.outcome.is_none() {
-                done = Some(settle(directories, &entry, ANSWERING, false)?);
+                done = Some(settle(
+                    directories,
+                    &entry,
+                    ANSWERING,
+                    LateSuspend::StaysOpen,
+                )?);
             }
             match journal::read(&entry.path)?.outcome {
                 Some(Outcome::Moved) => Owner::Destination,
@@ -410,7 +436,7 @@ pub fn settle_all(directories: &Directories, follow: &mut dyn FnMut(&Settled)) {
         if action(entry) == Action::AskDestination {
             continue;
         }
-        match settle(directories, entry, Duration::ZERO, false) {
+        match settle(directories, entry, Duration::ZERO, LateSuspend::StaysOpen) {
             Ok(settled) => {
                 log::info!("{}: {}", settled.name, settled.what);
                 follow(&settled);
@@ -506,8 +532,8 @@ pub(crate) fn ask(entry: &Entry) -> Result<Owner> {
 /// monitor ends then. False where there is no such guest any more.
 ///
 /// # Errors
-/// [`Error::Busy`] where the guest may suspend yet, unless this is the `last_word`; what Xen refuses.
-fn resume(directories: &Directories, entry: &Entry, last_word: bool) -> Result<bool> {
+/// [`Error::Busy`] where the guest may suspend yet, if that leaves the move open; what Xen refuses.
+fn resume(directories: &Directories, entry: &Entry, late: LateSuspend) -> Result<bool> {
     let host = Host::open()?;
     // With its processor time, a suspend that is late ends soon. But nothing of this keeps a guest
     // from going on.
@@ -520,7 +546,7 @@ fn resume(directories: &Directories, entry: &Entry, last_word: bool) -> Result<b
     let (name, uuid) = (&entry.begin.name, &entry.begin.uuid);
     let keep = || keeper::start(directories, name, uuid);
     let mut may_come = false;
-    match host.end_suspend(domid, SUSPENDING)? {
+    match host.end_suspend(domid, Some(late.patience()))? {
         EndedSuspend::Suspended => {
             // First the keeper: it is to see all that the guest does.
             let kept = keep();
@@ -534,7 +560,7 @@ fn resume(directories: &Directories, entry: &Entry, last_word: bool) -> Result<b
         EndedSuspend::MayCome => may_come = true,
     }
     host.end_log_dirty(domid, true)?;
-    if may_come && !last_word {
+    if may_come && late != LateSuspend::WillNotCome {
         return Err(Error::Busy(MAY_SUSPEND.into()));
     }
     sped_up.map(|()| true)

@@ -274,13 +274,12 @@ impl Host {
     }
 
     /// Ends a request to suspend, whatever became of it: takes it back where the guest has not
-    /// seen it, and where it has waits for the suspend, up to `patience`; none where nothing was
-    /// asked.
+    /// seen it, and where it has waits for the suspend, up to `patience`. None: nothing was asked.
     ///
     /// # Errors
     /// What Xen refuses. [`Error::Busy`] where the guest is paused and may suspend as soon as it
     /// goes on.
-    pub fn end_suspend(&self, domid: DomId, patience: Duration) -> Result<EndedSuspend> {
+    pub fn end_suspend(&self, domid: DomId, patience: Option<Duration>) -> Result<EndedSuspend> {
         let look = || {
             self.ctl
                 .domain_info(domid)
@@ -295,9 +294,11 @@ impl Host {
             let Some(info) = look()? else {
                 return Ok(EndedSuspend::WillNot);
             };
-            // One that nobody has asked, or that can't have seen it, is not waited for.
-            let waited = (!withdrawn && !patience.is_zero()).then(|| start.elapsed());
-            if let Some(ended) = ended_suspend(&info, waited, patience) {
+            // One that can't have seen it is not waited for.
+            let left = patience
+                .filter(|_| !withdrawn)
+                .map(|patience| patience.saturating_sub(start.elapsed()));
+            if let Some(ended) = ended_suspend(&info, left) {
                 return ended;
             }
             thread::sleep(Duration::from_millis(50));
@@ -398,18 +399,14 @@ impl Host {
     }
 }
 
-/// What became of a request to suspend, by what is seen of the domain after it was `waited` for, if
-/// it has to be. None: it is to be waited for still.
-fn ended_suspend(
-    info: &DomainInfo,
-    waited: Option<Duration>,
-    patience: Duration,
-) -> Option<Result<EndedSuspend>> {
-    match waited {
+/// What became of a request to suspend, by what is seen of the domain, with so much time `left` to
+/// wait for it, if it may come at all. None: it is to be waited for still.
+fn ended_suspend(info: &DomainInfo, left: Option<Duration>) -> Option<Result<EndedSuspend>> {
+    match left {
         _ if info.is_suspended() => Some(Ok(EndedSuspend::Suspended)),
         _ if info.shutdown.is_some() => Some(Ok(EndedSuspend::WillNot)),
         None => Some(Ok(EndedSuspend::WillNot)),
-        Some(waited) if waited < patience => None,
+        Some(left) if !left.is_zero() => None,
         Some(_) if info.paused => Some(Err(Error::Busy(
             "The guest is paused, and may suspend as soon as it is unpaused".into(),
         ))),
@@ -495,24 +492,23 @@ mod tests {
     #[test]
     fn a_suspend_that_was_taken_and_did_not_come_may_come_yet() {
         use EndedSuspend::{MayCome, Suspended, WillNot};
-        let (short, patience) = (Duration::from_secs(1), Duration::from_secs(2));
-        let look = |info: &DomainInfo, waited| {
-            ended_suspend(info, waited, patience).map(|ended| ended.map_err(|_| ()))
-        };
+        let (some, no_more) = (Duration::from_secs(1), Duration::ZERO);
+        let look =
+            |info: &DomainInfo, left| ended_suspend(info, left).map(|ended| ended.map_err(|_| ()));
         let runs = domain(1, None);
-        assert_eq!(look(&runs, Some(short)), None);
-        assert_eq!(look(&runs, Some(patience)), Some(Ok(MayCome)));
+        assert_eq!(look(&runs, Some(some)), None);
+        assert_eq!(look(&runs, Some(no_more)), Some(Ok(MayCome)));
         assert_eq!(look(&runs, None), Some(Ok(WillNot)));
         let paused = DomainInfo {
             paused: true,
             ..runs
         };
-        assert_eq!(look(&paused, Some(patience)), Some(Err(())));
+        assert_eq!(look(&paused, Some(no_more)), Some(Err(())));
         let suspended = domain(1, Some(ShutdownReason::Suspend));
         let crashed = domain(1, Some(ShutdownReason::Crash));
-        for waited in [None, Some(short), Some(patience)] {
-            assert_eq!(look(&suspended, waited), Some(Ok(Suspended)));
-            assert_eq!(look(&crashed, waited), Some(Ok(WillNot)));
+        for left in [None, Some(some), Some(no_more)] {
+            assert_eq!(look(&suspended, left), Some(Ok(Suspended)));
+            assert_eq!(look(&crashed, left), Some(Ok(WillNot)));
         }
     }
 

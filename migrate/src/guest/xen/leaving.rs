@@ -8,8 +8,6 @@
 //!    +---- how a table is normalised ------- digested --------------> content
 //! ```
 
-use std::time::Duration;
-
 use xen_sys::DomId;
 use xen_sys::memory::{Access, ForeignMemory, Mapping};
 
@@ -316,11 +314,7 @@ impl Leaving {
 
     /// Takes a suspend that is still pending back.
     pub fn end_suspend(&self) -> Result<EndedSuspend> {
-        let patience = if self.suspending {
-            SUSPENDING
-        } else {
-            Duration::ZERO
-        };
+        let patience = self.suspending.then_some(SUSPENDING);
         self.host.end_suspend(self.domid, patience)
     }
 }
