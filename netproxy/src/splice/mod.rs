@@ -9,8 +9,10 @@
 //!  source ──────────▶ bytes ────────────▶ sink
 //! ```
 
+mod budget;
 mod flow;
 mod pipe;
 
-pub(crate) use flow::{Budget, End, Endpoint, Failure, Flow, Turn, Workspace};
+pub(crate) use budget::Budget;
+pub(crate) use flow::{End, Endpoint, Failure, Flow, Turn, Workspace};
 pub(crate) use pipe::PipePool;
