@@ -12,6 +12,7 @@
 //! [`Detour`] leads them there, for a time.
 
 mod neighbour;
+mod nftables;
 mod outgoing;
 mod translation;
 
@@ -21,16 +22,3 @@ pub use outgoing::{
     unpack as unpack_flows,
 };
 pub use translation::{Forward, Translation, forwards_packets};
-
-/// The name of a guest's table: names that differ give tables that differ.
-fn table_name(kind: &str, guest: &str) -> String {
-    let mut name = format!("vmshadow_{kind}_");
-    for byte in guest.bytes() {
-        if byte.is_ascii_alphanumeric() {
-            name.push(char::from(byte));
-        } else {
-            name.push_str(&format!("_{byte:02x}"));
-        }
-    }
-    name
-}

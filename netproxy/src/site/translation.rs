@@ -10,6 +10,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
+use super::nftables::{self, address_type, family, removal, replacement};
 use crate::error::{Error, Result};
 use crate::program::run;
 
@@ -41,19 +42,7 @@ impl Translation {
     /// The family and name of its table.
     #[must_use]
     pub fn table(&self) -> String {
-        format!(
-            "{} {}",
-            self.family(),
-            super::table_name("inwards", &self.guest)
-        )
-    }
-
-    fn family(&self) -> &'static str {
-        if self.site_address.is_ipv4() {
-            "ip"
-        } else {
-            "ip6"
-        }
+        nftables::table(family(self.site_address), "inwards", &self.guest)
     }
 
     fn check(&self) -> Result<()> {
@@ -76,8 +65,8 @@ impl Translation {
     /// same transaction.
     #[must_use]
     pub fn rules(&self) -> String {
-        let (table, ip) = (self.table(), self.family());
         let (site, guest) = (self.site_address, self.guest_address);
+        let ip = family(site);
         let edges = self
             .edges
             .iter()
@@ -104,18 +93,15 @@ impl Translation {
                  {ip} saddr set {site} tcp sport set {site_port}\n"
             ));
         }
-        let kind = if ip == "ip" { "ipv4_addr" } else { "ipv6_addr" };
-        format!(
-            "add table {table}\n\
-             delete table {table}\n\
-             table {table} {{\n  \
-               set edges {{\n    type {kind}\n    elements = {{ {edges} }}\n  }}\n  \
+        let kind = address_type(site);
+        let contents = format!(
+            "  set edges {{\n    type {kind}\n    elements = {{ {edges} }}\n  }}\n  \
                chain inwards {{\n    type filter hook prerouting priority raw; policy accept;\n\
              {inwards}{untracked}  }}\n  \
                chain outwards {{\n    type filter hook postrouting priority raw; policy accept;\n\
-             {outwards}  }}\n\
-             }}\n"
-        )
+             {outwards}  }}\n"
+        );
+        replacement(&self.table(), &contents)
     }
 
     /// Sets the rules in this host's kernel, in one transaction.
@@ -124,7 +110,7 @@ impl Translation {
     /// When the translation makes no sense, or with what `nft` said.
     pub fn apply(&self) -> Result<()> {
         self.check()?;
-        run("nft", &["-f", "-"], &self.rules()).map(drop)
+        nftables::load(&self.rules())
     }
 
     /// Removes them. That they were not there is no error.
@@ -132,13 +118,7 @@ impl Translation {
     /// # Errors
     /// With what `nft` said.
     pub fn remove(&self) -> Result<()> {
-        let table = self.table();
-        run(
-            "nft",
-            &["-f", "-"],
-            &format!("add table {table}\ndelete table {table}\n"),
-        )
-        .map(drop)
+        nftables::load(&removal(&self.table()))
     }
 
     /// Whether a table of its name is there.
