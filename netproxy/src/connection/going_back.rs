@@ -3,7 +3,7 @@
 use mio::net::TcpStream;
 use socket2::SockRef;
 
-use super::moving::Proving;
+use super::releasing::Proving;
 use super::{Connection, Context, Stage, Step, Upstream, tune};
 use crate::error::Result;
 use crate::repair;

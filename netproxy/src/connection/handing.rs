@@ -7,7 +7,7 @@ use mio::net::TcpStream;
 use mio::{Interest, Registry};
 
 use super::lost::Lost;
-use super::moving::Proving;
+use super::releasing::Proving;
 use super::{Connection, Context, Stage, Upstream, client_token};
 use crate::config::ServiceConfig;
 use crate::error::{Result, system};

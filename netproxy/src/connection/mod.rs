@@ -21,6 +21,7 @@ mod going_back;
 mod handing;
 mod lost;
 mod moving;
+mod releasing;
 
 use std::io;
 use std::net::SocketAddr;
@@ -40,7 +41,8 @@ use crate::repair::state::TcpState;
 use crate::retarget::late::Late;
 use crate::splice::{End, Endpoint, Failure, Flow, PipePool, Turn, Workspace};
 use lost::{Lost, Sign};
-use moving::{Moved, Proving};
+use moving::Moved;
+use releasing::Proving;
 
 /// How long one turn of a flow may go on before the others have theirs, in bytes. With larger ones
 /// hundreds of busy connections wait so long for theirs that the kernel takes it for a long way,
