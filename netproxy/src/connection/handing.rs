@@ -3,12 +3,12 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use mio::Registry;
 use mio::net::TcpStream;
-use mio::{Interest, Registry};
 
 use super::lost::Lost;
 use super::releasing::Proving;
-use super::{Connection, Context, Stage, Upstream, client_token};
+use super::{Connection, Context, Stage, Upstream, client_token, watch};
 use crate::config::ServiceConfig;
 use crate::error::{Result, system};
 use crate::guest::{Guest, Shared};
@@ -92,13 +92,7 @@ impl Connection {
         } = packed;
         let watched = || system("Watching a connection that was taken over");
         let mut client = TcpStream::from(state.client.0);
-        ctx.registry
-            .register(
-                &mut client,
-                client_token(key),
-                Interest::READABLE | Interest::WRITABLE,
-            )
-            .map_err(watched())?;
+        watch(&mut client, client_token(key), ctx).map_err(watched())?;
         let to_guest = Flow::unpack(state.to_guest, ctx.pool, &shared.budget);
         let to_client = Flow::unpack(state.to_client, ctx.pool, &shared.budget);
         let counted = (to_guest.given(), to_client.given());

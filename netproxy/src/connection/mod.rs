@@ -17,8 +17,11 @@
 //!
 //! When one side fails, the other one has what that had said, and then sees a reset: see [`lost`].
 
+mod connecting;
+mod deadline;
 mod going_back;
 mod handing;
+mod info;
 mod lost;
 mod moving;
 mod releasing;
@@ -30,10 +33,10 @@ use std::time::{Duration, Instant};
 
 use mio::net::TcpStream;
 use mio::{Interest, Registry, Token};
-use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use socket2::{SockRef, TcpKeepalive};
 
 use crate::config::{Limits, ServiceConfig};
-use crate::error::{Error, Result, system};
+use crate::error::{Result, system};
 use crate::guest::{Admission, Guest, Shared};
 use crate::proxy_protocol;
 use crate::repair;
@@ -48,8 +51,6 @@ use releasing::Proving;
 /// hundreds of busy connections wait so long for theirs that the kernel takes it for a long way,
 /// and grows their receive buffers until its memory for TCP is used up.
 const TURN: usize = 256 << 10;
-/// How often it is looked whether the guest has acknowledged the last bytes.
-const SETTLE: Duration = Duration::from_millis(20);
 
 /// What a worker lends to the connection whose turn it is.
 pub(crate) struct Context<'a> {
@@ -98,32 +99,8 @@ enum Stage {
 }
 
 pub(crate) use handing::Packed;
+pub use info::ConnectionInfo;
 pub(crate) use moving::{Step, Way};
-
-/// One line of a list.
-#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct ConnectionInfo {
-    /// A number that no other connection of this run has.
-    pub id: u64,
-    /// The guest.
-    pub guest: String,
-    /// The service.
-    pub service: String,
-    /// The client's address.
-    pub client: SocketAddr,
-    /// The guest's address as the proxy sees it, while there is a connection to it.
-    pub upstream: Option<SocketAddr>,
-    /// `open`, `connecting`, `waiting`, `held`, `moved`, `unmovable`, `proving` or `closing`.
-    pub state: String,
-    /// Bytes given to the guest, each of them once.
-    pub to_guest: u64,
-    /// Bytes given to the client.
-    pub to_client: u64,
-    /// Bytes that the proxy holds, both directions together.
-    pub held: u64,
-    /// Seconds since it was accepted.
-    pub seconds: f64,
-}
 
 /// One client's connection.
 #[derive(Debug)]
@@ -165,6 +142,11 @@ fn upstream_token(key: usize) -> Token {
     Token(key * 2 + 1)
 }
 
+fn watch(stream: &mut TcpStream, token: Token, ctx: &Context<'_>) -> io::Result<()> {
+    ctx.registry
+        .register(stream, token, Interest::READABLE | Interest::WRITABLE)
+}
+
 /// The options that every socket of the proxy has.
 fn tune(socket: SockRef<'_>, limits: &Limits) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
@@ -197,13 +179,7 @@ impl Connection {
             header = proxy_protocol::header(client_address, destination);
             to_guest.push_back(&header, &ctx.shared.budget);
         }
-        ctx.registry
-            .register(
-                &mut client,
-                client_token(key),
-                Interest::READABLE | Interest::WRITABLE,
-            )
-            .map_err(set_up())?;
+        watch(&mut client, client_token(key), ctx).map_err(set_up())?;
         Ok(Self {
             admission,
             guest,
@@ -228,58 +204,16 @@ impl Connection {
         })
     }
 
-    /// Starts the connection to the guest, wherever that is now.
-    pub(crate) fn connect(&mut self, ctx: &mut Context<'_>) -> Result<()> {
-        let settings = self.guest.settings();
-        let site = self.guest.site();
-        let Some(remote) = settings.upstream(&site, &self.service) else {
-            return Err(Error::UnknownSite {
-                guest: self.guest.name.clone(),
-                site,
-            });
-        };
-        // It may have waited for so long that its service is gone.
-        let port = *self.service.port.get_ref();
-        if ctx.shared.is_anothers(remote, &self.guest.name, port) {
-            return Err(Error::Taken(remote));
-        }
-        let failed = || system("Connecting to the guest");
-        let socket = Socket::new(
-            Domain::for_address(remote),
-            Type::STREAM.nonblocking(),
-            Some(Protocol::TCP),
-        )
-        .map_err(failed())?;
-        tune(SockRef::from(&socket), ctx.limits).map_err(failed())?;
-        if let Some(mss) = settings.mss {
-            socket.set_tcp_mss(u32::from(mss)).map_err(failed())?;
-        }
-        if let Some(source) = settings.source {
-            nix::sys::socket::setsockopt(
-                &socket,
-                nix::sys::socket::sockopt::IpBindAddressNoPort,
-                &true,
-            )
-            .map_err(|error| failed()(error.into()))?;
-            socket
-                .bind(&SocketAddr::new(source, 0).into())
-                .map_err(failed())?;
-        }
-        match socket.connect(&remote.into()) {
-            Ok(()) => {}
-            Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {}
-            Err(error) => return Err(failed()(error)),
-        }
-        let mut stream = TcpStream::from_std(socket.into());
-        self.register(&mut stream, ctx).map_err(failed())?;
-        self.upstream = Upstream::Connecting(stream, ctx.now);
-        Ok(())
+    fn register(&self, stream: &mut TcpStream, ctx: &Context<'_>) -> io::Result<()> {
+        watch(stream, upstream_token(self.key), ctx)
     }
 
-    fn register(&self, stream: &mut TcpStream, ctx: &Context<'_>) -> io::Result<()> {
-        let interest = Interest::READABLE | Interest::WRITABLE;
-        ctx.registry
-            .register(stream, upstream_token(self.key), interest)
+    /// The guest's address as the proxy sees it, while there is a connection to it.
+    fn upstream_address(&self) -> Option<SocketAddr> {
+        match &self.upstream {
+            Upstream::Open(endpoint) => endpoint.stream.peer_addr().ok(),
+            _ => None,
+        }
     }
 
     /// Notes what epoll says of one side. Returns why, if the connection has to end now.
@@ -311,24 +245,8 @@ impl Connection {
 
     /// Moves what can be moved.
     pub(crate) fn advance(&mut self, ctx: &mut Context<'_>) -> Next {
-        if let Upstream::Connecting(stream, _) = &self.upstream {
-            match connected(stream) {
-                Ok(true) => {
-                    let placeholder = std::mem::replace(&mut self.upstream, Upstream::Waiting);
-                    if let Upstream::Connecting(stream, _) = placeholder {
-                        self.upstream = Upstream::Open(Endpoint::new(stream));
-                    }
-                }
-                Ok(false) => {}
-                Err(error) => {
-                    ctx.shared
-                        .metrics
-                        .connect_failures
-                        .get_or_create(&self.guest.label)
-                        .inc();
-                    return Next::Failed(format!("connecting to the guest: {error}"));
-                }
-            }
+        if let Err(why) = self.finish_connecting(ctx) {
+            return Next::Failed(why);
         }
         let next = self.pump(ctx);
         let given = (self.to_guest.given(), self.to_client.given());
@@ -449,104 +367,6 @@ impl Connection {
         Next::Wait
     }
 
-    /// When it has to be looked at without an event.
-    pub(crate) fn deadline(&self, limits: &Limits, now: Instant) -> Instant {
-        if let Stage::Proving(proving) = &self.stage {
-            return proving.next_check;
-        }
-        if let Upstream::Connecting(_, since) = &self.upstream {
-            return *since + limits.connect.0;
-        }
-        if self.settle_since.is_some() || self.has_last_words() {
-            return now + SETTLE;
-        }
-        let idle = self.last_activity + self.idle_limit(limits);
-        // One that is held is not ended by it, and would be due again and again.
-        let idle = match self.is_held() {
-            true => idle.max(now + SETTLE),
-            false => idle,
-        };
-        match limits.silence() {
-            Some(silence) => idle.min(self.looked + silence / 2),
-            None => idle,
-        }
-    }
-
-    /// Who does not answer for too long. Keep-alive does not ask while something is under way, and
-    /// the kernel goes on sending that for a quarter of an hour. TCP_USER_TIMEOUT is no way out: it
-    /// also ends those that answer, and only don't read. Those are asked rarely, so silence alone
-    /// says nothing: two questions have to be open.
-    fn unheard(&self, limits: &Limits) -> Option<&'static str> {
-        let silence = limits.silence()?;
-        let gone = |stream: &TcpStream| {
-            repair::tcp_info(stream).is_ok_and(|info| {
-                info.unanswered >= 2 && u128::from(info.silent_ms) >= silence.as_millis()
-            })
-        };
-        if gone(&self.client.stream) {
-            return Some("the client does not answer any more");
-        }
-        match &self.upstream {
-            Upstream::Open(endpoint) if gone(&endpoint.stream) => {
-                Some("the guest does not answer any more")
-            }
-            _ => None,
-        }
-    }
-
-    fn idle_limit(&self, limits: &Limits) -> Duration {
-        let half = self.to_guest.end() != End::Open || self.to_client.end() != End::Open;
-        if half {
-            limits.half_closed.0.min(limits.idle.0)
-        } else {
-            limits.idle.0
-        }
-    }
-
-    /// Its deadline may have come.
-    pub(crate) fn on_timer(&mut self, ctx: &mut Context<'_>) -> Next {
-        if matches!(self.stage, Stage::Proving(_)) {
-            let could_write = self.may_write();
-            return match self.check(ctx) {
-                Next::Wait if self.lost.is_some() => self.advance(ctx),
-                Next::Wait if !could_write && self.may_write() => self.advance(ctx),
-                next => next,
-            };
-        }
-        if let Upstream::Connecting(_, since) = &self.upstream {
-            if ctx.now >= *since + ctx.limits.connect.0 {
-                ctx.shared
-                    .metrics
-                    .connect_failures
-                    .get_or_create(&self.guest.label)
-                    .inc();
-                return Next::Failed("the guest does not answer".into());
-            }
-            return Next::Wait;
-        }
-        if self.has_last_words() {
-            return self.advance(ctx);
-        }
-        if self.settle_since.is_some() {
-            return self.settle(ctx);
-        }
-        self.looked = ctx.now;
-        if matches!(self.stage, Stage::Normal)
-            && let Some(why) = self.unheard(ctx.limits)
-        {
-            return Next::Failed(why.into());
-        }
-        if ctx.now < self.last_activity + self.idle_limit(ctx.limits) {
-            return Next::Wait;
-        }
-        if matches!(self.stage, Stage::Normal) {
-            return Next::Expired("it carried nothing for too long");
-        }
-        // A held connection can't carry anything: that is not its fault.
-        self.last_activity = ctx.now;
-        Next::Wait
-    }
-
     /// Ends it. `reset`: both sides see a reset, as one of them or the proxy broke it.
     pub(crate) fn close(mut self, reset: bool, ctx: &mut Context<'_>) {
         self.to_guest.clear(ctx.pool, &ctx.shared.budget);
@@ -573,52 +393,7 @@ impl Connection {
         }
     }
 
-    pub(crate) fn info(&self, now: Instant) -> ConnectionInfo {
-        let state = match (&self.stage, &self.upstream) {
-            (Stage::Held { .. }, _) => "held",
-            (Stage::Moved(_), _) => "moved",
-            (Stage::Unmovable(_), _) => "unmovable",
-            (Stage::Proving(_), _) => "proving",
-            (Stage::Normal, Upstream::Waiting) => "waiting",
-            (Stage::Normal, Upstream::Connecting(..)) => "connecting",
-            (Stage::Normal, Upstream::Open(_))
-                if self.settle_since.is_some() || self.lost.is_some() =>
-            {
-                "closing"
-            }
-            (Stage::Normal, Upstream::Open(_)) => "open",
-        };
-        let upstream = match &self.upstream {
-            Upstream::Open(endpoint) => endpoint.stream.peer_addr().ok(),
-            _ => None,
-        };
-        ConnectionInfo {
-            id: self.admission.id,
-            guest: self.guest.name.clone(),
-            service: self.service.name.get_ref().clone(),
-            client: self.client_address,
-            upstream,
-            state: state.to_owned(),
-            to_guest: self.to_guest.given(),
-            to_client: self.to_client.given(),
-            held: (self.to_guest.queued() + self.to_client.queued()) as u64,
-            seconds: now.duration_since(self.opened).as_secs_f64(),
-        }
-    }
-
     pub(crate) fn id(&self) -> u64 {
         self.admission.id
-    }
-}
-
-/// Whether a connect has come to its end.
-fn connected(stream: &TcpStream) -> io::Result<bool> {
-    if let Some(error) = stream.take_error()? {
-        return Err(error);
-    }
-    match stream.peer_addr() {
-        Ok(_) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(false),
-        Err(error) => Err(error),
     }
 }

@@ -62,19 +62,13 @@ impl Connection {
 
     /// Where it leads now, and where it would while the guest is at `site`.
     pub(crate) fn way(&self, site: &str) -> Option<Way> {
-        let Upstream::Open(endpoint) = &self.upstream else {
-            return None;
-        };
-        Some((endpoint.stream.peer_addr().ok()?, self.target(site)?))
+        Some((self.upstream_address()?, self.target(site)?))
     }
 
     /// Where it would lead while the guest is at `site`.
     fn target(&self, site: &str) -> Option<SocketAddr> {
         let to = self.guest.settings().upstream(site, &self.service)?;
-        let now = match &self.upstream {
-            Upstream::Open(endpoint) => endpoint.stream.peer_addr().ok(),
-            _ => None,
-        };
+        let now = self.upstream_address();
         // Where it is at that address already it stays as it is: of another port, which a reload
         // has given to the service since, the site may know nothing yet.
         Some(now.filter(|now| now.ip() == to.ip()).unwrap_or(to))
