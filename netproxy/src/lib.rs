@@ -37,7 +37,7 @@
 //! On failure before the commit: [`back`](control::Move::back), or drop the move; and remove
 //! what was applied at the new site. After a commit whose release failed, or that was settled
 //! late: [`arrived`](control::Client::arrived). What the sites have to translate
-//! ([`site::Translation`]) is known at the edge ([`control::Client::translation`]).
+//! ([`site::Translation`]) is known at the edge ([`control::Client::reach`]).
 #![warn(unreachable_pub)]
 
 pub mod config;

@@ -14,7 +14,7 @@
 //! well. When either is over, the connections go back to where they were. The connection alone says
 //! too little: that of a host which has lost its power or its line stays open for hours.
 //!
-//! What is tied and only prepared is lent too, for [`PREPARED`]: it holds no connection, but as
+//! What is tied and only prepared is lent too, for `PREPARED`: it holds no connection, but as
 //! long as it is open there is no reload and no upgrade.
 
 use std::collections::BTreeMap;
