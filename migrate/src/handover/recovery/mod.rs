@@ -13,19 +13,23 @@
 //!              running          -> it runs already: name it
 //! ```
 
+mod steps;
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 use std::fs;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use steps::{clear_up, destroy_left, discard, finish, remove_memory, resume, speed_up};
+
 use super::journal::{self, Entry, Journal, Outcome, Phase, Role};
 use super::lock::GuestLock;
 use crate::directories::Directories;
 use crate::error::{Error, Result, chain};
 use crate::guest::xen::host::{Host, SUSPENDING};
-use crate::guest::{EndedSuspend, MAY_SUSPEND};
-use crate::keeper;
 use crate::link::ssh::Remote;
 use crate::shadow::{ShadowPolicy, Shadows};
 use crate::wire::Text;
@@ -528,268 +532,7 @@ pub(crate) fn ask(entry: &Entry) -> Result<Owner> {
     Ok(answer.owner)
 }
 
-/// Makes sure that the guest runs here; under a keeper where it was suspended, since `xl`'s
-/// monitor ends then. False where there is no such guest any more.
-///
-/// # Errors
-/// [`Error::Busy`] where the guest may suspend yet, if that leaves the move open; what Xen refuses.
-fn resume(directories: &Directories, entry: &Entry, late: LateSuspend) -> Result<bool> {
-    let host = Host::open()?;
-    // With its processor time, a suspend that is late ends soon. But nothing of this keeps a guest
-    // from going on.
-    let sped_up = speed_up(&host, entry);
-    let Some(domid) = host.find(&entry.begin.uuid)? else {
-        log::warn!("{} is gone from this host", entry.begin.name);
-        keeper::forget_missing(directories, &entry.begin.uuid);
-        return Ok(false);
-    };
-    let (name, uuid) = (&entry.begin.name, &entry.begin.uuid);
-    let keep = || keeper::start(directories, name, uuid);
-    let mut may_come = false;
-    match host.end_suspend(domid, Some(late.patience()))? {
-        EndedSuspend::Suspended => {
-            // First the keeper: it is to see all that the guest does.
-            let kept = keep();
-            host.resume(domid)?;
-            // What it lacked may be there by now.
-            kept.or_else(|_| keep())?;
-        }
-        // It was suspended, and goes on already.
-        _ if keeper::is_missing(directories, uuid) => keep()?,
-        EndedSuspend::WillNot => {}
-        EndedSuspend::MayCome => may_come = true,
-    }
-    host.end_log_dirty(domid, true)?;
-    if may_come && late != LateSuspend::WillNotCome {
-        return Err(Error::Busy(MAY_SUSPEND.into()));
-    }
-    sped_up.map(|()| true)
-}
-
-/// Gives a guest that was slowed down its processor time back.
-fn speed_up(host: &Host, entry: &Entry) -> Result<()> {
-    match entry.cap {
-        Some(cap) => host.restore_cpu_cap(&entry.begin.uuid, cap),
-        None => Ok(()),
-    }
-}
-
-/// Destroys the domain that the guest left behind here.
-///
-/// # Errors
-/// [`Error::Refused`] where another tool has let it go on: what it did since is nowhere else.
-fn destroy_left(entry: &Entry) -> Result<()> {
-    let host = Host::open()?;
-    let left = entry.begin.domid;
-    match host.find(&entry.begin.uuid)? {
-        // It must be the one that was suspended, not a guest that came back since.
-        Some(domid) if host.is_suspended(domid)? => {
-            host.end_log_dirty(domid, true)?;
-            host.destroy(domid)
-        }
-        Some(domid) if left == Some(domid.get()) && entry.begin.boot_id == journal::boot_id()? => {
-            Err(Error::Refused(format!(
-                "{} runs there, and here too: another tool let domain {domid} go on. Destroy it and \
-                 resolve again; or, to keep it, destroy the one there and decree \"here\"",
-                entry.begin.name
-            )))
-        }
-        Some(domid) => {
-            log::warn!(
-                "{} (domain {domid}) runs here; it is left alone",
-                entry.begin.name
-            );
-            Ok(())
-        }
-        None => Ok(()),
-    }
-}
-
-/// Destroys what has arrived of a guest that stays where it was.
-fn discard(entry: &Entry) -> Result<()> {
-    let host = Host::open()?;
-    if let Some(domid) = host.find_named(&entry.begin.uuid, &incoming_name(&entry.begin.name))? {
-        host.destroy(domid)?;
-    }
-    remove_memory(entry)
-}
-
-/// Lets the guest run that was committed to this site, and ends the journal. False where there is
-/// no such guest any more.
-fn finish(directories: &Directories, journal: &mut Journal) -> Result<bool> {
-    // Whoever wrote this first may have failed to get it onto the disk.
-    journal.reach(Phase::Owner)?;
-    let host = Host::open()?;
-    let begin = journal.entry().begin.clone();
-    match host.find(&begin.uuid)? {
-        Some(domid) => {
-            host.take_over(domid, &incoming_name(&begin.name), &begin.name)?;
-            journal.reach(Phase::Running)?;
-        }
-        None => log::error!("{} was committed to this host and is gone", begin.name),
-    }
-    clear_up(directories, journal)
-}
-
-/// The guest runs here: gives it its name and a keeper, and ends the journal. False where there is
-/// no such guest any more.
-fn clear_up(directories: &Directories, journal: &mut Journal) -> Result<bool> {
-    let host = Host::open()?;
-    let entry = journal.entry();
-    let begin = &entry.begin;
-    let domid = host.find(&begin.uuid)?;
-    if let Some(domid) = domid {
-        host.name_arrived(domid, &incoming_name(&begin.name), &begin.name);
-        keeper::start(directories, &begin.name, &begin.uuid)?;
-    }
-    remove_memory(entry)?;
-    journal.end(Outcome::Moved)?;
-    Ok(domid.is_some())
-}
-
-fn remove_memory(entry: &Entry) -> Result<()> {
-    let Some(path) = &entry.begin.memory else {
-        return Ok(());
-    };
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::Io {
-            doing: format!("Can't remove {}", path.display()),
-            source: error,
-        }),
-        _ => Ok(()),
-    }
-}
-
 /// What an incoming guest is called until it is committed, as xl does.
 pub fn incoming_name(name: &str) -> String {
     format!("{name}--incoming")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::journal::{Begin, JOURNAL_VERSION};
-    use super::*;
-
-    fn entry(role: Role, phase: Phase, outcome: Option<Outcome>) -> Entry {
-        Entry {
-            path: "/nowhere".into(),
-            begin: Begin {
-                version: JOURNAL_VERSION,
-                move_id: "m".into(),
-                role,
-                name: "g1".into(),
-                uuid: "u".into(),
-                domid: None,
-                peer: "b".into(),
-                remote: Vec::new(),
-                directory: None,
-                memory: None,
-                boot_id: String::new(),
-            },
-            phase,
-            cap: None,
-            outcome,
-        }
-    }
-
-    const PHASES: [Phase; 7] = [
-        Phase::Begun,
-        Phase::Tracking,
-        Phase::Suspending,
-        Phase::Ready,
-        Phase::Committed,
-        Phase::Owner,
-        Phase::Running,
-    ];
-
-    /// Law 1 as a table: whatever pair of journals a double crash leaves behind, one guest runs.
-    #[test]
-    fn every_pair_of_journals_leaves_one_owner() {
-        // The pairs that the protocol can reach: ready precedes committed precedes owner.
-        let reachable = |source: Phase, destination: Phase| match destination {
-            Phase::Begun => source < Phase::Committed,
-            Phase::Ready => true,
-            Phase::Owner | Phase::Running => source == Phase::Committed,
-            _ => false,
-        };
-        let mut pairs = 0;
-        for source in [
-            Phase::Begun,
-            Phase::Tracking,
-            Phase::Suspending,
-            Phase::Committed,
-        ] {
-            for destination in [Phase::Begun, Phase::Ready, Phase::Owner, Phase::Running] {
-                if !reachable(source, destination) {
-                    continue;
-                }
-                pairs += 1;
-                let there = matches!(
-                    action(&entry(Role::Destination, destination, None)),
-                    Action::Finish | Action::ClearUp
-                );
-                let here = match action(&entry(Role::Source, source, None)) {
-                    Action::GoOn | Action::Resume => true,
-                    // The source does what the destination's own settlement decided.
-                    Action::AskDestination => !there,
-                    other => panic!("{other:?}"),
-                };
-                assert!(here ^ there, "{source:?} {destination:?}");
-            }
-        }
-        assert_eq!(pairs, 9);
-    }
-
-    #[test]
-    fn a_source_never_resumes_by_itself_after_commit() {
-        for phase in PHASES
-            .into_iter()
-            .filter(|phase| *phase >= Phase::Committed)
-        {
-            assert_eq!(
-                action(&entry(Role::Source, phase, None)),
-                Action::AskDestination
-            );
-        }
-    }
-
-    #[test]
-    fn a_site_that_may_run_the_guest_can_not_be_told_that_it_is_elsewhere() {
-        for phase in PHASES {
-            let source = phase == Phase::Committed;
-            for here in [true, false] {
-                assert_eq!(can_be_decreed(Role::Source, phase, here), source);
-            }
-            let complete = phase == Phase::Ready;
-            let owned = action(&entry(Role::Destination, phase, None)) == Action::Finish;
-            assert_eq!(can_be_decreed(Role::Destination, phase, false), complete);
-            assert_eq!(
-                can_be_decreed(Role::Destination, phase, true),
-                complete || owned
-            );
-        }
-    }
-
-    #[test]
-    fn a_journal_that_can_not_be_read_may_be_of_an_open_move() {
-        let root = tempfile::tempdir().unwrap();
-        let directories = Directories::under(root.path());
-        directories.create().unwrap();
-        refuse_open_moves(&directories, "u", "g1").unwrap();
-        let journal = directories.moves().join("00000000-00.source.journal");
-        fs::write(&journal, "{\"record\":\"of another time\"}\n").unwrap();
-        let error = refuse_open_moves(&directories, "u", "g1").unwrap_err();
-        assert!(chain(&error).contains("00000000-00"), "{error}");
-    }
-
-    #[test]
-    fn an_ended_move_needs_nothing() {
-        for role in [Role::Source, Role::Destination] {
-            for phase in PHASES {
-                for outcome in [Outcome::Moved, Outcome::Aborted] {
-                    assert_eq!(action(&entry(role, phase, Some(outcome))), Action::Nothing);
-                }
-            }
-        }
-    }
 }

@@ -1,0 +1,127 @@
+//! The table of what a journal demands.
+
+use super::*;
+use crate::handover::journal::{Begin, JOURNAL_VERSION};
+
+fn entry(role: Role, phase: Phase, outcome: Option<Outcome>) -> Entry {
+    Entry {
+        path: "/nowhere".into(),
+        begin: Begin {
+            version: JOURNAL_VERSION,
+            move_id: "m".into(),
+            role,
+            name: "g1".into(),
+            uuid: "u".into(),
+            domid: None,
+            peer: "b".into(),
+            remote: Vec::new(),
+            directory: None,
+            memory: None,
+            boot_id: String::new(),
+        },
+        phase,
+        cap: None,
+        outcome,
+    }
+}
+
+const PHASES: [Phase; 7] = [
+    Phase::Begun,
+    Phase::Tracking,
+    Phase::Suspending,
+    Phase::Ready,
+    Phase::Committed,
+    Phase::Owner,
+    Phase::Running,
+];
+
+/// Law 1 as a table: whatever pair of journals a double crash leaves behind, one guest runs.
+#[test]
+fn every_pair_of_journals_leaves_one_owner() {
+    // The pairs that the protocol can reach: ready precedes committed precedes owner.
+    let reachable = |source: Phase, destination: Phase| match destination {
+        Phase::Begun => source < Phase::Committed,
+        Phase::Ready => true,
+        Phase::Owner | Phase::Running => source == Phase::Committed,
+        _ => false,
+    };
+    let mut pairs = 0;
+    for source in [
+        Phase::Begun,
+        Phase::Tracking,
+        Phase::Suspending,
+        Phase::Committed,
+    ] {
+        for destination in [Phase::Begun, Phase::Ready, Phase::Owner, Phase::Running] {
+            if !reachable(source, destination) {
+                continue;
+            }
+            pairs += 1;
+            let there = matches!(
+                action(&entry(Role::Destination, destination, None)),
+                Action::Finish | Action::ClearUp
+            );
+            let here = match action(&entry(Role::Source, source, None)) {
+                Action::GoOn | Action::Resume => true,
+                // The source does what the destination's own settlement decided.
+                Action::AskDestination => !there,
+                other => panic!("{other:?}"),
+            };
+            assert!(here ^ there, "{source:?} {destination:?}");
+        }
+    }
+    assert_eq!(pairs, 9);
+}
+
+#[test]
+fn a_source_never_resumes_by_itself_after_commit() {
+    for phase in PHASES
+        .into_iter()
+        .filter(|phase| *phase >= Phase::Committed)
+    {
+        assert_eq!(
+            action(&entry(Role::Source, phase, None)),
+            Action::AskDestination
+        );
+    }
+}
+
+#[test]
+fn a_site_that_may_run_the_guest_can_not_be_told_that_it_is_elsewhere() {
+    for phase in PHASES {
+        let source = phase == Phase::Committed;
+        for here in [true, false] {
+            assert_eq!(can_be_decreed(Role::Source, phase, here), source);
+        }
+        let complete = phase == Phase::Ready;
+        let owned = action(&entry(Role::Destination, phase, None)) == Action::Finish;
+        assert_eq!(can_be_decreed(Role::Destination, phase, false), complete);
+        assert_eq!(
+            can_be_decreed(Role::Destination, phase, true),
+            complete || owned
+        );
+    }
+}
+
+#[test]
+fn a_journal_that_can_not_be_read_may_be_of_an_open_move() {
+    let root = tempfile::tempdir().unwrap();
+    let directories = Directories::under(root.path());
+    directories.create().unwrap();
+    refuse_open_moves(&directories, "u", "g1").unwrap();
+    let journal = directories.moves().join("00000000-00.source.journal");
+    fs::write(&journal, "{\"record\":\"of another time\"}\n").unwrap();
+    let error = refuse_open_moves(&directories, "u", "g1").unwrap_err();
+    assert!(chain(&error).contains("00000000-00"), "{error}");
+}
+
+#[test]
+fn an_ended_move_needs_nothing() {
+    for role in [Role::Source, Role::Destination] {
+        for phase in PHASES {
+            for outcome in [Outcome::Moved, Outcome::Aborted] {
+                assert_eq!(action(&entry(role, phase, Some(outcome))), Action::Nothing);
+            }
+        }
+    }
+}
