@@ -26,7 +26,8 @@ pub(super) const BESIDE_MEMORY: u64 = 16 << 20;
 
 impl Shadows {
     /// What the memory of a guest that comes needs of the disk that `incoming` is on, beside its own
-    /// shadow, which is that of its secret; and what is free there, with what the shadows of others would give back. In bytes.
+    /// shadow, which is that of its secret; and what is free there, with what the shadows of others
+    /// would give back. In bytes.
     ///
     /// # Errors
     /// [`Error::Io`](crate::error::Error::Io).
