@@ -14,7 +14,7 @@ pub fn run() -> Result<()> {
     println!("| MiB | Mbit/s | RTT, ms | MB | s | over bytes / rate |");
     println!("|---|---|---|---|---|---|");
     // Each takes some seconds: in less, the round trip that ends it would be what is measured.
-    for (mbit, mib) in [(10, 32), (50, 128), (100, 256), (1000, 2048)] {
+    for (mbit, mib) in [(10, 32), (50, 128), (100, 256), (1000, 4096)] {
         let subject = generated(mib, 0);
         for rtt in [10, 40, 200] {
             row(&subject, mbit, rtt)?;

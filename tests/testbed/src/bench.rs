@@ -29,10 +29,12 @@ enum Load {
     Busy,
     /// Nothing, and another guest of its trust group has left a shadow at the destination.
     Group,
+    /// Nothing, and it comes back to where it has just been.
+    Back,
 }
 
 impl Load {
-    const ALL: [Load; 3] = [Load::Idle, Load::Busy, Load::Group];
+    const ALL: [Load; 4] = [Load::Idle, Load::Busy, Load::Group, Load::Back];
 }
 
 impl std::fmt::Display for Load {
@@ -41,6 +43,7 @@ impl std::fmt::Display for Load {
             Load::Idle => "idle",
             Load::Busy => "busy",
             Load::Group => "group",
+            Load::Back => "back",
         })
     }
 }
@@ -126,21 +129,29 @@ const BUSY_COMMANDS: &[&str] = &[
     "vmshadow migrate --throttle 5",
 ];
 
-/// A guest's moves by each of the commands, as many of each: the medians. Each time it is started
+/// A guest's moves by each of the commands, as many of each: the medians; of moves `back`, after one
+/// by the same command that is not measured. Each time it is started
 /// anew: Linux loses a megabyte with every resume, which a small and busy guest has not to spare.
 fn measure_all(
     testbed: &Testbed,
     guest: &Guest,
     commands: &[&str],
     moves: u8,
+    back: bool,
 ) -> Result<Vec<Figures>> {
     let mut all = vec![Vec::new(); commands.len()];
     for _ in 0..moves {
         for (command, figures) in commands.iter().zip(&mut all) {
             testbed.start_guest(SiteName::A, guest)?;
             thread::sleep(Duration::from_secs(5));
-            let line = format!("{command} {} {} 2>&1", guest.name, SiteName::B.address());
-            figures.push(measure(testbed, guest, SiteName::A, &line)?);
+            let to = |site: SiteName| format!("{command} {} {} 2>&1", guest.name, site.address());
+            let mut from = SiteName::A;
+            if back {
+                testbed.site(from).run(&to(from.other()))?;
+                from = from.other();
+                thread::sleep(Duration::from_secs(5));
+            }
+            figures.push(measure(testbed, guest, from, &to(from.other()))?);
             testbed.stop_guest(&guest.name)?;
         }
     }
@@ -218,11 +229,11 @@ pub fn bench_xl(rows: &Rows) -> Result<()> {
         };
         // What no encoding of pages changes: even zeros are free.
         testbed.set_link(&Link { mbit: None, ..WAN })?;
-        let floor = measure_all(&testbed, &empty, COMMANDS, moves)?;
+        let floor = measure_all(&testbed, &empty, COMMANDS, moves, false)?;
         let label = format!("{memory_mib} MB empty, no limit");
         print_rows(&label, COMMANDS, &floor, None);
         testbed.set_link(&WAN)?;
-        let all = measure_all(&testbed, &empty, COMMANDS, moves)?;
+        let all = measure_all(&testbed, &empty, COMMANDS, moves, false)?;
         print_rows(
             &format!("{memory_mib} MB empty"),
             COMMANDS,
@@ -232,7 +243,7 @@ pub fn bench_xl(rows: &Rows) -> Result<()> {
         for load in &rows.load {
             let (run, commands): (&[&str], _) = match load {
                 Load::Busy => (&["rewrite 8", "random 40"], BUSY_COMMANDS),
-                Load::Idle | Load::Group => (&[], COMMANDS),
+                Load::Idle | Load::Group | Load::Back => (&[], COMMANDS),
             };
             let guest = Guest {
                 run: run.iter().map(|line| (*line).to_owned()).collect(),
@@ -241,7 +252,7 @@ pub fn bench_xl(rows: &Rows) -> Result<()> {
             if *load == Load::Group {
                 leave_another(&testbed, &guest)?;
             }
-            let all = measure_all(&testbed, &guest, commands, moves)?;
+            let all = measure_all(&testbed, &guest, commands, moves, *load == Load::Back)?;
             print_rows(
                 &format!("{memory_mib} MB {load}"),
                 commands,
