@@ -75,6 +75,19 @@ pub fn slow_down(now: Share, least: Share, sending: Duration, wanted: Duration) 
     (next < now).then_some(next)
 }
 
+/// The share after `now` for a guest that would write `again` of `all` pages again while they cross:
+/// none where that is no more than a third, or `least` is reached. Further rounds then send half as
+/// much again, all together.
+#[must_use]
+pub fn further(now: Share, least: Share, all: u64, again: u64) -> Option<Share> {
+    let few = all / 3;
+    if again <= few {
+        return None;
+    }
+    let pages = |count: u64| Duration::from_micros(count);
+    slow_down(now, least, pages(again), pages(few))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -119,6 +132,17 @@ mod tests {
             slow_down(Share::WHOLE, share(5), SECOND, wanted),
             Some(share(40))
         );
+    }
+
+    #[test]
+    fn a_third_that_is_written_again_is_little_enough() {
+        let (now, least) = (share(33), share(5));
+        assert_eq!(further(now, least, 3000, 1000), None);
+        assert_eq!(further(now, least, 3000, 1001), Some(share(24)));
+        assert_eq!(further(now, least, 3000, 9000), Some(share(11)));
+        assert_eq!(further(least, least, 3000, 9000), None);
+        // Next to nothing is left: no division by it.
+        assert_eq!(further(now, least, 2, 2), Some(share(11)));
     }
 
     #[test]

@@ -210,6 +210,10 @@ impl Session<'_> {
             match next {
                 // It can't be, and will not be tried again: then what else?
                 Next::SlowDown(share) if !self.slow_down(share)? => {}
+                Next::SlowDown(_) => {
+                    self.slow_down_further(left.cold.saturating_add(left.hot), crossing)?;
+                    return Ok(next);
+                }
                 next => return Ok(next),
             }
         }
@@ -231,8 +235,9 @@ impl Session<'_> {
         self.report.tracker == Some(TrackerKind::Scan)
     }
 
-    /// Reads the log of dirty pages.
-    pub(super) fn look(&mut self) -> Result<()> {
+    /// Reads the log of dirty pages: how many have been written since it was read last. Nothing where
+    /// that is not known.
+    pub(super) fn look(&mut self) -> Result<Option<u64>> {
         let began = Instant::now();
         let mut written = PageSet::new(self.held.table().pages());
         let named = self.go.guest.next_dirty(&mut written, Moment::Live)?;
@@ -243,13 +248,14 @@ impl Session<'_> {
             Dirty::Everything => {
                 self.backlog.changed(&written);
                 self.unclear = !self.scans();
+                Ok(None)
             }
             Dirty::Written => {
                 let grown = self.backlog.written(&written, over);
                 self.forecast.dirtied(written.len(), grown, over);
+                Ok(Some(written.len()))
             }
         }
-        Ok(())
     }
 
     /// What waits after a round.

@@ -2,12 +2,22 @@
 //!
 //! The cap that it had is in the journal before it is touched: whoever ends the move gives it back.
 
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::Session;
 use crate::error::{Result, chain};
 use crate::report::{Progress, SlowedDown, rounded};
 use crate::rounds::{Share, throttle};
+
+/// A guest that has just been slowed down is looked at for no less than this,
+const SHORTEST_LOOK: Duration = Duration::from_millis(100);
+
+/// and for no more.
+const LONGEST_LOOK: Duration = Duration::from_secs(1);
+
+/// How often a cancel is looked for meanwhile.
+const TICK: Duration = Duration::from_millis(50);
 
 /// A guest that is slowed down.
 pub(super) struct Slowed {
@@ -59,6 +69,44 @@ impl Session<'_> {
         self.go.plan.limits.least_share = Share::WHOLE;
         self.tell(format!("The guest is not slowed down further: {why}"));
         Ok(false)
+    }
+
+    /// Slows the guest down until it writes few of `all` pages again while they cross, which takes
+    /// `crossing`. For that it is only looked at: rounds that send nearly everything again each time
+    /// would take as long, and bytes.
+    ///
+    /// # Errors
+    /// As by a round that can't go on.
+    pub(super) fn slow_down_further(&mut self, all: u64, crossing: Option<Duration>) -> Result<()> {
+        let Some(crossing) = crossing else {
+            return Ok(());
+        };
+        let over = crossing.clamp(SHORTEST_LOOK, LONGEST_LOOK);
+        let times = crossing.as_secs_f64() / over.as_secs_f64();
+        loop {
+            // What it wrote with more of its time is none of this.
+            self.look()?;
+            let since = Instant::now();
+            while since.elapsed() < over {
+                self.check_cancelled()?;
+                self.tend();
+                thread::sleep(over.saturating_sub(since.elapsed()).min(TICK));
+            }
+            let Some(written) = self.look()? else {
+                return Ok(());
+            };
+            let again = written as f64 * times;
+            let least = self.limits().least_share;
+            let further = throttle::further(self.share(), least, all, again as u64);
+            log::debug!(
+                "At {} it would write {again:.0} of {all} again",
+                self.share()
+            );
+            match further {
+                Some(share) if self.slow_down(share)? => {}
+                _ => return Ok(()),
+            }
+        }
     }
 
     /// Lets a guest that is slowed down suspend at no less than [`throttle::SUSPENDING`]. Suspending
