@@ -28,13 +28,10 @@ impl Session<'_> {
         self.part("suspend", started.elapsed());
         self.note_slowed_down();
         self.go.peer.set_deadline(Some(started + self.silent()));
-        let checking = Instant::now();
         if let Some(flows) = self.go.connections.outgoing() {
             self.go.peer.send(&ToDestination::Outgoing(flows))?;
         }
         hold("suspended");
-        (self.go.unchanged)()?;
-        self.part("check again", checking.elapsed());
         let last = Instant::now();
         let mut written = PageSet::new(self.held.table().pages());
         self.go.guest.next_dirty(&mut written, Moment::Last)?;
@@ -119,6 +116,9 @@ impl Session<'_> {
     pub(super) fn hand_over(&mut self, suspended: &Suspended) -> Result<Committed> {
         hold("final-sent");
         let waited = Instant::now();
+        // While the destination restores: a guest that is to go on there has its last words on its
+        // disks, and its configuration is still that which went.
+        (self.go.unchanged)()?;
         // It may take until the deadline, which is no lost link.
         match self.receive(self.silent())? {
             ToSource::Ready(ready) => {

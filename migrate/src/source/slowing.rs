@@ -14,7 +14,7 @@ use crate::rounds::{Share, throttle};
 const SHORTEST_LOOK: Duration = Duration::from_millis(100);
 
 /// and for no more.
-const LONGEST_LOOK: Duration = Duration::from_secs(1);
+const LONGEST_LOOK: Duration = Duration::from_millis(500);
 
 /// How often a cancel is looked for meanwhile.
 const TICK: Duration = Duration::from_millis(50);
@@ -83,7 +83,8 @@ impl Session<'_> {
         };
         let over = crossing.clamp(SHORTEST_LOOK, LONGEST_LOOK);
         let times = crossing.as_secs_f64() / over.as_secs_f64();
-        loop {
+        let least = self.limits().least_share;
+        while self.share() > least {
             // What it wrote with more of its time is none of this.
             self.look()?;
             let since = Instant::now();
@@ -93,10 +94,9 @@ impl Session<'_> {
                 thread::sleep(over.saturating_sub(since.elapsed()).min(TICK));
             }
             let Some(written) = self.look()? else {
-                return Ok(());
+                break;
             };
             let again = written as f64 * times;
-            let least = self.limits().least_share;
             let further = throttle::further(self.share(), least, all, again as u64);
             log::debug!(
                 "At {} it would write {again:.0} of {all} again",
@@ -104,9 +104,10 @@ impl Session<'_> {
             );
             match further {
                 Some(share) if self.slow_down(share)? => {}
-                _ => return Ok(()),
+                _ => break,
             }
         }
+        Ok(())
     }
 
     /// Lets a guest that is slowed down suspend at no less than [`throttle::SUSPENDING`]. Suspending
