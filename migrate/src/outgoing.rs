@@ -397,7 +397,7 @@ fn prepare_and_move(
         name: &name,
         peer: &request.remote.host,
     };
-    if let Err(error) = shadows.keep_key(named, &key, guest.facts().pages) {
+    if let Err(error) = shadows.keep_key(named, &key) {
         log::warn!(
             "What arrives of a move that breaks can't be used again: {}",
             chain(&error)

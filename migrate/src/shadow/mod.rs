@@ -192,13 +192,14 @@ impl Shadows {
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn keep_key(&self, named: Named<'_>, key: &DigestKey, pages: u64) -> Result<()> {
+    pub fn keep_key(&self, named: Named<'_>, key: &DigestKey) -> Result<()> {
         if self.key(named.uuid).is_some() || self.read(named.uuid)?.is_some() {
             return Ok(());
         }
         // What it would be of nobody could tell.
         remove(&self.memory_path(named.uuid)?)?;
-        let table = PageTable::new(pages);
+        // Of its pages nothing is known: the smallest table that there is says so.
+        let table = PageTable::new(1);
         let head = self.head(named, key, &table);
         table_file::write(&self.table_path(named.uuid)?, &head, &table)
     }

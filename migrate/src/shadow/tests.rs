@@ -145,14 +145,14 @@ fn the_secret_of_a_guest_is_kept_from_its_first_move_on() {
             ..ShadowPolicy::default()
         });
         let key = site.shadows.key_for(UUID).unwrap();
-        site.shadows.keep_key(named(UUID), &key, PAGES).unwrap();
+        site.shadows.keep_key(named(UUID), &key).unwrap();
         assert_eq!(site.shadows.key_for(UUID).unwrap(), key);
         // What is there is more than that.
         if keep {
             leave(&site, &key, &[]);
         }
         let other = DigestKey::new([9; 32]);
-        site.shadows.keep_key(named(UUID), &other, PAGES).unwrap();
+        site.shadows.keep_key(named(UUID), &other).unwrap();
         assert_eq!(site.shadows.key(UUID), Some(key));
         assert_eq!(site.shadows.list().unwrap()[0].memory, keep);
     }

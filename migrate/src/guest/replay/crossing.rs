@@ -232,7 +232,7 @@ pub fn leave(
         name: &name,
         peer: "the other site",
     };
-    shadows.keep_key(named, &key, guest.facts().pages)?;
+    shadows.keep_key(named, &key)?;
     let offer = offer(&mut guest, move_id, &key, crossing.plan.verify);
     let mut data = mem::take(&mut crossing.data.0);
     let mut plan = crossing.plan.clone();
