@@ -168,23 +168,16 @@ fn explain(error: Error, entry: &Entry) -> anyhow::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use migrate::handover::journal::{Begin, JOURNAL_VERSION, Phase, Role};
+    use migrate::handover::journal::{Begin, Phase, Role};
+
+    const UUID: &str = "6C1C2B54-62a4-4f3b-9d5a-0d8e7d1b6b0f";
 
     fn entry(role: Role, phase: Phase) -> Entry {
         Entry {
             path: "/nowhere".into(),
             begin: Begin {
-                version: JOURNAL_VERSION,
-                move_id: "m".into(),
-                role,
-                name: "g1".into(),
-                uuid: "6C1C2B54-62a4-4f3b-9d5a-0d8e7d1b6b0f".into(),
                 domid: Some(5),
-                peer: "b".into(),
-                remote: Vec::new(),
-                directory: None,
-                memory: None,
-                boot_id: journal::boot_id().unwrap(),
+                ..Begin::new(role, "m", "g1", UUID, "b").unwrap()
             },
             phase,
             cap: None,

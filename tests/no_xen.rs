@@ -11,7 +11,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Output, Stdio};
 
 use migrate::digest::DigestKey;
 use migrate::directories::Directories;
-use migrate::handover::journal::{Begin, JOURNAL_VERSION, Journal, Phase, Role};
+use migrate::handover::journal::{Begin, Journal, Phase, Role};
 use migrate::wire::{
     CpuPolicy, Direction, FrameReader, FrameWriter, GuestKind, Hello, MoveId, Offer, Purpose,
     Role as WireRole, Text, ToDestination, ToSource, TscOffer, XenVersion,
@@ -97,21 +97,23 @@ impl Machine {
             log: self.path("log/vmshadow"),
         };
         directories.create().expect("Directories are made");
+        let uuid = format!("00000000-0000-4000-8000-0000000000{number:02x}");
         let mut journal = Journal::create(
             &directories,
             Begin {
-                version: JOURNAL_VERSION,
-                move_id: format!("{number:032x}"),
-                role: Role::Source,
-                name: name.into(),
-                uuid: format!("00000000-0000-4000-8000-0000000000{number:02x}"),
                 domid: Some(1),
-                peer: "other".into(),
                 // What stands for ssh gets the question as its arguments.
                 remote: ["sh", "-c", answer].map(str::to_owned).to_vec(),
                 directory: Some(self.root.path().display().to_string()),
-                memory: None,
                 boot_id: "another boot".into(),
+                ..Begin::new(
+                    Role::Source,
+                    &format!("{number:032x}"),
+                    name,
+                    &uuid,
+                    "other",
+                )
+                .expect("There is a boot id")
             },
         )
         .expect("A journal is begun");

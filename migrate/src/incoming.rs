@@ -35,7 +35,7 @@ use crate::guest::shelf::Shelf;
 use crate::guest::xen::host::Host;
 use crate::guest::xen::restore::{Incoming, XenDestination};
 use crate::handover::guardian::Guardian;
-use crate::handover::journal::{self, Begin, JOURNAL_VERSION, Journal, Role};
+use crate::handover::journal::{Begin, Journal, Role};
 use crate::handover::lock::GuestLock;
 use crate::handover::recovery::{self, Settled, incoming_name};
 use crate::keeper;
@@ -198,17 +198,14 @@ fn prepare(
     let journal = Journal::create(
         directories,
         Begin {
-            version: JOURNAL_VERSION,
-            move_id: offer.move_id.to_string(),
-            role: Role::Destination,
-            name: offer.name.clone(),
-            uuid: offer.uuid.clone(),
-            domid: None,
-            peer: peer.to_owned(),
-            remote: Vec::new(),
-            directory: None,
             memory: Some(memory.clone()),
-            boot_id: journal::boot_id()?,
+            ..Begin::new(
+                Role::Destination,
+                &offer.move_id.to_string(),
+                &offer.name,
+                &offer.uuid,
+                peer,
+            )?
         },
     )?;
     let guardian = Guardian::start(directories, &journal.entry().path, &offer.name)?;

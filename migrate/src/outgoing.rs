@@ -25,7 +25,7 @@ use crate::guest::xen::checks::{Allowed, Layout, hindrances};
 use crate::guest::xen::host::{Host, of_uuid};
 use crate::guest::{self, Source};
 use crate::handover::guardian::Guardian;
-use crate::handover::journal::{self, Begin, JOURNAL_VERSION, Journal, Outcome, Role};
+use crate::handover::journal::{self, Begin, Journal, Outcome, Role};
 use crate::handover::lock::GuestLock;
 use crate::handover::recovery::{self, Settled};
 use crate::keeper;
@@ -142,17 +142,17 @@ pub fn migrate(
     follow: &mut dyn FnMut(&Settled),
     cancel: &Arc<AtomicBool>,
 ) -> Moved {
-    let mut known = Known::default();
-    let moved = attempts(
+    let mut mover = Mover {
         directories,
-        request,
         observer,
         connections,
         follow,
         cancel,
-        &mut known,
-    );
-    if let Some(server) = known.server {
+        uuid: None,
+        server: None,
+    };
+    let moved = mover.attempts(request);
+    if let Some(server) = mover.server {
         let name = server.shared().facts().domain;
         server.end(ended(&name, request, &moved.result, moved.left));
     }
@@ -160,103 +160,311 @@ pub fn migrate(
 }
 
 /// What the attempts of one move have in common.
-#[derive(Default)]
-struct Known {
+struct Mover<'a> {
+    directories: &'a Directories,
+    observer: &'a mut dyn Observer,
+    connections: &'a mut dyn Connections,
+    follow: &'a mut dyn FnMut(&Settled),
+    cancel: &'a Arc<AtomicBool>,
     /// The guest's UUID, as soon as it is known: later attempts are of the same one.
     uuid: Option<String>,
     /// Where the move is watched and steered, also between attempts.
     server: Option<Server>,
 }
 
-impl Known {
-    /// How an attempt is watched and steered: as the one before, with its limits.
-    fn watched(
-        &mut self,
-        directories: &Directories,
-        facts: control::Facts,
-        request: &Request,
-        cancel: &Arc<AtomicBool>,
-    ) -> Result<Shared> {
-        if let Some(server) = &self.server {
-            server.shared().go_on(facts);
-            return Ok(server.shared().clone());
-        }
-        let rate = Rate::new(request.rate);
-        let downtime = request.plan.limits.downtime;
-        let shared = Shared::new(facts, rate, downtime, Arc::clone(cancel));
-        self.server = Some(Server::start(directories, shared.clone())?);
-        Ok(shared)
+/// How an attempt is watched and steered: as the one before, by its `server` and with its limits.
+fn watched(
+    server: &mut Option<Server>,
+    directories: &Directories,
+    facts: control::Facts,
+    request: &Request,
+    cancel: &Arc<AtomicBool>,
+) -> Result<Shared> {
+    if let Some(server) = server {
+        server.shared().go_on(facts);
+        return Ok(server.shared().clone());
     }
+    let rate = Rate::new(request.rate);
+    let downtime = request.plan.limits.downtime;
+    let shared = Shared::new(facts, rate, downtime, Arc::clone(cancel));
+    *server = Some(Server::start(directories, shared.clone())?);
+    Ok(shared)
 }
 
-fn attempts(
-    directories: &Directories,
-    request: &Request,
-    observer: &mut dyn Observer,
-    connections: &mut dyn Connections,
-    follow: &mut dyn FnMut(&Settled),
-    cancel: &Arc<AtomicBool>,
-    known: &mut Known,
-) -> Moved {
-    let started = Instant::now();
-    let mut request = request.clone();
-    let timeout = request.plan.timeout;
-    let mut attempts = Attempts::default();
-    let mut interruptions: Vec<Interruption> = Vec::new();
-    // What the newest attempt that came so far has found out.
-    let mut newest = None;
-    loop {
-        let mut moved = attempt(
-            directories,
-            &request,
-            observer,
-            connections,
-            follow,
-            Arc::clone(cancel),
-            known,
-        );
-        let pause = moved.result.as_ref().err().and_then(|error| {
-            let ended = retry::Ended {
-                error,
-                recalled: moved
-                    .report
-                    .as_ref()
-                    .filter(|report| report.tracker.is_some())
-                    .map(|report| report.recalled),
-                runs_here: moved.left == Some(Left::Running),
+impl Mover<'_> {
+    fn attempts(&mut self, request: &Request) -> Moved {
+        let started = Instant::now();
+        let mut request = request.clone();
+        let timeout = request.plan.timeout;
+        let mut attempts = Attempts::default();
+        let mut interruptions: Vec<Interruption> = Vec::new();
+        // What the newest attempt that came so far has found out.
+        let mut newest = None;
+        loop {
+            let mut moved = self.attempt(&request);
+            let pause = moved.result.as_ref().err().and_then(|error| {
+                let ended = retry::Ended {
+                    error,
+                    recalled: moved
+                        .report
+                        .as_ref()
+                        .filter(|report| report.tracker.is_some())
+                        .map(|report| report.recalled),
+                    runs_here: moved.left == Some(Left::Running),
+                };
+                attempts.pause(ended, started.elapsed(), timeout, request.retry)
+            });
+            let (Some(pause), Err(error)) = (pause, &moved.result) else {
+                return sum_up(moved, newest, interruptions, started.elapsed());
             };
-            attempts.pause(ended, started.elapsed(), timeout, request.retry)
-        });
-        let (Some(pause), Err(error)) = (pause, &moved.result) else {
-            return sum_up(moved, newest, interruptions, started.elapsed());
-        };
-        if let Some(server) = &known.server {
-            server.shared().pause("waiting for the link");
-        }
-        observer.notice(Progress::Warning(format!(
-            "{}. The guest runs here; trying again in {} s",
-            chain(error),
-            pause.as_secs()
-        )));
-        interruptions.push(Interruption {
-            reason: chain(error),
-            at: started.elapsed(),
-            wire_bytes: moved.report.as_ref().map_or(0, |report| report.wire_bytes),
-        });
-        newest = moved.report.take().or(newest);
-        let until = Instant::now() + pause;
-        while Instant::now() < until && !cancel.load(Ordering::Relaxed) {
-            thread::sleep(TICK);
-        }
-        if cancel.load(Ordering::Relaxed) {
-            moved.result = Err(Error::Cancelled);
-            // It ran before the pause.
-            if let Some(report) = &newest {
-                moved.left = Some(look_again(&report.uuid));
+            if let Some(server) = &self.server {
+                server.shared().pause("waiting for the link");
             }
-            return sum_up(moved, newest, interruptions, started.elapsed());
+            self.observer.notice(Progress::Warning(format!(
+                "{}. The guest runs here; trying again in {} s",
+                chain(error),
+                pause.as_secs()
+            )));
+            interruptions.push(Interruption {
+                reason: chain(error),
+                at: started.elapsed(),
+                wire_bytes: moved.report.as_ref().map_or(0, |report| report.wire_bytes),
+            });
+            newest = moved.report.take().or(newest);
+            let until = Instant::now() + pause;
+            while Instant::now() < until && !self.cancel.load(Ordering::Relaxed) {
+                thread::sleep(TICK);
+            }
+            if self.cancel.load(Ordering::Relaxed) {
+                moved.result = Err(Error::Cancelled);
+                // It ran before the pause.
+                if let Some(report) = &newest {
+                    moved.left = Some(look_again(&report.uuid));
+                }
+                return sum_up(moved, newest, interruptions, started.elapsed());
+            }
+            request.plan.timeout = timeout.map(|timeout| timeout.saturating_sub(started.elapsed()));
         }
-        request.plan.timeout = timeout.map(|timeout| timeout.saturating_sub(started.elapsed()));
+    }
+
+    /// One attempt.
+    fn attempt(&mut self, request: &Request) -> Moved {
+        match self.prepare_and_move(request) {
+            Ok(moved) => moved,
+            Err(error) => Moved {
+                report: None,
+                left: match error {
+                    // It is in another worker's hands, who will tell.
+                    Error::Busy(_) => None,
+                    _ => self.uuid.as_deref().map(look_again),
+                },
+                result: Err(error),
+            },
+        }
+    }
+
+    fn prepare_and_move(&mut self, request: &Request) -> Result<Moved> {
+        let directories = self.directories;
+        directories.create()?;
+        recovery::settle_all(directories, self.follow);
+        let host = Host::open()?;
+        let domid = match &self.uuid {
+            // Another guest may have its name or number by now.
+            Some(uuid) => host.find(uuid)?.ok_or_else(|| {
+                Error::Refused(format!("{} is gone from this host", request.domain))
+            })?,
+            None => find_domain(&host, &request.domain)?,
+        };
+        let name = host.name(domid)?;
+        let uuid = host.uuid_text(&host.info(domid)?);
+        self.uuid = Some(uuid.clone());
+        let lock = GuestLock::wait(directories, &uuid, &name, LOCKED)?;
+        recovery::refuse_open_moves(directories, &uuid, &name)?;
+        let hindrances = hindrances(&host, domid, request.allowed)?;
+        if !hindrances.is_empty() {
+            return Err(Error::Refused(format!(
+                "{name} can't be moved: {}",
+                hindrances.join("; ")
+            )));
+        }
+        let layout = Layout::read(&host, domid)?;
+        let shadows = Shadows::new(directories, request.shadows.clone());
+        // A shadow is one pass: there is nothing to log meanwhile.
+        let tracker = match request.purpose {
+            Purpose::Move | Purpose::DryRun => request.tracker,
+            Purpose::Shadow => Some(TrackerKind::Scan),
+        };
+        // One that has moved before keeps its own: what a site has of it stays comparable.
+        let key = shadows.key_for(&uuid)?;
+        let mut guest = guest::xen::open(&host, domid, &key, tracker, request.plan.cores())?;
+        let named = Named {
+            uuid: &uuid,
+            name: &name,
+            peer: &request.remote.host,
+        };
+        if let Err(error) = shadows.keep_key(named, &key) {
+            log::warn!(
+                "What arrives of a move that breaks can't be used again: {}",
+                chain(&error)
+            );
+        }
+        let move_id = MoveId::from_random(random()?);
+        let digester = Digester::new(&key);
+        let offer = offer(&host, &mut *guest, domid, &layout, key, move_id, request)?;
+        let journal = Journal::create(
+            directories,
+            Begin {
+                domid: Some(domid.get()),
+                remote: request.remote.command.clone(),
+                directory: request.remote.directory.clone(),
+                ..Begin::new(
+                    Role::Source,
+                    &move_id.to_string(),
+                    &name,
+                    &uuid,
+                    &request.remote.host,
+                )?
+            },
+        )?;
+        let journal_path = journal.entry().path.clone();
+        let guest_bytes = guest.populated() * PAGE_SIZE as u64;
+        let mut costs = Costs::read(directories);
+        let facts = control::Facts {
+            role: Role::Source,
+            move_id: move_id.to_string(),
+            domain: name.clone(),
+            uuid: uuid.clone(),
+            domid: Some(domid.get()),
+            peer: request.remote.host.clone(),
+            guest_bytes,
+        };
+        let begun = watched(&mut self.server, directories, facts, request, self.cancel).and_then(
+            |control| {
+                let guardian = Guardian::start(directories, &journal.entry().path, &name)?;
+                Ok((control, guardian, request.remote.connect()?))
+            },
+        );
+        let (control, guardian, (link, session)) = match begun {
+            Ok(begun) => begun,
+            Err(error) => {
+                // Nothing was touched.
+                journal.end_and_remove(Outcome::Aborted)?;
+                return Err(error);
+            }
+        };
+        let rate = control.rate();
+        let peer = Conversation::start_with(
+            &request.remote.host,
+            link,
+            WireRole::Source,
+            rate,
+            Arc::clone(self.cancel),
+            request.plan.queue(),
+        );
+        let mut observer = Watched {
+            observer: self.observer,
+            shared: control.clone(),
+        };
+        let warn = |why| observer.notice(Progress::Warning(why));
+        let group = open_group_of(&request.groups, &name, warn);
+        let mut unchanged = || {
+            layout.unchanged(&host, domid)?;
+            layout.flush_disks()
+        };
+        let mut keep = || keeper::start(directories, &name, &uuid);
+        let run = match request.purpose {
+            Purpose::Move | Purpose::DryRun => run,
+            Purpose::Shadow => run_shadow,
+        };
+        let session = RefCell::new(session);
+        let beside: RefCell<Vec<Session>> = RefCell::default();
+        let mut open = || {
+            let (link, session) = request.remote.join(move_id)?;
+            beside.borrow_mut().push(session);
+            Ok(link)
+        };
+        let mut reached = || {
+            let used = session.borrow().follow_congestion()?;
+            // One that could not join has none, and is not needed.
+            for session in &*beside.borrow() {
+                if let Err(error) = session.follow_congestion() {
+                    log::info!("{}", chain(&error));
+                }
+            }
+            Ok(used)
+        };
+        let mut tend = || {
+            let mut followed = session.borrow_mut().follow_losses();
+            for session in &mut *beside.borrow_mut() {
+                followed = session.follow_losses().or(followed);
+            }
+            followed.map(str::to_owned)
+        };
+        let (report, result) = run(
+            Move {
+                guest: &mut *guest,
+                digester,
+                journal,
+                peer,
+                observer: &mut observer,
+                connections: self.connections,
+                plan: request.plan.clone(),
+                control: control.clone(),
+                shadows: &shadows,
+                group,
+                earlier: costs.earlier(
+                    &uuid,
+                    &request.remote.host,
+                    guest_bytes,
+                    if shadows.keep() { guest_bytes } else { 0 },
+                ),
+                reached: &mut reached,
+                tend: &mut tend,
+                open: &mut open,
+                unchanged: &mut unchanged,
+                keep: &mut keep,
+                ask: &mut recovery::ask,
+            },
+            offer,
+        );
+        let mut session = session.into_inner();
+        // What ssh says of its end tells more than that the connection was closed.
+        let result = result.map_err(|error| match error {
+            Error::LinkLost { peer, reason } => Error::LinkLost {
+                peer,
+                reason: session.reason(reason),
+            },
+            other => other,
+        });
+        // Whatever is still mapped keeps the old domain from going away.
+        drop(guest);
+        // The guardian settles what is left, and needs the lock for it. What may take it long stays its
+        // affair, when we have ended: what is in doubt, a guest that could not be made to go on, an old
+        // domain that could not be destroyed.
+        drop(lock);
+        let open = || journal::read(&journal_path).is_ok_and(|entry| entry.outcome.is_none());
+        match &result {
+            Err(Error::InDoubt { .. } | Error::Unsettled(_)) => guardian.leave(),
+            Ok(()) if open() => guardian.leave(),
+            _ => guardian.finish(),
+        }
+        // Those for pages have nothing more to say.
+        drop(beside);
+        session.finish(Duration::from_secs(10));
+        if result.is_ok()
+        && request.purpose == Purpose::Move
+        // It says nothing of moves without.
+        && !request.plan.verify
+        && let Err(error) = costs.note(Past::of(&report))
+        {
+            log::warn!("{}", chain(&error));
+        }
+        let left = result.as_ref().err().map(|_| look(&host, &uuid));
+        Ok(Moved {
+            report: Some(report),
+            result,
+            left,
+        })
     }
 }
 
@@ -289,39 +497,6 @@ fn sum_up(
     moved
 }
 
-/// One attempt.
-fn attempt(
-    directories: &Directories,
-    request: &Request,
-    observer: &mut dyn Observer,
-    connections: &mut dyn Connections,
-    follow: &mut dyn FnMut(&Settled),
-    cancel: Arc<AtomicBool>,
-    known: &mut Known,
-) -> Moved {
-    let moved = prepare_and_move(
-        directories,
-        request,
-        observer,
-        connections,
-        follow,
-        cancel,
-        known,
-    );
-    match moved {
-        Ok(moved) => moved,
-        Err(error) => Moved {
-            report: None,
-            left: match error {
-                // It is in another worker's hands, who will tell.
-                Error::Busy(_) => None,
-                _ => known.uuid.as_deref().map(look_again),
-            },
-            result: Err(error),
-        },
-    }
-}
-
 /// Where the guest is by now.
 fn look_again(uuid: &str) -> Left {
     Host::open().map_or(Left::Unseen, |host| look(&host, uuid))
@@ -349,218 +524,6 @@ pub fn find_domain(host: &Host, domain: &str) -> Result<DomId> {
         Some(info) if !info.dying => Ok(domid),
         _ => Err(none()),
     }
-}
-
-fn prepare_and_move(
-    directories: &Directories,
-    request: &Request,
-    observer: &mut dyn Observer,
-    connections: &mut dyn Connections,
-    follow: &mut dyn FnMut(&Settled),
-    cancel: Arc<AtomicBool>,
-    known: &mut Known,
-) -> Result<Moved> {
-    directories.create()?;
-    recovery::settle_all(directories, follow);
-    let host = Host::open()?;
-    let domid = match &known.uuid {
-        // Another guest may have its name or number by now.
-        Some(uuid) => host
-            .find(uuid)?
-            .ok_or_else(|| Error::Refused(format!("{} is gone from this host", request.domain)))?,
-        None => find_domain(&host, &request.domain)?,
-    };
-    let name = host.name(domid)?;
-    let uuid = host.uuid_text(&host.info(domid)?);
-    known.uuid = Some(uuid.clone());
-    let lock = GuestLock::wait(directories, &uuid, &name, LOCKED)?;
-    recovery::refuse_open_moves(directories, &uuid, &name)?;
-    let hindrances = hindrances(&host, domid, request.allowed)?;
-    if !hindrances.is_empty() {
-        return Err(Error::Refused(format!(
-            "{name} can't be moved: {}",
-            hindrances.join("; ")
-        )));
-    }
-    let layout = Layout::read(&host, domid)?;
-    let shadows = Shadows::new(directories, request.shadows.clone());
-    // A shadow is one pass: there is nothing to log meanwhile.
-    let tracker = match request.purpose {
-        Purpose::Move | Purpose::DryRun => request.tracker,
-        Purpose::Shadow => Some(TrackerKind::Scan),
-    };
-    // One that has moved before keeps its own: what a site has of it stays comparable.
-    let key = shadows.key_for(&uuid)?;
-    let mut guest = guest::xen::open(&host, domid, &key, tracker, request.plan.cores())?;
-    let named = Named {
-        uuid: &uuid,
-        name: &name,
-        peer: &request.remote.host,
-    };
-    if let Err(error) = shadows.keep_key(named, &key) {
-        log::warn!(
-            "What arrives of a move that breaks can't be used again: {}",
-            chain(&error)
-        );
-    }
-    let move_id = MoveId::from_random(random()?);
-    let digester = Digester::new(&key);
-    let offer = offer(&host, &mut *guest, domid, &layout, key, move_id, request)?;
-    let journal = Journal::create(
-        directories,
-        Begin {
-            version: JOURNAL_VERSION,
-            move_id: move_id.to_string(),
-            role: Role::Source,
-            name: name.clone(),
-            uuid: uuid.clone(),
-            domid: Some(domid.get()),
-            peer: request.remote.host.clone(),
-            remote: request.remote.command.clone(),
-            directory: request.remote.directory.clone(),
-            memory: None,
-            boot_id: journal::boot_id()?,
-        },
-    )?;
-    let journal_path = journal.entry().path.clone();
-    let guest_bytes = guest.populated() * PAGE_SIZE as u64;
-    let mut costs = Costs::read(directories);
-    let facts = control::Facts {
-        role: Role::Source,
-        move_id: move_id.to_string(),
-        domain: name.clone(),
-        uuid: uuid.clone(),
-        domid: Some(domid.get()),
-        peer: request.remote.host.clone(),
-        guest_bytes,
-    };
-    let begun = known
-        .watched(directories, facts, request, &cancel)
-        .and_then(|control| {
-            let guardian = Guardian::start(directories, &journal.entry().path, &name)?;
-            Ok((control, guardian, request.remote.connect()?))
-        });
-    let (control, guardian, (link, session)) = match begun {
-        Ok(begun) => begun,
-        Err(error) => {
-            // Nothing was touched.
-            journal.end_and_remove(Outcome::Aborted)?;
-            return Err(error);
-        }
-    };
-    let rate = control.rate();
-    let peer = Conversation::start_with(
-        &request.remote.host,
-        link,
-        WireRole::Source,
-        rate,
-        cancel,
-        request.plan.queue(),
-    );
-    let mut observer = Watched {
-        observer,
-        shared: control.clone(),
-    };
-    let warn = |why| observer.notice(Progress::Warning(why));
-    let group = open_group_of(&request.groups, &name, warn);
-    let mut unchanged = || {
-        layout.unchanged(&host, domid)?;
-        layout.flush_disks()
-    };
-    let mut keep = || keeper::start(directories, &name, &uuid);
-    let run = match request.purpose {
-        Purpose::Move | Purpose::DryRun => run,
-        Purpose::Shadow => run_shadow,
-    };
-    let session = RefCell::new(session);
-    let beside: RefCell<Vec<Session>> = RefCell::default();
-    let mut open = || {
-        let (link, session) = request.remote.join(move_id)?;
-        beside.borrow_mut().push(session);
-        Ok(link)
-    };
-    let mut reached = || {
-        let used = session.borrow().follow_congestion()?;
-        // One that could not join has none, and is not needed.
-        for session in &*beside.borrow() {
-            if let Err(error) = session.follow_congestion() {
-                log::info!("{}", chain(&error));
-            }
-        }
-        Ok(used)
-    };
-    let mut tend = || {
-        let mut followed = session.borrow_mut().follow_losses();
-        for session in &mut *beside.borrow_mut() {
-            followed = session.follow_losses().or(followed);
-        }
-        followed.map(str::to_owned)
-    };
-    let (report, result) = run(
-        Move {
-            guest: &mut *guest,
-            digester,
-            journal,
-            peer,
-            observer: &mut observer,
-            connections,
-            plan: request.plan.clone(),
-            control: control.clone(),
-            shadows: &shadows,
-            group,
-            earlier: costs.earlier(
-                &uuid,
-                &request.remote.host,
-                guest_bytes,
-                if shadows.keep() { guest_bytes } else { 0 },
-            ),
-            reached: &mut reached,
-            tend: &mut tend,
-            open: &mut open,
-            unchanged: &mut unchanged,
-            keep: &mut keep,
-            ask: &mut recovery::ask,
-        },
-        offer,
-    );
-    let mut session = session.into_inner();
-    // What ssh says of its end tells more than that the connection was closed.
-    let result = result.map_err(|error| match error {
-        Error::LinkLost { peer, reason } => Error::LinkLost {
-            peer,
-            reason: session.reason(reason),
-        },
-        other => other,
-    });
-    // Whatever is still mapped keeps the old domain from going away.
-    drop(guest);
-    // The guardian settles what is left, and needs the lock for it. What may take it long stays its
-    // affair, when we have ended: what is in doubt, a guest that could not be made to go on, an old
-    // domain that could not be destroyed.
-    drop(lock);
-    let open = || journal::read(&journal_path).is_ok_and(|entry| entry.outcome.is_none());
-    match &result {
-        Err(Error::InDoubt { .. } | Error::Unsettled(_)) => guardian.leave(),
-        Ok(()) if open() => guardian.leave(),
-        _ => guardian.finish(),
-    }
-    // Those for pages have nothing more to say.
-    drop(beside);
-    session.finish(Duration::from_secs(10));
-    if result.is_ok()
-        && request.purpose == Purpose::Move
-        // It says nothing of moves without.
-        && !request.plan.verify
-        && let Err(error) = costs.note(Past::of(&report))
-    {
-        log::warn!("{}", chain(&error));
-    }
-    let left = result.as_ref().err().map(|_| look(&host, &uuid));
-    Ok(Moved {
-        report: Some(report),
-        result,
-        left,
-    })
 }
 
 /// What those hear who wait for the end of a move.

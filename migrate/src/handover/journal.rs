@@ -112,6 +112,28 @@ pub struct Begin {
     pub boot_id: String,
 }
 
+impl Begin {
+    /// A move that this program begins while this kernel runs. What only one side has is none yet.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the boot id can't be read.
+    pub fn new(role: Role, move_id: &str, name: &str, uuid: &str, peer: &str) -> Result<Begin> {
+        Ok(Begin {
+            version: JOURNAL_VERSION,
+            move_id: move_id.to_owned(),
+            role,
+            name: name.to_owned(),
+            uuid: uuid.to_owned(),
+            domid: None,
+            peer: peer.to_owned(),
+            remote: Vec::new(),
+            directory: None,
+            memory: None,
+            boot_id: boot_id()?,
+        })
+    }
+}
+
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "record", rename_all = "lowercase")]
 enum Record {
@@ -472,17 +494,10 @@ mod tests {
 
     fn begin() -> Begin {
         Begin {
-            version: JOURNAL_VERSION,
-            move_id: "0123abcd-ef".into(),
-            role: Role::Source,
-            name: "g1".into(),
-            uuid: "u".into(),
             domid: Some(3),
-            peer: "b".into(),
             remote: vec!["ssh".into(), "b".into(), "vmshadow".into()],
             directory: Some("/root".into()),
-            memory: None,
-            boot_id: "boot".into(),
+            ..Begin::new(Role::Source, "0123abcd-ef", "g1", "u", "b").unwrap()
         }
     }
 

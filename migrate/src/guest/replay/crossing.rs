@@ -31,7 +31,7 @@ use crate::destination::{self, Prepared, Sharing};
 use crate::digest::{DigestKey, Digester};
 use crate::error::{Error, Result};
 use crate::guest::Source;
-use crate::handover::journal::{self, Begin, Entry, JOURNAL_VERSION, Journal, Role, find};
+use crate::handover::journal::{Begin, Entry, Journal, Role, find};
 use crate::handover::lock::GuestLock;
 use crate::handover::recovery::Owner;
 use crate::link::{Conversation, Expecting, Link, Rate};
@@ -224,7 +224,7 @@ pub fn leave(
     )?;
     let (name, uuid) = (guest.facts().name.clone(), guest.facts().uuid.clone());
     let lock = GuestLock::wait(&from.directories, &uuid, &name, LOCKED)?;
-    let begin = begin(move_id, Role::Source, &name, &uuid);
+    let begin = begin(move_id, Role::Source, &name, &uuid)?;
     let journal = Journal::create(&from.directories, begin)?;
     let path = journal.entry().path.clone();
     let named = Named {
@@ -362,7 +362,7 @@ fn prepare(
         .directories
         .incoming()
         .join(format!("{}.memory", offer.move_id));
-    let mut begin = begin(offer.move_id, Role::Destination, name, uuid);
+    let mut begin = begin(offer.move_id, Role::Destination, name, uuid)?;
     begin.memory = Some(memory.clone());
     let journal = Journal::create(&to.directories, begin)?;
     let guest = ReplayDestination::new(
@@ -424,20 +424,8 @@ fn prepare(
     })
 }
 
-fn begin(move_id: MoveId, role: Role, name: &str, uuid: &str) -> Begin {
-    Begin {
-        version: JOURNAL_VERSION,
-        move_id: move_id.to_string(),
-        role,
-        name: name.to_owned(),
-        uuid: uuid.to_owned(),
-        domid: None,
-        peer: "the other site".into(),
-        remote: Vec::new(),
-        directory: None,
-        memory: None,
-        boot_id: journal::boot_id().unwrap_or_default(),
-    }
+fn begin(move_id: MoveId, role: Role, name: &str, uuid: &str) -> Result<Begin> {
+    Begin::new(role, &move_id.to_string(), name, uuid, "the other site")
 }
 
 pub(super) fn xen() -> XenVersion {

@@ -1,24 +1,12 @@
 //! The table of what a journal demands.
 
 use super::*;
-use crate::handover::journal::{Begin, JOURNAL_VERSION};
+use crate::handover::journal::Begin;
 
 fn entry(role: Role, phase: Phase, outcome: Option<Outcome>) -> Entry {
     Entry {
         path: "/nowhere".into(),
-        begin: Begin {
-            version: JOURNAL_VERSION,
-            move_id: "m".into(),
-            role,
-            name: "g1".into(),
-            uuid: "u".into(),
-            domid: None,
-            peer: "b".into(),
-            remote: Vec::new(),
-            directory: None,
-            memory: None,
-            boot_id: String::new(),
-        },
+        begin: Begin::new(role, "m", "g1", "u", "b").unwrap(),
         phase,
         cap: None,
         outcome,
