@@ -14,32 +14,32 @@ use crate::policy;
 
 /// Runs one of the subcommands.
 pub fn run(options: &cli::Proxy, directories: &Directories) -> anyhow::Result<()> {
-    // What is here can be taken back without an edge, as after it was taken out of the configuration.
-    if let ProxyCommand::Close { guest } = &options.command {
-        return close(directories, guest);
-    }
-    let edge = policy::read()?.edge.with_context(|| {
-        format!(
-            "This host has no edge: {} has no [edge] section",
-            policy::PATH
-        )
-    })?;
+    let edge = || {
+        policy::read()?.edge.with_context(|| {
+            format!(
+                "This host has no edge: {} has no [edge] section",
+                policy::PATH
+            )
+        })
+    };
     match &options.command {
-        ProxyCommand::List { json } => list(&edge, *json),
-        ProxyCommand::Open { domain } => open(&edge, directories, domain),
+        ProxyCommand::List { json } => list(&edge()?, *json),
+        ProxyCommand::Open { domain } => open(&edge()?, directories, domain),
+        // What is here can be taken back without an edge, as after it was taken out of the
+        // configuration.
         ProxyCommand::Close { guest } => close(directories, guest),
-        ProxyCommand::Arrived { guest } => arrived(&edge, guest),
+        ProxyCommand::Arrived { guest } => arrived(&edge()?, guest),
         ProxyCommand::Drain { guest, off } => call(
-            &edge,
+            &edge()?,
             &Request::Drain {
                 guest: guest.clone(),
                 on: !off,
             },
         ),
-        ProxyCommand::Reload => call(&edge, &Request::Reload),
-        ProxyCommand::Upgrade => Ok(edge.connect()?.upgrade()?),
+        ProxyCommand::Reload => call(&edge()?, &Request::Reload),
+        ProxyCommand::Upgrade => Ok(edge()?.connect()?.upgrade()?),
         ProxyCommand::Metrics => {
-            let answer = edge.connect()?.call(&Request::Metrics)?;
+            let answer = edge()?.connect()?.call(&Request::Metrics)?;
             let text = answer.get("text").and_then(serde_json::Value::as_str);
             say!("{}", text.context("The edge sent no metrics")?.trim_end());
             Ok(())

@@ -4,7 +4,6 @@ use std::io::Write;
 
 use migrate::connections::{Arranged, Expected};
 use migrate::directories::Directories;
-use migrate::error::Error;
 use migrate::handover::recovery;
 use migrate::incoming::{self, Policies};
 
@@ -35,8 +34,7 @@ pub fn run(options: &cli::Receive, directories: &Directories) -> anyhow::Result<
     let detours = Detours::new(directories);
     let arranged = |guest: Expected<'_>| match &edge {
         None => Ok(Arranged::default()),
-        Some(edge) => arrange(edge, &paths, &detours, guest)
-            .map_err(|error| Error::Refused(format!("{error:#}"))),
+        Some(edge) => arrange(edge, &paths, &detours, guest).map_err(|error| edge::refused(&error)),
     };
     let mut name = None;
     let mut expect = |guest: Expected<'_>| {
@@ -48,7 +46,7 @@ pub fn run(options: &cli::Receive, directories: &Directories) -> anyhow::Result<
         Some(edge) => edge
             .reach(name)
             .map(|_| Some(edge.site.clone()))
-            .map_err(|error| Error::Refused(format!("{error:#}"))),
+            .map_err(|error| edge::refused(&error)),
     };
     let cancel = crate::cancelled()?;
     let policies = policy.map(|policy| Policies {

@@ -26,8 +26,9 @@ pub fn run(options: &cli::Resolve, directories: &Directories) -> anyhow::Result<
     let mut known = true;
     if let Some(domain) = &options.domain {
         let here = uuid_here(domain);
-        open.retain(|entry| is_of(entry, domain, here.as_deref()));
-        known = here.is_some() || !open.is_empty();
+        let uuid = here.as_ref().map_or(None, Option::as_deref);
+        open.retain(|entry| is_of(entry, domain, uuid));
+        known = !open.is_empty() || here?.is_some();
     }
     open.retain(|entry| action(entry) != Action::Nothing);
     if open.is_empty() && unreadable.is_empty() {
@@ -82,16 +83,17 @@ pub fn run(options: &cli::Resolve, directories: &Directories) -> anyhow::Result<
 }
 
 /// The UUID of the guest that is called `domain` here, if there is one.
-fn uuid_here(domain: &str) -> Option<String> {
+fn uuid_here(domain: &str) -> anyhow::Result<Option<String>> {
     // Without Xen only journals tell.
-    crate::require_xen().ok()?;
-    let host = Host::open().ok()?;
+    if crate::require_xen().is_err() {
+        return Ok(None);
+    }
+    let host = Host::open()?;
     match find_domain(&host, domain) {
-        Ok(domid) => Some(host.uuid_text(&host.info(domid).ok()?)),
-        Err(_) => {
-            let uuid = domain.to_ascii_lowercase();
-            host.find(&uuid).ok()?.map(|_| uuid)
-        }
+        Ok(domid) => Ok(Some(host.uuid_text(&host.info(domid)?))),
+        Err(Error::Refused(_)) => Ok(None),
+        // That it can't be told is no reason to say that there is none.
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -137,12 +139,11 @@ fn explain(error: Error, entry: &Entry) -> anyhow::Error {
                  vmshadow resolve --decree here|there {name}"
             );
         }
-        // They say themselves who has it, or somebody else is just about to settle it.
-        (Error::Refused(_) | Error::Busy(_), ..) => format!("The move of {name} stays open"),
-        // It has answered, and what it said could not be carried out here.
-        (Error::Xen { .. }, Action::AskDestination, false) => {
-            format!("The move of {name} stays open")
-        }
+        // They say themselves who has it, or somebody else is just about to settle it; or the other
+        // site has answered, and what it said could not be carried out here.
+        (Error::Refused(_) | Error::Busy(_), ..)
+        | (Error::Xen { .. }, Action::AskDestination, false)
+        | (_, Action::Nothing, _) => format!("The move of {name} stays open"),
         // The domain of that time is gone.
         (_, Action::AskDestination, true) => format!(
             "{name} ended here with the reboot and may run at {peer}: don't start it here yet; try \
@@ -153,7 +154,6 @@ fn explain(error: Error, entry: &Entry) -> anyhow::Error {
              reached"
         ),
         (_, Action::Discard, _) => format!("{name} is at {peer}, and its move stays open here"),
-        (_, Action::Nothing, _) => format!("The move of {name} stays open"),
         (_, _, true) => format!("{name} ended here with the reboot, and its move stays open"),
         (_, Action::Resume, false) => {
             format!("{name} is here and may be suspended, and its move stays open")

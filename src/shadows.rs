@@ -28,14 +28,17 @@ pub fn run(options: &cli::Shadows, directories: &Directories) -> anyhow::Result<
         }
         if options.drop_all {
             shadows.drop_useless()?;
-            for uuid in shadows.drafts()? {
-                let _lock = GuestLock::wait(directories, &uuid, &uuid, PATIENCE)?;
-                shadows.drop_drafts(&uuid)?;
-            }
         }
-        return drop_each(&listed, |one| {
-            let _lock = GuestLock::wait(directories, &one.uuid, &one.name, PATIENCE)?;
-            shadows.drop_shadow(&one.uuid)
+        let mut guests: Vec<_> = listed.into_iter().map(|one| (one.uuid, one.name)).collect();
+        if options.drop_all {
+            // Of those that are not listed only drafts are there, and nothing tells their names.
+            let mut drafts = shadows.drafts()?;
+            drafts.retain(|draft| guests.iter().all(|(uuid, _)| uuid != draft));
+            guests.extend(drafts.into_iter().map(|uuid| (uuid.clone(), uuid)));
+        }
+        return drop_each(&guests, |uuid, name| {
+            let _lock = GuestLock::wait(directories, uuid, name, PATIENCE)?;
+            shadows.drop_shadow(uuid)
         });
     }
     if options.json {
@@ -57,15 +60,15 @@ pub fn run(options: &cli::Shadows, directories: &Directories) -> anyhow::Result<
     Ok(())
 }
 
-/// Drops all; one that is in use does not hold up the others.
+/// Drops what is held of all guests, by UUID and name; one that is in use does not hold up the others.
 fn drop_each(
-    listed: &[Listed],
-    drop: impl Fn(&Listed) -> migrate::error::Result<()>,
+    guests: &[(String, String)],
+    drop: impl Fn(&str, &str) -> migrate::error::Result<()>,
 ) -> anyhow::Result<()> {
     let mut last = None;
-    for one in listed {
-        if let Err(error) = drop(one) {
-            let error = anyhow!(error).context(format!("The shadow of {} is still here", one.name));
+    for (uuid, name) in guests {
+        if let Err(error) = drop(uuid, name) {
+            let error = anyhow!(error).context(format!("The shadow of {name} is still here"));
             // The last of them is for the caller to tell.
             if let Some(before) = last.replace(error) {
                 tell!("vmshadow: {before:#}");
@@ -101,26 +104,18 @@ mod tests {
 
     #[test]
     fn one_shadow_in_use_does_not_keep_the_others() {
-        let listed = ["g1", "g2", "g3"].map(|name| Listed {
-            name: name.into(),
-            uuid: name.into(),
-            peer: "b".into(),
-            kept_at: 0,
-            guest_bytes: 0,
-            memory: true,
-            bytes: 0,
-        });
+        let guests = ["g1", "g2", "g3"].map(|name| (format!("uuid of {name}"), name.to_owned()));
         let dropped = RefCell::<Vec<String>>::default();
-        let error = drop_each(&listed, |one| {
-            if one.name == "g2" {
+        let error = drop_each(&guests, |_, name| {
+            if name == "g2" {
                 return Err(Error::Busy("Another vmshadow is at work on g2".into()));
             }
-            dropped.borrow_mut().push(one.name.clone());
+            dropped.borrow_mut().push(name.to_owned());
             Ok(())
         });
         assert_eq!(*dropped.borrow(), ["g1", "g3"]);
         let error = format!("{:#}", error.unwrap_err());
         assert!(error.starts_with("The shadow of g2 is still"), "{error}");
-        assert!(drop_each(&listed, |_| Ok(())).is_ok());
+        assert!(drop_each(&guests, |_, _| Ok(())).is_ok());
     }
 }

@@ -82,7 +82,7 @@ impl Past {
             keeping: lap("keep a shadow"),
             fixed: FixedCost {
                 suspend: part("suspend"),
-                restore: restore + part("check again") + part("confirm") + report.link.rtt_ms / 1e3,
+                restore: restore + part("confirm") + report.link.rtt_ms / 1e3,
                 commit: part("commit and unpause"),
                 set_up: phase("connect") + phase("offer"),
                 clean_up: phase("clean up"),

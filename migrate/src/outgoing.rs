@@ -442,10 +442,10 @@ impl Mover<'_> {
         // affair, when we have ended: what is in doubt, a guest that could not be made to go on, an old
         // domain that could not be destroyed.
         drop(lock);
-        let open = || journal::read(&journal_path).is_ok_and(|entry| entry.outcome.is_none());
+        let unsettled = || journal::read(&journal_path).is_ok_and(|entry| entry.outcome.is_none());
         match &result {
             Err(Error::InDoubt { .. } | Error::Unsettled(_)) => guardian.leave(),
-            Ok(()) if open() => guardian.leave(),
+            Ok(()) if unsettled() => guardian.leave(),
             _ => guardian.finish(),
         }
         // Those for pages have nothing more to say.
@@ -502,7 +502,7 @@ fn look_again(uuid: &str) -> Left {
     Host::open().map_or(Left::Unseen, |host| look(&host, uuid))
 }
 
-/// The domain of a name or number.
+/// The domain of a name, a number or a UUID.
 ///
 /// # Errors
 /// [`Error::Refused`] where there is none.
@@ -514,6 +514,10 @@ pub fn find_domain(host: &Host, domain: &str) -> Result<DomId> {
             .toolstack()
             .domain_by_name(domain)
             .context(|| "Can't look the domain up")?
+            .map_or_else(
+                || host.find(&domain.to_ascii_lowercase()),
+                |it| Ok(Some(it)),
+            )?
             .ok_or_else(none)?,
     };
     match host

@@ -292,7 +292,7 @@ pub fn follow(directories: &Directories, settled: &Settled) {
 }
 
 /// The engine's error for a failure at the edge.
-fn refused(error: &anyhow::Error) -> migrate::Error {
+pub fn refused(error: &anyhow::Error) -> migrate::Error {
     migrate::Error::Refused(format!("{error:#}"))
 }
 

@@ -127,12 +127,13 @@ pub fn run(directories: &Directories, path: &Path) -> Result<Option<Settled>> {
 
 /// When to try again what failed; none where that is of no use any more. Where the destination is
 /// to be asked (`asks`) it is, for as long as it takes, whatever keeps it from being reached: that
-/// ssh can't be started here may pass as well. That it has no record of the move will not. A guest
+/// ssh can't be started here may pass as well. That it has no record of the move will not,
+/// nor that the guest runs at both. A guest
 /// that is in other hands, or may suspend yet, is looked at again too.
 fn pause(error: &Error, asks: bool, since: Duration) -> Option<Duration> {
     match error {
         _ if since < TRYING => Some(TRYING_AGAIN),
-        Error::InDoubt { .. } => None,
+        Error::InDoubt { .. } | Error::Refused(_) => None,
         Error::Busy(_) => Some(ASKING_AGAIN),
         _ => asks.then_some(ASKING_AGAIN),
     }
@@ -205,6 +206,8 @@ mod tests {
         assert_eq!(pause(&unknown, true, TRYING), None);
         let busy = Error::Busy("It is in other hands".into());
         assert_eq!(pause(&busy, false, TRYING), Some(ASKING_AGAIN));
+        let twice = Error::Refused("It runs there, and here too".into());
+        assert_eq!(pause(&twice, true, TRYING), None);
         // What is to be done here fails for good some day.
         assert_eq!(pause(&unstarted, false, TRYING), None);
     }

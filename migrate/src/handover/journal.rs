@@ -16,7 +16,8 @@
 //! ```
 //!
 //! A destination's journal stays after its end for [`KEEP_ENDED`]: a source that committed and
-//! lost the link asks what became of the move.
+//! lost the link asks what became of the move. Nobody asks about one that was given up before it
+//! was ready.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
@@ -241,8 +242,11 @@ impl Journal {
     /// # Errors
     /// [`Error::Io`]; then the guest must not be slowed down.
     pub fn slowing(&mut self, cap: u32) -> Result<()> {
-        self.append(&Record::Slowing { cap })?;
-        self.entry.cap.get_or_insert(cap);
+        // The one that it had first is what it gets back.
+        if self.entry.cap.is_none() {
+            self.append(&Record::Slowing { cap })?;
+            self.entry.cap = Some(cap);
+        }
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 //! Shadows that are read for other guests, and not changed meanwhile.
 //!
 //! Whoever reads one holds a shared lock on its file; whoever takes one up, to write what arrives
-//! into it, needs the lock alone. Who comes second goes without. A shadow that is dropped, or
+//! into it, needs the lock alone, and waits for it a second at the most. A shadow that is dropped, or
 //! replaced by a newer one, is another file: readers keep the one that they have.
 
 use std::fmt;

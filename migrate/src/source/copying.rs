@@ -8,7 +8,9 @@ use crate::guest::{Batch, Dirty, Moment};
 use crate::handover::journal::Phase;
 use crate::pages::PageSet;
 use crate::report::{Progress, Round, TrackerKind, rounded};
-use crate::rounds::{InRound, Left, Limits, Next, Prediction, RoundFacts, Sent, Stop, decide};
+use crate::rounds::{
+    InRound, Left, Limits, Next, Prediction, RoundFacts, Sent, Share, Stop, decide,
+};
 use crate::wire::{ToDestination, ToSource};
 
 /// Reading the log holds the guest up for a moment, and takes its time here: no more than one part
@@ -132,6 +134,11 @@ impl Session<'_> {
             self.catch_up(number, &left)?;
             self.let_run(false);
             self.look()?;
+            // What it wrote with all of its time is not to cross in its silence.
+            if self.share() < Share::WHOLE && !self.time_is_up && number < self.limits().rounds {
+                self.backlog.slowed_down();
+                return Ok(Next::Round { hold: false });
+            }
             left = self.left(number)?;
             self.check_time(number + 1, left.cold.saturating_add(left.hot))?;
         }
@@ -235,9 +242,9 @@ impl Session<'_> {
         self.report.tracker == Some(TrackerKind::Scan)
     }
 
-    /// Reads the log of dirty pages: how many have been written since it was read last. Nothing where
+    /// Reads the log of dirty pages: those that have been written since it was read last. Nothing where
     /// that is not known.
-    pub(super) fn look(&mut self) -> Result<Option<u64>> {
+    pub(super) fn look(&mut self) -> Result<Option<PageSet>> {
         let began = Instant::now();
         let mut written = PageSet::new(self.held.table().pages());
         let named = self.go.guest.next_dirty(&mut written, Moment::Live)?;
@@ -253,7 +260,7 @@ impl Session<'_> {
             Dirty::Written => {
                 let grown = self.backlog.written(&written, over);
                 self.forecast.dirtied(written.len(), grown, over);
-                Ok(Some(written.len()))
+                Ok(Some(written))
             }
         }
     }

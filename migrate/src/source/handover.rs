@@ -20,9 +20,9 @@ impl Session<'_> {
         hold("suspending");
         self.check_cancelled()?;
         self.go.journal.reach(Phase::Suspending)?;
+        self.let_suspend();
         let started = Instant::now();
         self.suspend_started = Some(started);
-        self.let_suspend();
         self.go.guest.suspend()?;
         self.go.connections.suspended();
         self.part("suspend", started.elapsed());

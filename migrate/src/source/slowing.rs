@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::Session;
 use crate::error::{Result, chain};
+use crate::pages::PageSet;
 use crate::report::{Progress, SlowedDown, rounded};
 use crate::rounds::{Share, throttle};
 
@@ -87,16 +88,15 @@ impl Session<'_> {
         while self.share() > least {
             // What it wrote with more of its time is none of this.
             self.look()?;
-            let since = Instant::now();
-            while since.elapsed() < over {
-                self.check_cancelled()?;
-                self.tend();
-                thread::sleep(over.saturating_sub(since.elapsed()).min(TICK));
-            }
-            let Some(written) = self.look()? else {
+            let Some(first) = self.written_in(over / 2)? else {
                 break;
             };
-            let again = written as f64 * times;
+            let Some(mut second) = self.written_in(over / 2)? else {
+                break;
+            };
+            // Those that it writes all the time are no more when it has longer.
+            second.difference_with(&first);
+            let again = first.len() as f64 + second.len() as f64 * (2.0 * times - 1.0);
             let further = throttle::further(self.share(), least, all, again as u64);
             log::debug!(
                 "At {} it would write {again:.0} of {all} again",
@@ -108,6 +108,17 @@ impl Session<'_> {
             }
         }
         Ok(())
+    }
+
+    /// The pages that it writes within `over`. Nothing where that is not known.
+    fn written_in(&mut self, over: Duration) -> Result<Option<PageSet>> {
+        let since = Instant::now();
+        while since.elapsed() < over {
+            self.check_cancelled()?;
+            self.tend();
+            thread::sleep(over.saturating_sub(since.elapsed()).min(TICK));
+        }
+        self.look()
     }
 
     /// Lets a guest that is slowed down suspend at no less than [`throttle::SUSPENDING`]. Suspending

@@ -57,7 +57,7 @@ unsafe fn fork(apart: bool) -> libc::pid_t {
 
 struct ChildProcesses(raw::libxl_childproc_hooks);
 
-// SAFETY: it is constant, and holds no pointer but to functions, of which there are none.
+// SAFETY: it is constant, and holds no pointer but to a function, which any thread may call.
 unsafe impl Sync for ChildProcesses {}
 
 /// Without this, libxl ends the process when it can't go on reporting events.
