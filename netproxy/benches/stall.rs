@@ -1,5 +1,7 @@
 //! How long streams stall at a re-target, in network namespaces: from the moment when the guest
 //! can be reached at the new site to the first byte of its answer, and to the last pending byte.
+//! Where nothing is pending, each client asks something at that moment, one after the other, and a
+//! stream's time runs from its own question.
 //!
 //! `cargo bench -p netproxy --bench stall [-- MOVES [RTT CONNECTIONS]]`, as root. Clients, edge,
 //! sites and guest share this machine's cores, and a thousand answers take their time without any
@@ -111,16 +113,20 @@ fn connect(world: &World, count: usize) -> Vec<TcpStream> {
     })
 }
 
-fn send(streams: &mut [TcpStream], length: usize) {
+/// Sends over each stream. Returns when.
+fn send(streams: &mut [TcpStream], length: usize) -> Vec<Instant> {
     let data = vec![7; length];
-    for stream in streams {
+    let send = |stream: &mut TcpStream| {
+        let now = Instant::now();
         stream.write_all(&data).unwrap();
-    }
+        now
+    };
+    streams.iter_mut().map(send).collect()
 }
 
-/// Reads the answers as they come. Returns when each stream's first byte came, and the last byte
-/// of all, in milliseconds from `start`.
-fn answers(streams: &[TcpStream], length: usize, start: Instant) -> (Vec<f64>, f64) {
+/// Reads the answers as they come. Returns how long after its start each stream's first byte came,
+/// and after the earliest of them the last byte of all, in milliseconds.
+fn answers(streams: &[TcpStream], length: usize, starts: &[Instant]) -> (Vec<f64>, f64) {
     use std::os::fd::AsRawFd;
     let mut poll = Poll::new().unwrap();
     for (at, stream) in streams.iter().enumerate() {
@@ -138,7 +144,7 @@ fn answers(streams: &[TcpStream], length: usize, start: Instant) -> (Vec<f64>, f
     while open > 0 {
         poll.poll(&mut events, Some(WITHIN)).unwrap();
         assert!(!events.is_empty(), "{open} streams are stuck");
-        let now = start.elapsed().as_secs_f64() * 1e3;
+        let now = Instant::now();
         for event in &events {
             let at = event.token().0;
             loop {
@@ -146,11 +152,12 @@ fn answers(streams: &[TcpStream], length: usize, start: Instant) -> (Vec<f64>, f
                     Ok(0) => panic!("A stream has ended"),
                     Ok(length) => {
                         if first[at].is_nan() {
-                            first[at] = now;
+                            first[at] = (now - starts[at]).as_secs_f64() * 1e3;
                         }
                         left[at] -= length;
                         if left[at] == 0 {
                             open -= 1;
+                            break;
                         }
                     }
                     Err(error) if error.kind() == ErrorKind::WouldBlock => break,
@@ -159,7 +166,7 @@ fn answers(streams: &[TcpStream], length: usize, start: Instant) -> (Vec<f64>, f
             }
         }
     }
-    let last = start.elapsed().as_secs_f64() * 1e3;
+    let last = starts.iter().min().unwrap().elapsed().as_secs_f64() * 1e3;
     for stream in streams {
         let fd = stream.as_raw_fd();
         let _ = poll.registry().deregister(&mut mio::unix::SourceFd(&fd));
@@ -362,12 +369,8 @@ fn main() {
             serve(&world);
             let edge = Edge::start(&world);
             let mut streams = connect(&world, count);
-            let mut exchange = |length| {
-                let start = Instant::now();
-                send(&mut streams, length);
-                answers(&streams, length, start)
-            };
-            exchange(1);
+            let starts = send(&mut streams, 1);
+            answers(&streams, 1, &starts);
             let sizes = [(0, "idle"), (10, "10 B"), (16_384, "16 KiB")];
             let mut at = 0;
             for (size, name) in sizes {
@@ -377,9 +380,8 @@ fn main() {
                 let (mut retargets, mut releases) = (Vec::new(), Vec::new());
                 let (mut own, mut total) = (Vec::new(), Vec::new());
                 for _ in 0..moves {
-                    let start = Instant::now();
-                    send(&mut streams, length);
-                    without.add(answers(&streams, length, start));
+                    let starts = send(&mut streams, length);
+                    without.add(answers(&streams, length, &starts));
                     std::thread::sleep(Duration::from_millis(300));
                     at = 1 - at;
                     let site = SITES[at].0;
@@ -400,10 +402,11 @@ fn main() {
                     let start = Instant::now();
                     let (reading, release) = std::thread::scope(|scope| {
                         let reading = scope.spawn(|| {
-                            if size == 0 {
-                                send(&mut streams, length);
-                            }
-                            answers(&streams, length, start)
+                            let starts = match size {
+                                0 => send(&mut streams, length),
+                                _ => vec![start; count],
+                            };
+                            answers(&streams, length, &starts)
                         });
                         let asked = Instant::now();
                         go.release(Duration::ZERO, WITHIN).unwrap();

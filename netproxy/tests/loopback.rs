@@ -169,6 +169,42 @@ fn bytes_pass_both_ways_and_ends_too() {
 }
 
 #[test]
+fn what_comes_after_urgent_bytes_arrives_with_them() {
+    let setup = Setup::new("", "");
+    let mut stream = setup.connect();
+    exchange(&mut stream, b"hello");
+    // A read ends before each of them, with more behind it. They themselves are out of band, and
+    // have no place in the stream.
+    for round in 0..20 {
+        stream.write_all(b"before").unwrap();
+        socket2::SockRef::from(&stream)
+            .send_out_of_band(b"!")
+            .unwrap();
+        stream.write_all(b"after").unwrap();
+        let mut answer = [0; 11];
+        stream.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"beforeafter", "round {round}");
+    }
+}
+
+#[test]
+fn a_guest_that_speaks_and_ends_at_once_is_heard() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            stream.unwrap().write_all(b"busy").unwrap();
+        }
+    });
+    let setup = Setup::with(address, "", "", r#""127.0.0.1:0""#);
+    for _ in 0..100 {
+        let mut words = String::new();
+        setup.connect().read_to_string(&mut words).unwrap();
+        assert_eq!(words, "busy");
+    }
+}
+
+#[test]
 fn clients_come_by_either_family() {
     let setup = Setup::with(echo_server(), "", "", r#""127.0.0.1:0", "[::1]:0""#);
     let listeners = setup.proxy.list().unwrap().guests[0].listeners.clone();

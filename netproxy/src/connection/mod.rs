@@ -143,8 +143,8 @@ fn upstream_token(key: usize) -> Token {
 }
 
 fn watch(stream: &mut TcpStream, token: Token, ctx: &Context<'_>) -> io::Result<()> {
-    ctx.registry
-        .register(stream, token, Interest::READABLE | Interest::WRITABLE)
+    let interests = Interest::READABLE | Interest::WRITABLE | Interest::PRIORITY;
+    ctx.registry.register(stream, token, interests)
 }
 
 /// The options that every socket of the proxy has.
@@ -225,6 +225,7 @@ impl Connection {
         };
         endpoint.readable |= event.is_readable() || event.is_read_closed();
         endpoint.writable |= event.is_writable() || event.is_write_closed();
+        endpoint.more |= event.is_read_closed() || event.is_error() || event.is_priority();
         if !event.is_error() {
             return None;
         }
@@ -240,6 +241,7 @@ impl Connection {
         }
         // Up to the error.
         endpoint.readable = true;
+        endpoint.more = true;
         self.lose(of_client, Sign::Event)
     }
 

@@ -251,7 +251,11 @@ impl Connection {
                 .map_err(registered)?;
         }
         self.register(&mut stream, ctx).map_err(registered)?;
-        let new = Upstream::Open(Endpoint::new(stream));
+        let mut endpoint = Endpoint::new(stream);
+        // It has heard nothing yet, and from now on epoll says when it does.
+        endpoint.readable = false;
+        endpoint.more = false;
+        let new = Upstream::Open(endpoint);
         let old = match std::mem::replace(&mut self.upstream, new) {
             Upstream::Open(endpoint) => Some(endpoint.stream),
             _ => None,

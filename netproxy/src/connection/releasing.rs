@@ -43,6 +43,9 @@ pub(super) struct Proving {
     in_flight: u32,
     /// `written` of the flow to the guest at the release.
     base: u64,
+    /// `taken` of the flow to the client at the release: more is an answer. None where another
+    /// program released it.
+    heard: Option<u64>,
     rtt: Duration,
     covered: bool,
     answered: bool,
@@ -65,8 +68,14 @@ pub(super) struct Proving {
 struct Rest {
     /// Bytes of the old socket's queue.
     pending: usize,
-    /// The size that the send buffer gets back.
+    /// The size that the send buffer gets back. It was made larger for what is pending.
     send_buffer: usize,
+}
+
+/// When one whose guest can't know more than was sent to it is looked at, so long after its release.
+/// Nobody answers sooner than a round trip; data that comes is an event anyhow.
+fn next_look(rtt: Duration, age: Duration) -> Duration {
+    ANSWER_CHECK.max((rtt + CHECK).saturating_sub(age))
 }
 
 impl Proving {
@@ -90,6 +99,7 @@ impl Proving {
             released: state.released.ago(now),
             in_flight: state.in_flight,
             base: state.base,
+            heard: None,
             rtt: state.rtt.time(),
             covered: state.covered,
             answered: state.answered,
@@ -178,12 +188,18 @@ impl Connection {
         }
         let silent = pending == 0 && in_flight == 0 && !self.write_waiting(ctx);
         let rtt = Duration::from_micros(u64::from(snapshot.info.rtt_us));
+        let covered = in_flight == 0;
+        let first_look = match covered {
+            true => next_look(rtt, Duration::ZERO),
+            false => CHECK,
+        };
         self.stage = Stage::Proving(Box::new(Proving {
             released: ctx.now,
             in_flight,
             base,
+            heard: Some(self.to_client.taken()),
             rtt,
-            covered: in_flight == 0,
+            covered,
             answered: false,
             went_back,
             next_probe: ctx.now + rtt + FIRST_PROBE,
@@ -194,7 +210,7 @@ impl Connection {
                 send_buffer,
             }),
             silent,
-            next_check: ctx.now + CHECK,
+            next_check: ctx.now + first_look,
         }));
         self.last_activity = ctx.now;
     }
@@ -269,7 +285,9 @@ impl Connection {
             self.write_queued(rest, ctx);
         }
         if let Upstream::Open(endpoint) = &self.upstream {
-            let _ = repair::relax(&endpoint.stream, send_buffer);
+            if pending > 0 {
+                let _ = repair::relax(&endpoint.stream, send_buffer);
+            }
             let asked = !ctx.limits.keepalive.0.is_zero();
             let _ = SockRef::from(&endpoint.stream).set_keepalive(asked);
         }
@@ -322,10 +340,15 @@ impl Connection {
                 .observe(age.as_secs_f64());
         };
         if !proving.answered {
-            let Ok(info) = repair::tcp_info(&endpoint.stream) else {
-                return Next::Failed("its state can't be read".into());
-            };
-            if info.segments_in > 0 {
+            let taken = self.to_client.taken();
+            let heard = proving.heard.is_some_and(|before| taken > before);
+            let info = || repair::tcp_info(&endpoint.stream);
+            let answered = heard
+                || match info() {
+                    Ok(info) => info.segments_in > 0,
+                    Err(_) => return Next::Failed("its state can't be read".into()),
+                };
+            if answered {
                 proving.answered = true;
                 if !proving.went_back {
                     stalled();
@@ -361,8 +384,7 @@ impl Connection {
         let wait = if age >= Duration::from_secs(1) {
             LATE_CHECK
         } else if proving.covered {
-            // Nobody answers sooner than a round trip; data that comes is an event anyhow.
-            ANSWER_CHECK.max((proving.rtt + CHECK).saturating_sub(age))
+            next_look(proving.rtt, age)
         } else {
             CHECK
         };
@@ -384,8 +406,30 @@ impl Connection {
         Next::Wait
     }
 
-    /// Whether [`Self::check`] has work on any event of the guest's side.
-    pub(crate) fn is_proving(&self) -> bool {
-        matches!(self.stage, Stage::Proving(_))
+    /// Moves what can be moved after an event of the guest's side, and sees what it tells of a
+    /// release.
+    pub(crate) fn hear(&mut self, ctx: &mut Context<'_>) -> Next {
+        match &self.stage {
+            // What can be written depends on what is sent again by now.
+            Stage::Proving(proving) if !proving.covered => match self.check(ctx) {
+                Next::Wait | Next::Again => self.advance(ctx),
+                next => next,
+            },
+            // Data is an answer, and the kernel need not be asked for one.
+            Stage::Proving(proving) => {
+                let before = proving.heard;
+                let next = self.advance(ctx);
+                let heard =
+                    Some(self.to_client.taken()) != before || self.to_client.end() != End::Open;
+                match next {
+                    Next::Wait | Next::Again if heard => match self.check(ctx) {
+                        Next::Wait => next,
+                        ended => ended,
+                    },
+                    next => next,
+                }
+            }
+            _ => self.advance(ctx),
+        }
     }
 }

@@ -393,14 +393,10 @@ impl Worker {
             if let Some(reason) = connection.note(of_client, event) {
                 return Next::Failed(reason);
             }
-            if !of_client
-                && connection.is_proving()
-                && let next @ (Next::Done | Next::Expired(_) | Next::Failed(_)) =
-                    connection.check(ctx)
-            {
-                return next;
+            match of_client {
+                true => connection.advance(ctx),
+                false => connection.hear(ctx),
             }
-            connection.advance(ctx)
         });
     }
 

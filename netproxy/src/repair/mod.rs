@@ -329,7 +329,10 @@ fn force_buffers(socket: &Socket, snapshot: &Snapshot, waiting: usize) -> Result
         .max(before.min(snapshot.offered() as usize))
         .max(4096);
     setsockopt(socket, sockopt::RcvBufForce, &receive).map_err(restore)?;
-    let send = (snapshot.send_buffer / 2).max(snapshot.send.len().saturating_add(64 * 1024));
+    let mut send = snapshot.send_buffer / 2;
+    if !snapshot.send.is_empty() {
+        send = send.max(snapshot.send.len().saturating_add(64 * 1024));
+    }
     setsockopt(socket, sockopt::SndBufForce, &send).map_err(restore)
 }
 

@@ -35,6 +35,9 @@ pub(crate) struct Endpoint {
     pub stream: TcpStream,
     pub readable: bool,
     pub writable: bool,
+    /// Whether a read that gives less than it could says nothing of what is behind it: an end, an
+    /// error, or bytes after urgent ones. A read that finds nothing settles it.
+    pub more: bool,
 }
 
 impl Endpoint {
@@ -43,6 +46,7 @@ impl Endpoint {
             stream,
             readable: true,
             writable: true,
+            more: true,
         }
     }
 }
@@ -305,7 +309,8 @@ impl Flow {
             Ok(taken) => taken,
             Err(error) => return would_block(error, source),
         };
-        // `readable` stays: only a read that finds nothing, or an end, settles it.
+        // What comes after the last byte is an event.
+        source.readable = taken == wanted || source.more;
         self.judge(taken);
         let data = scratch.get(..taken).unwrap_or(&[]);
         let mut given = 0;
@@ -376,6 +381,7 @@ fn would_block(error: io::Error, source: &mut Endpoint) -> Result<usize, Failure
     match error.kind() {
         io::ErrorKind::WouldBlock => {
             source.readable = false;
+            source.more = false;
             Ok(0)
         }
         io::ErrorKind::Interrupted => Ok(1),
