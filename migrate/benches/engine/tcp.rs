@@ -4,7 +4,7 @@
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 
-use migrate::link::Link;
+use migrate::link::{Link, MAX_CONNECTIONS};
 use rustix::net::sockopt::set_tcp_congestion;
 use wires::{Hosts, Wire};
 
@@ -14,6 +14,11 @@ use crate::wire::{beside_ideal, first_round};
 
 /// Packets lost of a thousand, where some are.
 const LOST: u32 = 5;
+
+/// At so many Mbit/s packets are jumbo frames: a hundred thousand others a second are more than these
+/// wires, which are threads of this machine, carry beside the engine.
+const FAST: u64 = 1000;
+const JUMBO: u32 = 9000;
 
 const NEAR: &str = "10.99.0.1";
 const FAR: &str = "10.99.0.2";
@@ -36,10 +41,15 @@ pub fn run() -> Result<()> {
         // Until a connection is as fast as such a link, seconds pass: more is sent.
         let subject = generated(mib * 2, 0);
         for connections in [1, 4] {
-            for (lost, way) in [(0, cubic), (LOST, bbr)] {
-                row(&subject, mbit, 200, lost, Way { connections, ..way })?;
-            }
+            row(&subject, mbit, 200, 0, cubic.shared(connections))?;
+            row(&subject, mbit, 200, LOST, bbr.shared(connections))?;
         }
+    }
+    // More than the kernel lets one connection have on its way.
+    let subject = generated(2048, 0);
+    for (rtt, connections) in [(10, 1), (40, 4), (200, MAX_CONNECTIONS)] {
+        row(&subject, FAST, rtt, 0, cubic.shared(connections))?;
+        row(&subject, FAST, rtt, LOST, bbr.shared(connections))?;
     }
     Ok(())
 }
@@ -59,6 +69,13 @@ impl Way {
             connections: 1,
         }
     }
+
+    const fn shared(self, connections: usize) -> Way {
+        Way {
+            connections,
+            ..self
+        }
+    }
 }
 
 fn row(subject: &Subject, mbit: u64, rtt: u64, lost: u32, way: Way) -> Result<()> {
@@ -73,6 +90,9 @@ fn row(subject: &Subject, mbit: u64, rtt: u64, lost: u32, way: Way) -> Result<()
     hosts.connect(("near", "wire0"), ("far", "wire0"), &Arc::new(wire));
     for (host, address) in [("near", NEAR), ("far", FAR)] {
         hosts.ip(host, &format!("address add {address}/24 dev wire0"));
+        if mbit == FAST {
+            hosts.ip(host, &format!("link set wire0 mtu {JUMBO}"));
+        }
     }
     let (here, there) = connect(&hosts, way.congestion)?;
     let mut data = (Vec::new(), Vec::new());
