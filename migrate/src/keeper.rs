@@ -11,9 +11,8 @@
 //!      -> poweroff, reboot, crash   destroy, restart or preserve, as the configuration says
 //! ```
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -38,41 +37,11 @@ const SUSPENDED_TICK: Duration = Duration::from_millis(200);
 /// How long xl may hold its lock: it waits for memory.
 const XL_PATIENCE: Duration = Duration::from_secs(120);
 
-/// Starts the keeper of a guest; one that is there already stays the only one. Where it can't be
-/// started that is noted, for [`is_missing`].
+/// Starts the keeper of a guest; one that is there already stays the only one.
 ///
 /// # Errors
 /// [`crate::Error::Io`].
 pub fn start(directories: &Directories, name: &str, uuid: &str) -> Result<()> {
-    let started = spawn(directories, name, uuid);
-    let note = missing(directories, uuid);
-    let noted = match &started {
-        Ok(()) if !note.exists() => Ok(()),
-        Ok(()) => fs::remove_file(&note),
-        Err(_) => File::create(&note).map(drop),
-    };
-    if let Err(error) = noted {
-        log::warn!("Can't note whether {name} has a keeper: {error}");
-    }
-    started
-}
-
-/// Whether a guest that goes on here could not be given a keeper: `xl`'s monitor has ended.
-pub(crate) fn is_missing(directories: &Directories, uuid: &str) -> bool {
-    missing(directories, uuid).exists()
-}
-
-/// Forgets that, of a guest that is gone.
-pub(crate) fn forget_missing(directories: &Directories, uuid: &str) {
-    // It is there only where a keeper was missing.
-    let _ = fs::remove_file(missing(directories, uuid));
-}
-
-fn missing(directories: &Directories, uuid: &str) -> PathBuf {
-    directories.runtime.join(format!("{uuid}.unkept"))
-}
-
-fn spawn(directories: &Directories, name: &str, uuid: &str) -> Result<()> {
     use std::os::unix::process::CommandExt;
     // A keeper without a log is better than none.
     let log = log_file(directories, name).map_or_else(

@@ -424,6 +424,8 @@ pub trait Source {
 pub enum EndedSuspend {
     /// It was too late to take it back: the guest is suspended.
     Suspended,
+    /// The guest was suspended, and is not any more.
+    GoesOn,
     /// The guest won't suspend because of it, or is gone.
     WillNot,
     /// The guest has taken the request, and may suspend yet.

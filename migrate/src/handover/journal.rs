@@ -12,6 +12,8 @@
 //! suspending  before the suspend         ready     before ready is sent
 //! committed   before commit is sent      owner     before the guest is unpaused
 //!                                        running   after it was
+//! resuming    before a suspended guest
+//!             goes on
 //! end         guest gone, or goes on     end       guest runs, or all is gone
 //! ```
 //!
@@ -31,7 +33,8 @@ use crate::directories::{Directories, sync_directory};
 use crate::error::{Error, IoContext, Result, chain};
 
 /// The version of the journal's format. The first had no record of a guest that is slowed down, and
-/// is read all the same.
+/// is read all the same. [`Phase::Resuming`] came after the second: an earlier program can't read a
+/// journal that has it, and leaves its move alone, but all others as before.
 pub const JOURNAL_VERSION: u32 = 2;
 
 /// How long a destination remembers a move that ended.
@@ -63,6 +66,9 @@ pub enum Phase {
     Tracking,
     /// Source: the guest was asked to suspend.
     Suspending,
+    /// Source: the guest was suspended, is this site's, and is about to be resumed, or was. Also
+    /// after the commit, by the word of the destination or of the operator.
+    Resuming,
     /// Destination: all is here and proved; waiting for the commit.
     Ready,
     /// Source: the commit may have been sent. Only the destination knows who owns the guest.
@@ -269,6 +275,22 @@ impl Journal {
         if let Err(error) = self.end(outcome) {
             log::warn!("{}", chain(&error));
         }
+        self.remove()
+    }
+
+    /// Records the end of a source's move; where that can't be written, as on a full disk, removes
+    /// the file.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn end_or_remove(&mut self, outcome: Outcome) -> Result<()> {
+        self.end(outcome).or_else(|error| {
+            log::warn!("{}", chain(&error));
+            self.remove()
+        })
+    }
+
+    fn remove(&self) -> Result<()> {
         let path = &self.entry.path;
         fs::remove_file(path).context(|| format!("Can't remove the journal {}", path.display()))
     }
@@ -545,6 +567,20 @@ mod tests {
         assert_eq!(journal.entry().phase, Phase::Suspending);
         journal.end(Outcome::Aborted).unwrap();
         assert_eq!(read(&path).unwrap().outcome, Some(Outcome::Aborted));
+    }
+
+    #[test]
+    fn a_source_whose_disk_is_full_has_ended_its_move_all_the_same() {
+        let (_root, directories) = directories();
+        let mut journal = Journal::create(&directories, begin()).unwrap();
+        journal.reach(Phase::Suspending).unwrap();
+        let path = journal.entry().path.clone();
+        // Nothing can be written any more.
+        journal.file = File::open(&path).unwrap();
+        assert!(journal.reach(Phase::Resuming).is_err());
+        assert_eq!(read(&path).unwrap().phase, Phase::Suspending);
+        journal.end_or_remove(Outcome::Aborted).unwrap();
+        assert!(!path.exists());
     }
 
     #[test]

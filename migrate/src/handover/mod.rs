@@ -18,6 +18,7 @@
 //! heard the commit gives up, and says so for ever after. What a lost link leaves open between
 //! "committed" and "running" is settled by asking the destination ([`recovery`]).
 
+pub(crate) mod going_on;
 pub mod guardian;
 pub mod journal;
 pub mod lock;

@@ -4,9 +4,10 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use super::{READ_BATCH, Session};
+use super::{Move, READ_BATCH, Session};
 use crate::error::{Error, Result, chain};
-use crate::guest::{Batch, EndedSuspend, Found, MAY_SUSPEND, Moment, PageTable};
+use crate::guest::{Batch, Found, Moment, PageTable};
+use crate::handover::going_on::go_on;
 use crate::handover::journal::{Outcome, Phase};
 use crate::handover::recovery::Owner;
 use crate::pages::{PageSet, Pfn};
@@ -143,20 +144,17 @@ impl Session<'_> {
         Err(error)
     }
 
-    /// Lets the guest run here again, under a keeper where it was suspended: `xl`'s monitor ends
-    /// then.
+    /// Lets the guest run here again.
     fn go_on(&mut self) -> Result<()> {
-        match self.go.guest.end_suspend()? {
-            EndedSuspend::Suspended => {
-                let kept = (self.go.keep)();
-                self.go.guest.resume()?;
-                // What it lacked may be there by now.
-                kept.or_else(|_| (self.go.keep)())
-            }
-            EndedSuspend::WillNot => Ok(()),
-            // Whoever comes then has to find the journal.
-            EndedSuspend::MayCome => Err(Error::Busy(MAY_SUSPEND.into())),
-        }
+        let Move {
+            guest,
+            journal,
+            keep,
+            ..
+        } = &mut self.go;
+        let ended = guest.end_suspend()?;
+        let record = || journal.reach(Phase::Resuming);
+        go_on(ended, record, keep, || guest.resume())
     }
 
     /// Commit was recorded and no answer came: only the destination knows.

@@ -337,7 +337,7 @@ impl<'a> Session<'a> {
     }
 
     fn end_journal(&mut self, outcome: Outcome) {
-        if let Err(error) = self.go.journal.end(outcome) {
+        if let Err(error) = self.go.journal.end_or_remove(outcome) {
             log::error!("{}", chain(&error));
         }
     }

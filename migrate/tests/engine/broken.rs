@@ -1,11 +1,12 @@
 //! Moves that fail: whatever breaks, one guest runs, and a new move succeeds.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use migrate::Error;
 use migrate::guest::Moment;
-use migrate::guest::replay::{Call, Crossing, Shape, Watch, cross, die, pair};
+use migrate::guest::replay::{Call, Crossing, End, Shape, Watch, cross, die, pair};
+use migrate::handover::journal::Phase;
 
 use crate::scene::{Place, Scene, at_call, busy, connections};
 
@@ -263,4 +264,38 @@ fn a_keeper_that_can_not_be_started_is_tried_again() {
     let error = crossed.source.error();
     assert!(matches!(error, Some(Error::PeerFailed { .. })), "{error:?}");
     assert_eq!(scene.near.keepers(), 1);
+}
+
+/// Whoever settles the move knows then that the guest was suspended, and does not wait for it.
+#[test]
+fn a_worker_is_killed_before_or_after_it_has_resumed_the_guest() {
+    // The keeper is tried again once the guest runs.
+    for (call, nth) in [(Call::Keep, 1), (Call::Resume, 1), (Call::Keep, 2)] {
+        let scene = Scene::with(busy(61));
+        let seen = AtomicUsize::new(0);
+        let at_source: Arc<Watch> = Arc::new(move |this| {
+            if this == call && seen.fetch_add(1, Ordering::Relaxed) + 1 == nth {
+                die();
+            }
+            match this {
+                Call::Keep => Err(Error::Refused("It can't be done".into())),
+                _ => Ok(()),
+            }
+        });
+        let at_destination: Arc<Watch> = Arc::new(|this| match this {
+            Call::Complete => Err(Error::Refused("It can't be done".into())),
+            _ => Ok(()),
+        });
+        let crossed = scene.cross(Crossing {
+            at_source,
+            at_destination,
+            ..Crossing::default()
+        });
+        let at = format!("{call:?} {nth}");
+        assert_eq!(scene.settled(&crossed), Place::Source, "{at}");
+        assert!(matches!(crossed.source, End::Killed), "{at}: {crossed:?}");
+        assert_eq!(crossed.source_journal.phase, Phase::Resuming, "{at}");
+        assert_eq!(scene.near.keepers(), 1, "{at}");
+        then_moves(&scene);
+    }
 }

@@ -82,6 +82,8 @@ fn one_that_was_let_go_on_is_not_handed_over() {
         assert_eq!(scene.settled(&crossed), Place::Source);
         let error = crossed.source.error().map(|error| chain(error));
         assert!(error.is_some_and(|text| text.contains("Another tool")));
+        // `xl`'s monitor has ended with the suspend, whoever let the guest go on.
+        assert_eq!(scene.near.keepers(), 1);
     }
 }
 

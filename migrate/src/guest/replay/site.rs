@@ -20,7 +20,8 @@ use crate::directories::Directories;
 use crate::error::{Error, IoContext, Result};
 use crate::group::Group;
 use crate::guest::xen::stream::state::GuestState;
-use crate::guest::{Moment, RESUMED};
+use crate::guest::{EndedSuspend, Moment, RESUMED};
+use crate::handover::going_on::go_on;
 use crate::handover::journal::{self, Entry, Journal, Outcome, Phase, Role};
 use crate::handover::lock::GuestLock;
 use crate::handover::recovery::{self, Action, Owner};
@@ -254,19 +255,30 @@ impl Site {
     }
 
     fn stays(&self, journal: &mut Journal) -> Result<()> {
-        let cap = journal.entry().cap;
-        let suspended = self.with_guest(|guest| {
-            let suspended = !guest.runs();
-            guest.resume();
-            guest.end_log();
-            if let Some(cap) = cap {
+        let entry = journal.entry().clone();
+        let ended = self.with_guest(|guest| {
+            if let Some(cap) = entry.cap {
                 guest.set_cpu_cap(cap);
             }
-            Ok(suspended)
+            Ok(match (guest.runs(), entry.phase) {
+                (false, _) => EndedSuspend::Suspended,
+                (true, Phase::Resuming | Phase::Committed) => EndedSuspend::GoesOn,
+                (true, _) => EndedSuspend::WillNot,
+            })
         })?;
-        if suspended {
+        let with = |deed: fn(&mut Guest)| {
+            self.with_guest(|guest| {
+                deed(guest);
+                Ok(())
+            })
+        };
+        let keep = || {
             self.keep();
-        }
+            Ok(())
+        };
+        let record = || journal.reach(Phase::Resuming);
+        go_on(ended, record, keep, || with(Guest::resume))?;
+        with(Guest::end_log)?;
         journal.end(Outcome::Aborted)
     }
 

@@ -30,6 +30,7 @@ pub struct ReplaySource {
     zero: PageDigest,
     tracker: TrackerKind,
     started: bool,
+    suspended: bool,
     p2m_frames: Vec<u64>,
     watch: Arc<Watch>,
 }
@@ -58,6 +59,7 @@ impl ReplaySource {
             comparer: Comparer::new(cores),
             tracker,
             started: false,
+            suspended: false,
             watch,
         })
     }
@@ -194,7 +196,9 @@ impl Source for ReplaySource {
         self.site.with_guest(|guest| {
             guest.suspend();
             Ok(())
-        })
+        })?;
+        self.suspended = true;
+        Ok(())
     }
 
     fn final_state(&mut self) -> Result<GuestState> {
@@ -221,6 +225,7 @@ impl Source for ReplaySource {
         (self.watch)(Call::EndSuspend)?;
         self.site.with_guest(|guest| {
             Ok(match guest.runs() {
+                true if self.suspended => EndedSuspend::GoesOn,
                 true => EndedSuspend::WillNot,
                 false => EndedSuspend::Suspended,
             })

@@ -22,6 +22,17 @@ const RESTARTING: Duration = Duration::from_secs(15);
 /// tries for 20 s to freeze its tasks.
 pub const SUSPENDING: Duration = Duration::from_secs(60);
 
+/// What is known of a request to suspend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asked {
+    /// None was made that the guest could have taken.
+    No,
+    /// The guest may have taken it, and is waited for that long.
+    Waiting(Duration),
+    /// The guest was suspended.
+    Done,
+}
+
 /// How a frontend says that it is connected, `XenbusStateConnected` (xen/io/xenbus.h).
 const CONNECTED: &[u8] = b"4";
 
@@ -274,12 +285,12 @@ impl Host {
     }
 
     /// Ends a request to suspend, whatever became of it: takes it back where the guest has not
-    /// seen it, and where it has waits for the suspend, up to `patience`. None: nothing was asked.
+    /// seen it, and where it has waits for the suspend.
     ///
     /// # Errors
     /// What Xen refuses. [`Error::Busy`] where the guest is paused and may suspend as soon as it
     /// goes on.
-    pub fn end_suspend(&self, domid: DomId, patience: Option<Duration>) -> Result<EndedSuspend> {
+    pub fn end_suspend(&self, domid: DomId, asked: Asked) -> Result<EndedSuspend> {
         let look = || {
             self.ctl
                 .domain_info(domid)
@@ -288,17 +299,22 @@ impl Host {
         if look()?.is_none() {
             return Ok(EndedSuspend::WillNot);
         }
-        let withdrawn = self.withdraw_suspend(domid)?;
+        // One that is done with is no longer there to be taken back; another tool's may be.
+        let withdrawn = asked != Asked::Done && self.withdraw_suspend(domid)?;
         let start = Instant::now();
         loop {
             let Some(info) = look()? else {
                 return Ok(EndedSuspend::WillNot);
             };
-            // One that can't have seen it is not waited for.
-            let left = patience
-                .filter(|_| !withdrawn)
-                .map(|patience| patience.saturating_sub(start.elapsed()));
-            if let Some(ended) = ended_suspend(&info, left) {
+            let asked = match asked {
+                // One that can't have seen it is not waited for.
+                _ if withdrawn => Asked::No,
+                Asked::Waiting(patience) => {
+                    Asked::Waiting(patience.saturating_sub(start.elapsed()))
+                }
+                other => other,
+            };
+            if let Some(ended) = ended_suspend(&info, asked) {
                 return ended;
             }
             thread::sleep(Duration::from_millis(50));
@@ -399,18 +415,19 @@ impl Host {
     }
 }
 
-/// What became of a request to suspend, by what is seen of the domain, with so much time `left` to
-/// wait for it, if it may come at all. None: it is to be waited for still.
-fn ended_suspend(info: &DomainInfo, left: Option<Duration>) -> Option<Result<EndedSuspend>> {
-    match left {
+/// What became of a request to suspend, by what is seen of the domain. None: it is to be waited for
+/// still.
+fn ended_suspend(info: &DomainInfo, asked: Asked) -> Option<Result<EndedSuspend>> {
+    match asked {
         _ if info.is_suspended() => Some(Ok(EndedSuspend::Suspended)),
+        Asked::Done => Some(Ok(EndedSuspend::GoesOn)),
         _ if info.shutdown.is_some() => Some(Ok(EndedSuspend::WillNot)),
-        None => Some(Ok(EndedSuspend::WillNot)),
-        Some(left) if !left.is_zero() => None,
-        Some(_) if info.paused => Some(Err(Error::Busy(
+        Asked::No => Some(Ok(EndedSuspend::WillNot)),
+        Asked::Waiting(left) if !left.is_zero() => None,
+        Asked::Waiting(_) if info.paused => Some(Err(Error::Busy(
             "The guest is paused, and may suspend as soon as it is unpaused".into(),
         ))),
-        Some(_) => Some(Ok(EndedSuspend::MayCome)),
+        Asked::Waiting(_) => Some(Ok(EndedSuspend::MayCome)),
     }
 }
 
@@ -491,25 +508,32 @@ mod tests {
     /// One that comes when nobody waits any more would hold the guest for good.
     #[test]
     fn a_suspend_that_was_taken_and_did_not_come_may_come_yet() {
-        use EndedSuspend::{MayCome, Suspended, WillNot};
-        let (some, no_more) = (Duration::from_secs(1), Duration::ZERO);
-        let look =
-            |info: &DomainInfo, left| ended_suspend(info, left).map(|ended| ended.map_err(|_| ()));
+        use Asked::{Done, No, Waiting};
+        use EndedSuspend::{GoesOn, MayCome, Suspended, WillNot};
+        let (some, no_more) = (Waiting(Duration::from_secs(1)), Waiting(Duration::ZERO));
+        let look = |info: &DomainInfo, asked| {
+            ended_suspend(info, asked).map(|ended| ended.map_err(|_| ()))
+        };
         let runs = domain(1, None);
-        assert_eq!(look(&runs, Some(some)), None);
-        assert_eq!(look(&runs, Some(no_more)), Some(Ok(MayCome)));
-        assert_eq!(look(&runs, None), Some(Ok(WillNot)));
+        assert_eq!(look(&runs, some), None);
+        assert_eq!(look(&runs, no_more), Some(Ok(MayCome)));
+        assert_eq!(look(&runs, No), Some(Ok(WillNot)));
+        assert_eq!(look(&runs, Done), Some(Ok(GoesOn)));
         let paused = DomainInfo {
             paused: true,
             ..runs
         };
-        assert_eq!(look(&paused, Some(no_more)), Some(Err(())));
+        assert_eq!(look(&paused, no_more), Some(Err(())));
+        assert_eq!(look(&paused, Done), Some(Ok(GoesOn)));
         let suspended = domain(1, Some(ShutdownReason::Suspend));
         let crashed = domain(1, Some(ShutdownReason::Crash));
-        for left in [None, Some(some), Some(no_more)] {
-            assert_eq!(look(&suspended, left), Some(Ok(Suspended)));
-            assert_eq!(look(&crashed, left), Some(Ok(WillNot)));
+        for asked in [No, some, no_more] {
+            assert_eq!(look(&suspended, asked), Some(Ok(Suspended)));
+            assert_eq!(look(&crashed, asked), Some(Ok(WillNot)));
         }
+        assert_eq!(look(&suspended, Done), Some(Ok(Suspended)));
+        // It is a keeper's to see to that.
+        assert_eq!(look(&crashed, Done), Some(Ok(GoesOn)));
     }
 
     #[test]

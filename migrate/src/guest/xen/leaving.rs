@@ -11,7 +11,7 @@
 use xen_sys::DomId;
 use xen_sys::memory::{Access, ForeignMemory, Mapping};
 
-use super::host::{Host, SUSPENDING};
+use super::host::{Asked, Host, SUSPENDING};
 use super::savers::refuse_saver;
 use super::tracker::Tracker;
 use crate::digest::{DigestKey, Digester, PageDigest};
@@ -41,8 +41,8 @@ pub(super) struct Leaving {
     comparer: Comparer,
     /// The digest of an ordinary page of zeros.
     zero: PageDigest,
-    /// Whether the guest may have taken a request to suspend, and has not done it.
-    suspending: bool,
+    /// The request to suspend.
+    asked: Asked,
 }
 
 /// A page that has content: where to map it, and what it is.
@@ -98,7 +98,7 @@ impl Leaving {
             zero: digester.zero(PageType::Normal),
             digester,
             comparer: Comparer::new(cores),
-            suspending: false,
+            asked: Asked::No,
         })
     }
 
@@ -295,8 +295,12 @@ impl Leaving {
     /// Suspends the guest, and returns once it is.
     pub fn suspend(&mut self) -> Result<()> {
         let suspended = self.host.suspend(self.domid);
-        // Else nothing was asked, or libxl has taken it back.
-        self.suspending = matches!(suspended, Err(Error::Xen { .. }));
+        self.asked = match &suspended {
+            Ok(()) => Asked::Done,
+            Err(Error::Xen { .. }) => Asked::Waiting(SUSPENDING),
+            // Nothing was asked, or libxl has taken it back.
+            Err(_) => Asked::No,
+        };
         suspended
     }
 
@@ -314,8 +318,7 @@ impl Leaving {
 
     /// Takes a suspend that is still pending back.
     pub fn end_suspend(&self) -> Result<EndedSuspend> {
-        let patience = self.suspending.then_some(SUSPENDING);
-        self.host.end_suspend(self.domid, patience)
+        self.host.end_suspend(self.domid, self.asked)
     }
 }
 

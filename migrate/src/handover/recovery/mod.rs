@@ -6,6 +6,7 @@
 //! ```text
 //! source       begun, tracking  -> the guest never stopped: end log-dirty
 //!              suspending       -> take the request back, or resume
+//!              resuming         -> resume, where it is suspended still
 //!              slowed down      -> wherever it goes on here: give it its processor time back
 //!              committed        -> ask the destination, and do what it says
 //! destination  begun, ready     -> destroy what is incoming
@@ -29,7 +30,7 @@ use super::journal::{self, Entry, Journal, Outcome, Phase, Role};
 use super::lock::GuestLock;
 use crate::directories::Directories;
 use crate::error::{Error, Result, chain};
-use crate::guest::xen::host::{Host, SUSPENDING};
+use crate::guest::xen::host::{Asked, Host, SUSPENDING};
 use crate::link::ssh::Remote;
 use crate::shadow::{ShadowPolicy, Shadows};
 use crate::wire::Text;
@@ -60,7 +61,7 @@ pub fn action(entry: &Entry) -> Action {
     }
     match (entry.begin.role, entry.phase) {
         (Role::Source, Phase::Begun | Phase::Tracking) => Action::GoOn,
-        (Role::Source, Phase::Suspending) => Action::Resume,
+        (Role::Source, Phase::Suspending | Phase::Resuming) => Action::Resume,
         (Role::Source, Phase::Committed) => Action::AskDestination,
         (Role::Destination, Phase::Owner) => Action::Finish,
         (Role::Destination, Phase::Running) => Action::ClearUp,
@@ -151,6 +152,16 @@ impl LateSuspend {
     }
 }
 
+/// What a journal tells of the request to suspend. Only as long as it says no more than that it may
+/// have been made can a suspend come late.
+fn asked(phase: Phase, late: LateSuspend) -> Asked {
+    match phase {
+        Phase::Suspending => Asked::Waiting(late.patience()),
+        // What is committed was suspended.
+        _ => Asked::Done,
+    }
+}
+
 /// How long a worker of the same move is waited for.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -221,7 +232,7 @@ pub fn settle(
             })
         }
         Action::Resume => {
-            let there = resume(directories, &entry, late)?;
+            let there = resume(directories, &mut journal, late)?;
             journal.end_and_remove(Outcome::Aborted)?;
             let what = "The move was given up and the guest goes on";
             Ok(settled_here(&entry, what, there))
@@ -237,7 +248,7 @@ pub fn settle(
                 ))
             }
             Owner::Source => {
-                let there = resume(directories, &entry, late)?;
+                let there = resume(directories, &mut journal, late)?;
                 journal.end_and_remove(Outcome::Aborted)?;
                 let what = "The destination gave up and the guest goes on";
                 Ok(settled_here(&entry, what, there))
@@ -349,7 +360,7 @@ pub fn settle_by_decree(directories: &Directories, entry: &Entry, here: bool) ->
             ("By decree the guest is the destination's", Place::There)
         }
         (Role::Source, Phase::Committed, true) if open => {
-            let there = resume(directories, &entry, LateSuspend::WillNotCome)?;
+            let there = resume(directories, &mut journal, LateSuspend::WillNotCome)?;
             journal.end_and_remove(Outcome::Aborted)?;
             let what = "By decree the guest is this site's, and goes on";
             return Ok(settled_here(&entry, what, there));

@@ -2,50 +2,48 @@
 
 use std::fs;
 
-use super::{LateSuspend, incoming_name};
+use super::{LateSuspend, asked, incoming_name};
 use crate::directories::Directories;
 use crate::error::{Error, Result};
+use crate::guest::EndedSuspend;
 use crate::guest::xen::host::Host;
-use crate::guest::{EndedSuspend, MAY_SUSPEND};
+use crate::handover::going_on::go_on;
 use crate::handover::journal::{self, Entry, Journal, Outcome, Phase};
 use crate::keeper;
 
-/// Makes sure that the guest runs here; under a keeper where it was suspended, since `xl`'s
-/// monitor ends then. False where there is no such guest any more.
+/// Makes sure that the guest runs here. False where there is no such guest any more.
 ///
 /// # Errors
 /// [`Error::Busy`] where the guest may suspend yet, if that leaves the move open; what Xen refuses.
-pub(super) fn resume(directories: &Directories, entry: &Entry, late: LateSuspend) -> Result<bool> {
+pub(super) fn resume(
+    directories: &Directories,
+    journal: &mut Journal,
+    late: LateSuspend,
+) -> Result<bool> {
+    let entry = journal.entry().clone();
+    let (name, uuid) = (&entry.begin.name, &entry.begin.uuid);
     let host = Host::open()?;
     // With its processor time, a suspend that is late ends soon. But nothing of this keeps a guest
     // from going on.
-    let sped_up = speed_up(&host, entry);
-    let Some(domid) = host.find(&entry.begin.uuid)? else {
-        log::warn!("{} is gone from this host", entry.begin.name);
-        keeper::forget_missing(directories, &entry.begin.uuid);
+    let sped_up = speed_up(&host, &entry);
+    let Some(domid) = host.find(uuid)? else {
+        log::warn!("{name} is gone from this host");
         return Ok(false);
     };
-    let (name, uuid) = (&entry.begin.name, &entry.begin.uuid);
-    let keep = || keeper::start(directories, name, uuid);
-    let mut may_come = false;
-    match host.end_suspend(domid, Some(late.patience()))? {
-        EndedSuspend::Suspended => {
-            // First the keeper: it is to see all that the guest does.
-            let kept = keep();
-            host.resume(domid)?;
-            // What it lacked may be there by now.
-            kept.or_else(|_| keep())?;
-        }
-        // It was suspended, and goes on already.
-        _ if keeper::is_missing(directories, uuid) => keep()?,
-        EndedSuspend::WillNot => {}
-        EndedSuspend::MayCome => may_come = true,
-    }
-    host.end_log_dirty(domid, true)?;
-    if may_come && late != LateSuspend::WillNotCome {
-        return Err(Error::Busy(MAY_SUSPEND.into()));
-    }
-    sped_up.map(|()| true)
+    let ended = match host.end_suspend(domid, asked(entry.phase, late))? {
+        EndedSuspend::MayCome if late == LateSuspend::WillNotCome => EndedSuspend::WillNot,
+        ended => ended,
+    };
+    let goes_on = go_on(
+        ended,
+        || journal.reach(Phase::Resuming),
+        || keeper::start(directories, name, uuid),
+        || host.resume(domid),
+    );
+    goes_on
+        .and(host.end_log_dirty(domid, true))
+        .and(sped_up)
+        .map(|()| true)
 }
 
 /// Gives a guest that was slowed down its processor time back.

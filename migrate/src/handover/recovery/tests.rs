@@ -13,10 +13,11 @@ fn entry(role: Role, phase: Phase, outcome: Option<Outcome>) -> Entry {
     }
 }
 
-const PHASES: [Phase; 7] = [
+const PHASES: [Phase; 8] = [
     Phase::Begun,
     Phase::Tracking,
     Phase::Suspending,
+    Phase::Resuming,
     Phase::Ready,
     Phase::Committed,
     Phase::Owner,
@@ -38,6 +39,7 @@ fn every_pair_of_journals_leaves_one_owner() {
         Phase::Begun,
         Phase::Tracking,
         Phase::Suspending,
+        Phase::Resuming,
         Phase::Committed,
     ] {
         for destination in [Phase::Begun, Phase::Ready, Phase::Owner, Phase::Running] {
@@ -58,7 +60,7 @@ fn every_pair_of_journals_leaves_one_owner() {
             assert!(here ^ there, "{source:?} {destination:?}");
         }
     }
-    assert_eq!(pairs, 9);
+    assert_eq!(pairs, 11);
 }
 
 #[test]
@@ -72,6 +74,24 @@ fn a_source_never_resumes_by_itself_after_commit() {
             Action::AskDestination
         );
     }
+}
+
+/// A move that would else stay open until no suspend can come any more.
+#[test]
+fn only_a_suspend_that_is_not_known_to_have_come_is_waited_for() {
+    let waited_for = |phase| asked(phase, LateSuspend::IsWaitedFor) != Asked::Done;
+    let phases: Vec<_> = PHASES.into_iter().filter(|it| waited_for(*it)).collect();
+    assert_eq!(phases, [Phase::Suspending]);
+    let no_longer = asked(Phase::Suspending, LateSuspend::StaysOpen);
+    assert_eq!(no_longer, Asked::Waiting(Duration::ZERO));
+}
+
+/// Whoever decided that it goes on at the source may have let it run there.
+#[test]
+fn a_source_that_resumes_its_guest_asks_nobody_any_more() {
+    let entry = entry(Role::Source, Phase::Resuming, None);
+    assert_eq!(action(&entry), Action::Resume);
+    assert!(!can_be_decreed(Role::Source, Phase::Resuming, false));
 }
 
 #[test]
