@@ -311,7 +311,7 @@ impl Mover<'_> {
         let move_id = MoveId::from_random(random()?);
         let digester = Digester::new(&key);
         let offer = offer(&host, &mut *guest, domid, &layout, key, move_id, request)?;
-        let journal = Journal::create(
+        let mut journal = Journal::create(
             directories,
             Begin {
                 domid: Some(domid.get()),

@@ -270,7 +270,7 @@ impl Journal {
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn end_and_remove(mut self, outcome: Outcome) -> Result<()> {
+    pub fn end_and_remove(&mut self, outcome: Outcome) -> Result<()> {
         // On a full disk the end can't be written. Removed, the journal is ended just as well.
         if let Err(error) = self.end(outcome) {
             log::warn!("{}", chain(&error));

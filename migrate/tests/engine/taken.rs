@@ -106,7 +106,7 @@ fn one_that_was_let_go_on_after_the_commit_is_not_destroyed() {
     let (near, far, _cut) = pair(Shape::default());
     // Nor does whoever settles the move destroy it.
     let error = cross(&scene.near, &scene.far, (near, far), crossing).unwrap_err();
-    assert!(chain(&error).contains("Another tool"), "{error}");
+    assert!(chain(&error).contains("another tool"), "{error}");
     assert!(scene.near.runs() && scene.far.runs());
     let journals = journal::list(&scene.near.directories).unwrap();
     assert_eq!(journals.entries[0].phase, Phase::Committed);

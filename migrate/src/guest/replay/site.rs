@@ -7,8 +7,7 @@
 //!     left      the memory of the guest that was destroyed here last
 //! ```
 //!
-//! [`Site::settle`] is what a guardian does: it reads a journal, and carries out what
-//! [`recovery::action`] makes of it.
+//! [`Site::settle`] is what a guardian does: [`recovery`] itself settles what a journal tells of.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,14 +16,20 @@ use std::time::Duration;
 use super::guest::Guest;
 use super::memory::Memory;
 use crate::directories::Directories;
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, Result};
 use crate::group::Group;
+use crate::guest::xen::host::Asked;
 use crate::guest::xen::stream::state::GuestState;
-use crate::guest::{EndedSuspend, Moment, RESUMED};
-use crate::handover::going_on::go_on;
-use crate::handover::journal::{self, Entry, Journal, Outcome, Phase, Role};
+use crate::guest::{EndedSuspend, Moment};
+use crate::handover::journal::{self, Entry, Journal, Outcome, Role};
 use crate::handover::lock::GuestLock;
-use crate::handover::recovery::{self, Action, Owner};
+use crate::handover::recovery::{self, Here, LateSuspend, Owner};
+
+/// The domain that runs here, or is suspended.
+const GUEST: u32 = 1;
+
+/// The domain that arrives.
+const INCOMING: u32 = 2;
 
 /// How long a worker of the same move is waited for.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -217,75 +222,11 @@ impl Site {
         path: &Path,
         ask: &mut dyn FnMut(&Entry) -> Result<Owner>,
     ) -> Result<Entry> {
-        let entry = journal::read(path)?;
-        let begin = &entry.begin;
+        let begin = journal::read(path)?.begin;
         let _lock = GuestLock::wait(&self.directories, &begin.uuid, &begin.name, PATIENCE)?;
         let mut journal = Journal::open(path)?;
-        match recovery::action(journal.entry()) {
-            Action::Nothing => {}
-            Action::GoOn | Action::Resume => self.stays(&mut journal)?,
-            Action::AskDestination => match ask(&entry)? {
-                Owner::Destination => {
-                    if self.runs() {
-                        return Err(Error::Refused(RESUMED.into()));
-                    }
-                    self.destroy()?;
-                    journal.end(Outcome::Moved)?;
-                }
-                Owner::Source => self.stays(&mut journal)?,
-                Owner::Unknown => {
-                    let peer = begin.peer.clone();
-                    return Err(Error::InDoubt { peer });
-                }
-            },
-            Action::Discard => {
-                self.discard()?;
-                remove_memory(&entry)?;
-                journal.end(Outcome::Aborted)?;
-            }
-            Action::Finish => {
-                journal.reach(Phase::Owner)?;
-                self.take_over()?;
-                journal.reach(Phase::Running)?;
-                self.arrived(&mut journal)?;
-            }
-            Action::ClearUp => self.arrived(&mut journal)?,
-        }
-        journal::read(path)
-    }
-
-    fn stays(&self, journal: &mut Journal) -> Result<()> {
-        let entry = journal.entry().clone();
-        let ended = self.with_guest(|guest| {
-            if let Some(cap) = entry.cap {
-                guest.set_cpu_cap(cap);
-            }
-            Ok(match (guest.runs(), entry.phase) {
-                (false, _) => EndedSuspend::Suspended,
-                (true, Phase::Resuming | Phase::Committed) => EndedSuspend::GoesOn,
-                (true, _) => EndedSuspend::WillNot,
-            })
-        })?;
-        let with = |deed: fn(&mut Guest)| {
-            self.with_guest(|guest| {
-                deed(guest);
-                Ok(())
-            })
-        };
-        let keep = || {
-            self.keep();
-            Ok(())
-        };
-        let record = || journal.reach(Phase::Resuming);
-        go_on(ended, record, keep, || with(Guest::resume))?;
-        with(Guest::end_log)?;
-        journal.end(Outcome::Aborted)
-    }
-
-    fn arrived(&self, journal: &mut Journal) -> Result<()> {
-        self.keep();
-        remove_memory(journal.entry())?;
-        journal.end(Outcome::Moved)
+        recovery::carry_out(&mut journal, LateSuspend::IsWaitedFor, ask, || Ok(self))?;
+        Ok(journal.entry().clone())
     }
 
     /// What this destination answers when a source asks about a move: who owns the guest.
@@ -308,11 +249,75 @@ impl Site {
     }
 }
 
-fn remove_memory(entry: &Entry) -> Result<()> {
-    match entry.begin.memory.as_ref().map(std::fs::remove_file) {
-        Some(Err(error)) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(error).context(|| "Can't remove what has arrived")
-        }
-        _ => Ok(()),
+impl Here for &Site {
+    type Domain = u32;
+
+    fn find(&self) -> Result<Option<u32>> {
+        let domains = self.domains();
+        Ok(match (&domains.guest, &domains.incoming) {
+            (Some(_), _) => Some(GUEST),
+            (None, Some(_)) => Some(INCOMING),
+            (None, None) => None,
+        })
     }
+
+    fn find_incoming(&self) -> Result<Option<u32>> {
+        Ok(self.domains().incoming.as_ref().map(|_| INCOMING))
+    }
+
+    fn is_left(&self, domid: u32) -> Result<bool> {
+        Ok(domid == GUEST)
+    }
+
+    fn is_suspended(&self, domid: u32) -> Result<bool> {
+        Ok(domid == GUEST && !self.runs())
+    }
+
+    fn restore_cpu_cap(&self, percent: u32) -> Result<()> {
+        if let Some(guest) = &mut self.domains().guest {
+            guest.set_cpu_cap(percent);
+        }
+        Ok(())
+    }
+
+    /// A guest here suspends at once or not at all.
+    fn end_suspend(&self, domid: u32, asked: Asked) -> Result<EndedSuspend> {
+        Ok(match (self.is_suspended(domid)?, asked) {
+            (true, _) => EndedSuspend::Suspended,
+            (false, Asked::Done) => EndedSuspend::GoesOn,
+            (false, _) => EndedSuspend::WillNot,
+        })
+    }
+
+    fn keep(&self) -> Result<()> {
+        Site::keep(self);
+        Ok(())
+    }
+
+    fn resume(&self, _domid: u32) -> Result<()> {
+        self.with_guest(|guest| {
+            guest.resume();
+            Ok(())
+        })
+    }
+
+    fn end_log_dirty(&self, _domid: u32) -> Result<()> {
+        self.with_guest(|guest| {
+            guest.end_log();
+            Ok(())
+        })
+    }
+
+    fn destroy(&self, domid: u32) -> Result<()> {
+        match domid == INCOMING {
+            true => self.discard(),
+            false => Site::destroy(self),
+        }
+    }
+
+    fn take_over(&self, _domid: u32) -> Result<()> {
+        Site::take_over(self)
+    }
+
+    fn name_arrived(&self, _domid: u32) {}
 }

@@ -1,7 +1,8 @@
 //! What to do about a move whose worker is gone.
 //!
 //! [`action`] is the whole policy: a pure function of the journal. [`settle`] carries it out, and
-//! can be run again after it was itself cut short.
+//! can be run again after it was itself cut short. What it does to guests is behind [`Here`], so that
+//! it settles those that are replayed as well.
 //!
 //! ```text
 //! source       begun, tracking  -> the guest never stopped: end log-dirty
@@ -14,6 +15,7 @@
 //!              running          -> it runs already: name it
 //! ```
 
+mod here;
 mod steps;
 #[cfg(test)]
 mod tests;
@@ -24,7 +26,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use steps::{clear_up, destroy_left, discard, finish, remove_memory, resume, speed_up};
+pub(crate) use here::Here;
+use here::OnXen;
+use steps::{clear_up, destroy_left, discard, finish, leave_alone, remove_memory, resume};
 
 use super::journal::{self, Entry, Journal, Outcome, Phase, Role};
 use super::lock::GuestLock;
@@ -202,6 +206,20 @@ pub fn settle(
     if entry.outcome.is_none() && entry.begin.boot_id != journal::boot_id()? {
         return settle_after_reboot(journal, &entry);
     }
+    carry_out(&mut journal, late, &mut ask, || {
+        OnXen::open(directories, &entry.begin)
+    })
+}
+
+/// Carries out what `journal` demands at the site that `open` takes hold of. `ask` asks the
+/// destination.
+pub(crate) fn carry_out<H: Here>(
+    journal: &mut Journal,
+    late: LateSuspend,
+    ask: &mut dyn FnMut(&Entry) -> Result<Owner>,
+    open: impl FnOnce() -> Result<H>,
+) -> Result<Settled> {
+    let entry = journal.entry().clone();
     match action(&entry) {
         Action::Nothing => {
             let place = match (entry.begin.role, entry.outcome) {
@@ -215,31 +233,20 @@ pub fn settle(
             Ok(settled(&entry, "Ended already", place))
         }
         Action::GoOn => {
-            let host = Host::open()?;
-            speed_up(&host, &entry)?;
-            let domid = host.find(&entry.begin.uuid)?;
-            if let Some(domid) = domid {
-                host.end_log_dirty(domid, entry.phase >= Phase::Tracking)?;
-            }
+            let there = leave_alone(&open()?, &entry)?;
             journal.end_and_remove(Outcome::Aborted)?;
-            Ok(match domid {
-                Some(_) => settled(
-                    &entry,
-                    "The move was given up before the guest was suspended",
-                    Place::Here,
-                ),
-                None => settled(&entry, ENDED, Place::Nowhere),
-            })
+            let what = "The move was given up before the guest was suspended";
+            Ok(settled_here(&entry, what, there))
         }
         Action::Resume => {
-            let there = resume(directories, &mut journal, late)?;
+            let there = resume(&open()?, journal, late)?;
             journal.end_and_remove(Outcome::Aborted)?;
             let what = "The move was given up and the guest goes on";
             Ok(settled_here(&entry, what, there))
         }
         Action::AskDestination => match ask(&entry)? {
             Owner::Destination => {
-                destroy_left(&entry)?;
+                destroy_left(&open()?, &entry)?;
                 journal.end_and_remove(Outcome::Moved)?;
                 Ok(settled(
                     &entry,
@@ -248,7 +255,7 @@ pub fn settle(
                 ))
             }
             Owner::Source => {
-                let there = resume(directories, &mut journal, late)?;
+                let there = resume(&open()?, journal, late)?;
                 journal.end_and_remove(Outcome::Aborted)?;
                 let what = "The destination gave up and the guest goes on";
                 Ok(settled_here(&entry, what, there))
@@ -258,7 +265,7 @@ pub fn settle(
             }),
         },
         Action::Discard => {
-            discard(&entry)?;
+            discard(&open()?, &entry)?;
             journal.end(Outcome::Aborted)?;
             Ok(settled(
                 &entry,
@@ -267,12 +274,12 @@ pub fn settle(
             ))
         }
         Action::Finish => {
-            let there = finish(directories, &mut journal)?;
+            let there = finish(&open()?, journal)?;
             let what = "The guest was committed to this site and runs";
             Ok(settled_here(&entry, what, there))
         }
         Action::ClearUp => {
-            let there = clear_up(directories, &mut journal)?;
+            let there = clear_up(&open()?, journal)?;
             let what = "The guest was committed to this site";
             Ok(settled_here(&entry, what, there))
         }
@@ -353,14 +360,15 @@ pub fn settle_by_decree(directories: &Directories, entry: &Entry, here: bool) ->
             entry.begin.name
         )));
     }
+    let open_here = || OnXen::open(directories, &entry.begin);
     let (what, place) = match (entry.begin.role, entry.phase, here) {
         (Role::Source, Phase::Committed, false) => {
-            destroy_left(&entry)?;
+            destroy_left(&open_here()?, &entry)?;
             journal.end_and_remove(Outcome::Moved)?;
             ("By decree the guest is the destination's", Place::There)
         }
         (Role::Source, Phase::Committed, true) if open => {
-            let there = resume(directories, &mut journal, LateSuspend::WillNotCome)?;
+            let there = resume(&open_here()?, &mut journal, LateSuspend::WillNotCome)?;
             journal.end_and_remove(Outcome::Aborted)?;
             let what = "By decree the guest is this site's, and goes on";
             return Ok(settled_here(&entry, what, there));
@@ -373,12 +381,12 @@ pub fn settle_by_decree(directories: &Directories, entry: &Entry, here: bool) ->
             )
         }
         (Role::Destination, Phase::Ready | Phase::Owner, true) if open => {
-            let there = finish(directories, &mut journal)?;
+            let there = finish(&open_here()?, &mut journal)?;
             let what = "By decree the guest is this site's, and runs";
             return Ok(settled_here(&entry, what, there));
         }
         (Role::Destination, Phase::Ready, false) if open => {
-            discard(&entry)?;
+            discard(&open_here()?, &entry)?;
             journal.end(Outcome::Aborted)?;
             ("By decree the guest is the source's", Place::There)
         }

@@ -2,54 +2,57 @@
 
 use std::fs;
 
-use super::{LateSuspend, asked, incoming_name};
-use crate::directories::Directories;
+use super::{Here, LateSuspend, asked};
 use crate::error::{Error, Result};
 use crate::guest::EndedSuspend;
-use crate::guest::xen::host::Host;
 use crate::handover::going_on::go_on;
-use crate::handover::journal::{self, Entry, Journal, Outcome, Phase};
-use crate::keeper;
+use crate::handover::journal::{Entry, Journal, Outcome, Phase};
+
+/// The guest was never asked to suspend: ends what may slow it down. False where there is no such
+/// guest any more.
+pub(super) fn leave_alone(here: &impl Here, entry: &Entry) -> Result<bool> {
+    speed_up(here, entry)?;
+    let domid = here.find()?;
+    if let Some(domid) = domid
+        && entry.phase >= Phase::Tracking
+    {
+        here.end_log_dirty(domid)?;
+    }
+    Ok(domid.is_some())
+}
 
 /// Makes sure that the guest runs here. False where there is no such guest any more.
 ///
 /// # Errors
 /// [`Error::Busy`] where the guest may suspend yet, if that leaves the move open; what Xen refuses.
-pub(super) fn resume(
-    directories: &Directories,
-    journal: &mut Journal,
-    late: LateSuspend,
-) -> Result<bool> {
-    let entry = journal.entry().clone();
-    let (name, uuid) = (&entry.begin.name, &entry.begin.uuid);
-    let host = Host::open()?;
+pub(super) fn resume(here: &impl Here, journal: &mut Journal, late: LateSuspend) -> Result<bool> {
     // With its processor time, a suspend that is late ends soon. But nothing of this keeps a guest
     // from going on.
-    let sped_up = speed_up(&host, &entry);
-    let Some(domid) = host.find(uuid)? else {
-        log::warn!("{name} is gone from this host");
+    let sped_up = speed_up(here, journal.entry());
+    let Some(domid) = here.find()? else {
+        log::warn!("{} is gone from this host", journal.entry().begin.name);
         return Ok(false);
     };
-    let ended = match host.end_suspend(domid, asked(entry.phase, late))? {
+    let ended = match here.end_suspend(domid, asked(journal.entry().phase, late))? {
         EndedSuspend::MayCome if late == LateSuspend::WillNotCome => EndedSuspend::WillNot,
         ended => ended,
     };
     let goes_on = go_on(
         ended,
         || journal.reach(Phase::Resuming),
-        || keeper::start(directories, name, uuid),
-        || host.resume(domid),
+        || here.keep(),
+        || here.resume(domid),
     );
     goes_on
-        .and(host.end_log_dirty(domid, true))
+        .and(here.end_log_dirty(domid))
         .and(sped_up)
         .map(|()| true)
 }
 
 /// Gives a guest that was slowed down its processor time back.
-pub(super) fn speed_up(host: &Host, entry: &Entry) -> Result<()> {
+fn speed_up(here: &impl Here, entry: &Entry) -> Result<()> {
     match entry.cap {
-        Some(cap) => host.restore_cpu_cap(&entry.begin.uuid, cap),
+        Some(cap) => here.restore_cpu_cap(cap),
         None => Ok(()),
     }
 }
@@ -58,27 +61,20 @@ pub(super) fn speed_up(host: &Host, entry: &Entry) -> Result<()> {
 ///
 /// # Errors
 /// [`Error::Refused`] where another tool has let it go on: what it did since is nowhere else.
-pub(super) fn destroy_left(entry: &Entry) -> Result<()> {
-    let host = Host::open()?;
-    let left = entry.begin.domid;
-    match host.find(&entry.begin.uuid)? {
+pub(super) fn destroy_left(here: &impl Here, entry: &Entry) -> Result<()> {
+    let name = &entry.begin.name;
+    match here.find()? {
         // It must be the one that was suspended, not a guest that came back since.
-        Some(domid) if host.is_suspended(domid)? => {
-            host.end_log_dirty(domid, true)?;
-            host.destroy(domid)
+        Some(domid) if here.is_suspended(domid)? => {
+            here.end_log_dirty(domid)?;
+            here.destroy(domid)
         }
-        Some(domid) if left == Some(domid.get()) && entry.begin.boot_id == journal::boot_id()? => {
-            Err(Error::Refused(format!(
-                "{} runs there, and here too: another tool let domain {domid} go on. Destroy it and \
-                 resolve again; or, to keep it, destroy the one there and decree \"here\"",
-                entry.begin.name
-            )))
-        }
+        Some(domid) if here.is_left(domid)? => Err(Error::Refused(format!(
+            "{name} runs there, and here too: another tool let domain {domid} go on. Destroy it and \
+             resolve again; or, to keep it, destroy the one there and decree \"here\""
+        ))),
         Some(domid) => {
-            log::warn!(
-                "{} (domain {domid}) runs here; it is left alone",
-                entry.begin.name
-            );
+            log::warn!("{name} (domain {domid}) runs here; it is left alone");
             Ok(())
         }
         None => Ok(()),
@@ -86,43 +82,40 @@ pub(super) fn destroy_left(entry: &Entry) -> Result<()> {
 }
 
 /// Destroys what has arrived of a guest that stays where it was.
-pub(super) fn discard(entry: &Entry) -> Result<()> {
-    let host = Host::open()?;
-    if let Some(domid) = host.find_named(&entry.begin.uuid, &incoming_name(&entry.begin.name))? {
-        host.destroy(domid)?;
+pub(super) fn discard(here: &impl Here, entry: &Entry) -> Result<()> {
+    if let Some(domid) = here.find_incoming()? {
+        here.destroy(domid)?;
     }
     remove_memory(entry)
 }
 
 /// Lets the guest run that was committed to this site, and ends the journal. False where there is
 /// no such guest any more.
-pub(super) fn finish(directories: &Directories, journal: &mut Journal) -> Result<bool> {
+pub(super) fn finish(here: &impl Here, journal: &mut Journal) -> Result<bool> {
     // Whoever wrote this first may have failed to get it onto the disk.
     journal.reach(Phase::Owner)?;
-    let host = Host::open()?;
-    let begin = journal.entry().begin.clone();
-    match host.find(&begin.uuid)? {
+    match here.find()? {
         Some(domid) => {
-            host.take_over(domid, &incoming_name(&begin.name), &begin.name)?;
+            here.take_over(domid)?;
             journal.reach(Phase::Running)?;
         }
-        None => log::error!("{} was committed to this host and is gone", begin.name),
+        None => log::error!(
+            "{} was committed to this host and is gone",
+            journal.entry().begin.name
+        ),
     }
-    clear_up(directories, journal)
+    clear_up(here, journal)
 }
 
 /// The guest runs here: gives it its name and a keeper, and ends the journal. False where there is
 /// no such guest any more.
-pub(super) fn clear_up(directories: &Directories, journal: &mut Journal) -> Result<bool> {
-    let host = Host::open()?;
-    let entry = journal.entry();
-    let begin = &entry.begin;
-    let domid = host.find(&begin.uuid)?;
+pub(super) fn clear_up(here: &impl Here, journal: &mut Journal) -> Result<bool> {
+    let domid = here.find()?;
     if let Some(domid) = domid {
-        host.name_arrived(domid, &incoming_name(&begin.name), &begin.name);
-        keeper::start(directories, &begin.name, &begin.uuid)?;
+        here.name_arrived(domid);
+        here.keep()?;
     }
-    remove_memory(entry)?;
+    remove_memory(journal.entry())?;
     journal.end(Outcome::Moved)?;
     Ok(domid.is_some())
 }

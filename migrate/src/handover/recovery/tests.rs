@@ -1,6 +1,9 @@
 //! The table of what a journal demands.
 
+use std::cell::Cell;
+
 use super::*;
+use crate::guest::EndedSuspend;
 use crate::handover::journal::Begin;
 
 fn entry(role: Role, phase: Phase, outcome: Option<Outcome>) -> Entry {
@@ -129,6 +132,154 @@ fn an_ended_move_needs_nothing() {
         for phase in PHASES {
             for outcome in [Outcome::Moved, Outcome::Aborted] {
                 assert_eq!(action(&entry(role, phase, Some(outcome))), Action::Nothing);
+            }
+        }
+    }
+}
+
+/// A guest whose recovery fails once, before or after it has done a certain step.
+#[derive(Default)]
+struct Faulty {
+    suspended: Cell<bool>,
+    log_dirty: Cell<bool>,
+    incoming: Cell<bool>,
+    kept: Cell<bool>,
+    cap: Cell<u32>,
+    steps: Cell<u32>,
+    fails_at: Cell<Option<u32>>,
+}
+
+impl Faulty {
+    fn step(&self, done: impl FnOnce()) -> Result<()> {
+        let failed = || Err(Error::Refused("It can't be done".into()));
+        let at = self.steps.replace(self.steps.get() + 2);
+        if self.fails_at.get() == Some(at) {
+            return failed();
+        }
+        done();
+        match self.fails_at.get() == Some(at + 1) {
+            true => failed(),
+            false => Ok(()),
+        }
+    }
+}
+
+impl Here for &Faulty {
+    type Domain = u32;
+
+    fn find(&self) -> Result<Option<u32>> {
+        self.step(|| ()).map(|()| Some(1))
+    }
+
+    fn find_incoming(&self) -> Result<Option<u32>> {
+        Ok(self.incoming.get().then_some(2))
+    }
+
+    fn is_left(&self, _domid: u32) -> Result<bool> {
+        Ok(true)
+    }
+
+    fn is_suspended(&self, _domid: u32) -> Result<bool> {
+        Ok(self.suspended.get())
+    }
+
+    fn restore_cpu_cap(&self, percent: u32) -> Result<()> {
+        self.step(|| self.cap.set(percent))
+    }
+
+    fn end_suspend(&self, _domid: u32, asked: Asked) -> Result<EndedSuspend> {
+        self.step(|| ())?;
+        Ok(match (self.suspended.get(), asked) {
+            (true, _) => EndedSuspend::Suspended,
+            (false, Asked::Done) => EndedSuspend::GoesOn,
+            (false, _) => EndedSuspend::MayCome,
+        })
+    }
+
+    fn keep(&self) -> Result<()> {
+        self.step(|| self.kept.set(true))
+    }
+
+    fn resume(&self, _domid: u32) -> Result<()> {
+        self.step(|| self.suspended.set(false))
+    }
+
+    fn end_log_dirty(&self, _domid: u32) -> Result<()> {
+        self.step(|| self.log_dirty.set(false))
+    }
+
+    fn destroy(&self, _domid: u32) -> Result<()> {
+        self.step(|| self.incoming.set(false))
+    }
+
+    fn take_over(&self, _domid: u32) -> Result<()> {
+        self.step(|| self.incoming.set(false))
+    }
+
+    fn name_arrived(&self, _domid: u32) {}
+}
+
+/// Whatever step of it fails, and whether it was carried out or not: the next one to come settles
+/// the move, at once.
+#[test]
+fn recovery_that_was_cut_short_is_run_again() {
+    let root = tempfile::tempdir().unwrap();
+    let directories = Directories::under(root.path());
+    directories.create().unwrap();
+    let cases = [
+        (Role::Source, Phase::Tracking),
+        (Role::Source, Phase::Suspending),
+        (Role::Source, Phase::Resuming),
+        (Role::Source, Phase::Committed),
+        (Role::Destination, Phase::Ready),
+        (Role::Destination, Phase::Owner),
+        (Role::Destination, Phase::Running),
+    ];
+    for (role, phase) in cases {
+        for fails_at in 0.. {
+            let (source, suspended) = (role == Role::Source, phase >= Phase::Suspending);
+            let here = Faulty::default();
+            here.log_dirty.set(source);
+            here.suspended.set(source && suspended);
+            here.incoming.set(!source && phase < Phase::Running);
+            here.fails_at.set(Some(fails_at));
+            let begin = Begin::new(role, "0123abcd-ef", "g1", "u", "b").unwrap();
+            let mut journal = Journal::create(&directories, begin).unwrap();
+            let path = journal.entry().path.clone();
+            if source {
+                journal.slowing(70).unwrap();
+            }
+            journal.reach(phase).unwrap();
+            let mut asked = 0;
+            let mut settle = || {
+                let mut journal = Journal::open(&path).unwrap();
+                let mut ask = |_: &Entry| {
+                    asked += 1;
+                    Ok(Owner::Source)
+                };
+                carry_out(&mut journal, LateSuspend::StaysOpen, &mut ask, || Ok(&here))?;
+                Ok::<_, Error>(journal.entry().outcome)
+            };
+            let mut outcome = settle();
+            if outcome.is_err() {
+                here.fails_at.set(None);
+                outcome = settle();
+            }
+            let case = format!("{role:?}, {phase:?}, {fails_at}: {outcome:?}");
+            let moved = !source && phase >= Phase::Owner;
+            let expected = if moved {
+                Outcome::Moved
+            } else {
+                Outcome::Aborted
+            };
+            assert_eq!(outcome.ok().flatten(), Some(expected), "{case}");
+            assert!(!here.suspended.get() && !here.log_dirty.get(), "{case}");
+            assert!(!here.incoming.get(), "{case}");
+            assert_eq!(here.kept.get(), moved || (source && suspended), "{case}");
+            assert_eq!(here.cap.get(), if source { 70 } else { 0 }, "{case}");
+            let _ = fs::remove_file(&path);
+            if here.steps.get() <= fails_at {
+                break;
             }
         }
     }
