@@ -138,11 +138,12 @@ pub struct Migrate {
     /// Encode on N cores; by default on all that this host's dom0 has
     #[arg(long, value_name = "N")]
     pub cores: Option<NonZeroUsize>,
-    /// When it is not yet time to suspend the guest S seconds after HOST was called, do what
-    /// --on-timeout says. What comes then, the silence, is not bounded by this
+    /// When the guest is not handed over S seconds after the start, whatever is waited for, do what
+    /// --on-timeout says
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..))]
     pub timeout: Option<u64>,
-    /// What to do with a move whose time is over. A handover waits until all memory has crossed once
+    /// What to do with a move whose time is over: give it up, with the guest running here, or hand
+    /// the guest over. A handover waits until all memory has crossed once, and takes what it takes
     #[arg(
         long,
         value_enum,

@@ -118,7 +118,7 @@ pub enum Error {
         reason: String,
     },
     /// The time that the operator gave is over.
-    #[error("The guest changes too fast, or the link is too slow: {0}")]
+    #[error("The guest changes too fast, or the link or the other site is too slow: {0}")]
     TimedOut(String),
     /// The operator cancelled.
     #[error("Cancelled")]

@@ -148,6 +148,7 @@ pub fn migrate(
         connections,
         follow,
         cancel,
+        began: Instant::now(),
         uuid: None,
         server: None,
     };
@@ -166,6 +167,8 @@ struct Mover<'a> {
     connections: &'a mut dyn Connections,
     follow: &'a mut dyn FnMut(&Settled),
     cancel: &'a Arc<AtomicBool>,
+    /// When the first of them did.
+    began: Instant,
     /// The guest's UUID, as soon as it is known: later attempts are of the same one.
     uuid: Option<String>,
     /// Where the move is watched and steered, also between attempts.
@@ -193,15 +196,13 @@ fn watched(
 
 impl Mover<'_> {
     fn attempts(&mut self, request: &Request) -> Moved {
-        let started = Instant::now();
-        let mut request = request.clone();
-        let timeout = request.plan.timeout;
+        let (started, timeout) = (self.began, request.plan.timeout);
         let mut attempts = Attempts::default();
         let mut interruptions: Vec<Interruption> = Vec::new();
         // What the newest attempt that came so far has found out.
         let mut newest = None;
         loop {
-            let mut moved = self.attempt(&request);
+            let mut moved = self.attempt(request);
             let pause = moved.result.as_ref().err().and_then(|error| {
                 let ended = retry::Ended {
                     error,
@@ -243,7 +244,6 @@ impl Mover<'_> {
                 }
                 return sum_up(moved, newest, interruptions, started.elapsed());
             }
-            request.plan.timeout = timeout.map(|timeout| timeout.saturating_sub(started.elapsed()));
         }
     }
 
@@ -409,6 +409,7 @@ impl Mover<'_> {
                 observer: &mut observer,
                 connections: self.connections,
                 plan: request.plan.clone(),
+                began: self.began,
                 control: control.clone(),
                 shadows: &shadows,
                 group,

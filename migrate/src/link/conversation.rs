@@ -123,7 +123,7 @@ pub struct Conversation {
     pub(super) rate: Rate,
     pub(super) cancel: Arc<AtomicBool>,
     pub(super) hurry: Arc<AtomicBool>,
-    deadline: Option<Deadline>,
+    pub(super) deadline: Option<Deadline>,
     /// The connections that carry this one's pages.
     pub(super) spreading: Option<Spreading>,
     /// What was written by connections that carried pages.
@@ -134,7 +134,7 @@ pub struct Conversation {
 
 /// When all that is sent and received has to be done.
 #[derive(Debug, Clone, Copy)]
-struct Deadline {
+pub(super) struct Deadline {
     at: Instant,
     /// From when it was set.
     allowed: Duration,
@@ -352,8 +352,8 @@ impl Conversation {
     }
 
     /// From `deadline` on every send and receive fails with [`Error::Stalled`], whatever the peer
-    /// does meanwhile: while a guest is silent, neither a stalled link nor a peer that only drips
-    /// messages can make it longer. It holds for waits that have begun as for those to come, until
+    /// does meanwhile: neither a stalled link nor a peer that only drips messages can make a guest's
+    /// silence longer, or the time that the operator gave. It holds for waits that have begun as for those to come, until
     /// it is set anew; `None` lifts it.
     pub fn set_deadline(&mut self, deadline: Option<Instant>) {
         self.deadline = deadline.map(|at| Deadline {

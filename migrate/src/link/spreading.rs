@@ -83,10 +83,11 @@ pub struct Joining {
 }
 
 impl Joining {
-    /// Says over `link` that it belongs to the move that gave out `token`.
+    /// Says over `link` that it belongs to the move that gave out `token`. The deadline of `first`
+    /// is its own.
     ///
     /// # Errors
-    /// [`Error::LinkLost`], [`Error::Cancelled`].
+    /// [`Error::LinkLost`], [`Error::Cancelled`], [`Error::Stalled`].
     pub fn start(
         first: &Conversation,
         link: Link,
@@ -96,6 +97,7 @@ impl Joining {
         // All connections together keep below the rate.
         let (rate, cancel) = (first.rate.clone(), Arc::clone(&first.cancel));
         let mut connection = Conversation::start(first.peer(), link, Role::Source, rate, cancel);
+        connection.deadline = first.deadline;
         connection.send(&ToDestination::Join { token, index })?;
         Ok(Joining { connection, index })
     }
@@ -105,7 +107,8 @@ impl Joining {
     /// long ago.
     ///
     /// # Errors
-    /// Of each: what the other side says else; [`Error::LinkLost`], [`Error::Cancelled`].
+    /// Of each: what the other side says else; [`Error::LinkLost`], [`Error::Cancelled`],
+    /// [`Error::Stalled`].
     pub fn finish_all(
         joining: Vec<Joining>,
         within: Duration,

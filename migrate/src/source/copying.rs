@@ -147,16 +147,23 @@ impl Session<'_> {
     /// A guest that could not be handed over in the time that it may be silent is not suspended.
     fn refuse_silence(&self, left: &Left) -> Result<()> {
         let all = left.cold.saturating_add(left.hot);
-        let (foretold, silent) = (self.forecast.downtime(all), self.silent());
-        match foretold {
-            Some(foretold) if foretold > silent => Err(Error::TimedOut(format!(
-                "it would be silent for {:.0} s, and may be for {:.0} s; --throttle makes it \
-                 shorter",
-                foretold.as_secs_f64(),
-                silent.as_secs_f64()
-            ))),
-            _ => Ok(()),
-        }
+        let Some(foretold) = self.forecast.downtime(all) else {
+            return Ok(());
+        };
+        let left = self.go.out_of_time();
+        let left = left.map(|end| end.saturating_duration_since(Instant::now()));
+        let silent = self.silent();
+        let why = if foretold > silent {
+            format!("may be for {:.0} s", silent.as_secs_f64())
+        } else if let Some(left) = left.filter(|left| foretold > *left) {
+            format!("its time is over in {:.0} s", left.as_secs_f64())
+        } else {
+            return Ok(());
+        };
+        Err(Error::TimedOut(format!(
+            "it would be silent for {:.0} s, and {why}; --throttle makes it shorter",
+            foretold.as_secs_f64(),
+        )))
     }
 
     /// How long the guest may be silent before it goes on here.
@@ -290,7 +297,7 @@ impl Session<'_> {
         let (mut batch, mut deferred) = (Batch::default(), PageSet::new(everything.pages()));
         let mut changed = 0;
         for pfns in pfns.chunks(READ_BATCH) {
-            self.check_cancelled()?;
+            self.check_interrupted()?;
             batch.clear();
             let (guest, known) = (&mut self.go.guest, self.held.table());
             guest.read(pfns, known, Moment::Live, &mut batch, &mut deferred)?;
@@ -334,7 +341,7 @@ impl Session<'_> {
     /// Once the time that the operator gave is over: fails, or notes that the guest is to be handed
     /// over.
     pub(super) fn check_time(&mut self, round: u32, left: u64) -> Result<()> {
-        let took = self.watch.total();
+        let took = self.go.began.elapsed();
         if self.go.plan.timeout.is_none_or(|timeout| took <= timeout) {
             return Ok(());
         }

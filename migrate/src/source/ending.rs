@@ -112,6 +112,11 @@ impl Session<'_> {
 
     /// Before the commit: the guest goes on here.
     pub(super) fn give_up(&mut self, error: Error) -> Result<()> {
+        let error = match error {
+            // Both limits are the conversation's one deadline.
+            Error::Stalled { .. } if self.is_out_of_time() => self.timed_out(),
+            other => other,
+        };
         self.phase("giving up");
         let mut safe = true;
         let mut note = |step: Result<()>| {

@@ -18,7 +18,7 @@ impl Session<'_> {
         (self.go.unchanged)()?;
         self.phase("suspending");
         hold("suspending");
-        self.check_cancelled()?;
+        self.check_interrupted()?;
         self.go.journal.reach(Phase::Suspending)?;
         self.let_suspend();
         let started = Instant::now();
@@ -27,7 +27,9 @@ impl Session<'_> {
         self.go.connections.suspended();
         self.part("suspend", started.elapsed());
         self.note_slowed_down();
-        self.go.peer.set_deadline(Some(started + self.silent()));
+        let silent = started + self.silent();
+        let end = self.go.out_of_time().map_or(silent, |end| end.min(silent));
+        self.go.peer.set_deadline(Some(end));
         if let Some(flows) = self.go.connections.outgoing() {
             self.go.peer.send(&ToDestination::Outgoing(flows))?;
         }
@@ -69,7 +71,7 @@ impl Session<'_> {
         let mut cursor = 0;
         let mut missed: Vec<u64> = Vec::new();
         while everything.take_batch(&mut cursor, READ_BATCH, &mut pfns) > 0 {
-            self.check_cancelled()?;
+            self.check_interrupted()?;
             batch.clear();
             self.go.guest.read(
                 &pfns,

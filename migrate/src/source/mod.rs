@@ -66,7 +66,7 @@ pub struct Plan {
     pub limits: Limits,
     /// Compare all memory at both sides.
     pub verify: bool,
-    /// How long it may take until the guest is suspended.
+    /// How long it may take until the guest is handed over, from when the move began.
     pub timeout: Option<Duration>,
     /// What to do when that is over.
     pub on_timeout: OnTimeout,
@@ -119,6 +119,8 @@ pub struct Move<'a> {
     pub connections: &'a mut dyn Connections,
     /// What the operator asked for.
     pub plan: Plan,
+    /// When the move began: the first attempt, where this is another one.
+    pub began: Instant,
     /// Who steers it while it runs.
     pub control: Shared,
     /// What this site holds of guests that run elsewhere.
@@ -145,10 +147,23 @@ pub struct Move<'a> {
     pub ask: &'a mut dyn FnMut(&Entry) -> Result<Owner>,
 }
 
+impl Move<'_> {
+    /// When the move is to be given up, if it has not come to its commit. One that is handed over
+    /// instead takes what that takes.
+    fn out_of_time(&self) -> Option<Instant> {
+        match self.plan.on_timeout {
+            OnTimeout::Fail => self.began.checked_add(self.plan.timeout?),
+            OnTimeout::HandOver => None,
+        }
+    }
+}
+
 struct Session<'a> {
     go: Move<'a>,
     key: DigestKey,
     watch: Stopwatch,
+    /// What is being done.
+    phase: &'static str,
     report: Report,
     held: Held,
     backlog: Backlog,
@@ -216,7 +231,8 @@ struct Suspended {
 struct Committed;
 
 impl<'a> Session<'a> {
-    fn new(go: Move<'a>, key: DigestKey) -> Self {
+    fn new(mut go: Move<'a>, key: DigestKey) -> Self {
+        go.peer.set_deadline(go.out_of_time());
         let facts = go.guest.facts().clone();
         let report = Report {
             version: REPORT_VERSION,
@@ -264,6 +280,7 @@ impl<'a> Session<'a> {
             go,
             key,
             watch: Stopwatch::default(),
+            phase: "",
             report,
             history: Vec::new(),
             unclear: false,
@@ -308,6 +325,7 @@ impl<'a> Session<'a> {
 
     fn phase(&mut self, name: &'static str) {
         log::debug!("{name}");
+        self.phase = name;
         self.go.observer.notice(Progress::Phase(name));
     }
 
@@ -326,14 +344,29 @@ impl<'a> Session<'a> {
         self.tended = Instant::now();
     }
 
-    /// Fails once somebody has asked to give the move up: not all that takes its time is a wait
-    /// for the other site.
-    fn check_cancelled(&self) -> Result<()> {
+    /// Fails once somebody has asked to give the move up, or its time is over: not all that takes
+    /// its time is a wait for the other site.
+    fn check_interrupted(&self) -> Result<()> {
         if self.go.control.cancelled() {
-            Err(Error::Cancelled)
-        } else {
-            Ok(())
+            return Err(Error::Cancelled);
         }
+        match self.is_out_of_time() {
+            true => Err(self.timed_out()),
+            false => Ok(()),
+        }
+    }
+
+    fn is_out_of_time(&self) -> bool {
+        let end = self.go.out_of_time();
+        end.is_some_and(|end| Instant::now() >= end)
+    }
+
+    fn timed_out(&self) -> Error {
+        Error::TimedOut(format!(
+            "still {} after {:.0} s",
+            self.phase,
+            self.go.began.elapsed().as_secs_f64()
+        ))
     }
 
     fn end_journal(&mut self, outcome: Outcome) {

@@ -140,7 +140,7 @@ impl Session<'_> {
         for connection in Joining::finish_all(joining, JOINING) {
             match connection {
                 Ok(connection) => joined.push(connection),
-                Err(Error::Cancelled) => return Err(Error::Cancelled),
+                Err(error @ (Error::Cancelled | Error::Stalled { .. })) => return Err(error),
                 Err(error) => self.warn_of_connection(&error),
             }
         }

@@ -37,7 +37,7 @@ impl Session<'_> {
         let mut done = 0;
         self.reading = Duration::ZERO;
         loop {
-            self.check_cancelled()?;
+            self.check_interrupted()?;
             self.tend();
             if moment == Moment::Live {
                 self.check_time(number, round.pages - done)?;

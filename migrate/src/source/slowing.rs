@@ -114,7 +114,7 @@ impl Session<'_> {
     fn written_in(&mut self, over: Duration) -> Result<Option<PageSet>> {
         let since = Instant::now();
         while since.elapsed() < over {
-            self.check_cancelled()?;
+            self.check_interrupted()?;
             self.tend();
             thread::sleep(over.saturating_sub(since.elapsed()).min(TICK));
         }

@@ -60,7 +60,7 @@ fn framed(message: &impl Message) -> Option<Vec<u8>> {
 }
 
 /// A link in whose middle somebody sits.
-fn meddled(
+pub fn meddled(
     away: impl FnMut(Tag, &[u8]) -> Option<Vec<u8>> + Send + 'static,
     back: impl FnMut(Tag, &[u8]) -> Option<Vec<u8>> + Send + 'static,
 ) -> (Link, Link) {
@@ -71,7 +71,8 @@ fn meddled(
     (near, far)
 }
 
-fn untouched(_: Tag, _: &[u8]) -> Option<Vec<u8>> {
+/// Passes it on as it is.
+pub fn untouched(_: Tag, _: &[u8]) -> Option<Vec<u8>> {
     None
 }
 

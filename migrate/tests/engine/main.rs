@@ -6,6 +6,7 @@
 mod broken;
 mod foretold;
 mod lying;
+mod out_of_time;
 mod random;
 mod scene;
 mod shared;

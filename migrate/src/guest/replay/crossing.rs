@@ -16,7 +16,7 @@ use std::slice;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
 
@@ -253,6 +253,7 @@ pub fn leave(
                 observer: crossing.observer.as_mut(),
                 connections: &mut Untouched,
                 plan,
+                began: Instant::now(),
                 shadows: &shadows,
                 group: from.group(),
                 control,

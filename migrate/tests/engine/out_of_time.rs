@@ -1,0 +1,106 @@
+//! Moves whose time is over before they come to their commit: they are given up, whatever they wait
+//! for.
+
+use std::thread;
+use std::time::Duration;
+
+use migrate::Error;
+use migrate::guest::replay::{Call, Crossing, End, Shape, cross, leave, pair};
+use migrate::handover::journal::Outcome;
+use migrate::handover::recovery::Owner;
+use migrate::link::Link;
+use migrate::source::Plan;
+use migrate::wire::Tag;
+
+use crate::lying::{meddled, untouched};
+use crate::scene::{Place, Scene, at_call, busy, connections};
+
+fn within(timeout: Duration) -> Crossing {
+    Crossing {
+        plan: Plan {
+            timeout: Some(timeout),
+            ..Plan::default()
+        },
+        ..Crossing::default()
+    }
+}
+
+/// Time enough to come to where the destination falls silent.
+const SHORT: Duration = Duration::from_millis(700);
+
+/// A link by which the source hears nothing any more once such a message was to come.
+fn silent_from(silent: Tag) -> (Link, Link) {
+    let mut over = false;
+    meddled(untouched, move |tag, _| {
+        over |= tag == silent;
+        over.then(Vec::new)
+    })
+}
+
+fn timed_out(end: &End) -> bool {
+    matches!(end.error(), Some(Error::TimedOut(_)))
+}
+
+#[test]
+fn a_destination_that_never_greets() {
+    let scene = Scene::with(busy(80));
+    let (near, _mute, _) = pair(Shape::default());
+    let mut ask = |_: &_| Ok(Owner::Unknown);
+    let left = leave(&scene.near, near, &mut within(SHORT), &mut ask).unwrap();
+    assert!(timed_out(&left.end), "{left:?}");
+    assert_eq!(left.journal.outcome, Some(Outcome::Aborted));
+    assert!(scene.near.runs());
+}
+
+#[test]
+fn a_destination_that_falls_silent() {
+    for silent in [
+        Tag::DestinationPong,
+        Tag::Accept,
+        Tag::Inventory,
+        Tag::RoundAck,
+        Tag::Ready,
+    ] {
+        let scene = Scene::with(busy(81));
+        if silent == Tag::Inventory {
+            // Then something of the guest is there.
+            let (near, far, cut) = pair(Shape::default());
+            let broken = Crossing {
+                at_source: at_call(Call::Suspend, 1, move || cut.cut()),
+                ..Crossing::default()
+            };
+            let crossed = cross(&scene.near, &scene.far, (near, far), broken).unwrap();
+            assert_eq!(scene.settled(&crossed), Place::Source);
+        }
+        let link = silent_from(silent);
+        let crossed = cross(&scene.near, &scene.far, link, within(SHORT)).unwrap();
+        assert!(timed_out(&crossed.source), "{silent:?}: {crossed:?}");
+        assert_eq!(scene.settled(&crossed), Place::Source, "{silent:?}");
+        scene.moves(Crossing::default());
+    }
+}
+
+#[test]
+fn connections_for_pages_that_are_never_answered() {
+    let scene = Scene::with(busy(82));
+    let ((near, _mute), _) = connections(2);
+    let (first, other, _) = pair(Shape::default());
+    let crossing = Crossing {
+        data: (near, Vec::new()),
+        ..within(SHORT)
+    };
+    let crossed = cross(&scene.near, &scene.far, (first, other), crossing).unwrap();
+    assert!(timed_out(&crossed.source), "{crossed:?}");
+    assert_eq!(scene.settled(&crossed), Place::Source);
+}
+
+#[test]
+fn after_the_commit_there_is_time() {
+    let scene = Scene::with(busy(83));
+    let timeout = Duration::from_secs(4);
+    let crossing = Crossing {
+        at_destination: at_call(Call::TakeOver, 1, move || thread::sleep(timeout)),
+        ..within(timeout)
+    };
+    scene.moves(crossing);
+}
