@@ -9,11 +9,12 @@ use migrate::error::Error;
 use migrate::guest::xen::checks::Allowed;
 use migrate::guest::xen::host::Host;
 use migrate::link::ssh::Remote;
-use migrate::outgoing::{Left, Moved, Request, find_domain, migrate};
+use migrate::outgoing::{Moved, Request, find_domain, migrate};
 use migrate::report::TrackerKind;
 use migrate::rounds::{Limits, Share};
 use migrate::shadow::ShadowPolicy;
 use migrate::source::{OnTimeout, Plan};
+use migrate::whereabouts::Left;
 use migrate::wire::Purpose;
 
 use crate::cli;

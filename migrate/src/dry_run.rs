@@ -35,12 +35,13 @@ use crate::rounds::{FixedCost, Prediction};
 use crate::shadow::Shadows;
 use crate::source::learning::{Asked, Learned, learn, receive, unexpected};
 use crate::survey::{Survey, survey};
+use crate::whereabouts::Whereabouts;
 use crate::wire::{
     MAX_PROBE, MoveId, Offer, Purpose, Role as WireRole, Text, ToDestination, ToSource,
 };
 
 /// The version of [`DryRun`]'s format.
-pub const DRY_RUN_VERSION: u32 = 2;
+pub const DRY_RUN_VERSION: u32 = 3;
 
 /// How long the other site may take to greet, and to answer.
 const ANSWERING: Duration = Duration::from_secs(60);
@@ -75,6 +76,8 @@ pub struct DryRun {
     pub domain: String,
     /// Its UUID.
     pub uuid: String,
+    /// Where it is: at the source.
+    pub guest: Whereabouts,
     /// Where it would go.
     pub destination: String,
     /// Why the destination would not take it; none where it would.
@@ -183,6 +186,7 @@ pub fn dry_run(
         version: DRY_RUN_VERSION,
         domain: name,
         uuid,
+        guest: Whereabouts::Source,
         destination: request.remote.host.clone(),
         refused: answer.refused,
         warnings,

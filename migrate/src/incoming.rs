@@ -23,7 +23,7 @@ use xen_sys::ctl::{CpuPolicy, GuestKind as CpuKind};
 
 use crate::configuration::{Accepted, SitePolicy, accept};
 use crate::connections::{Arranged, Expect, Expected, Foresee};
-use crate::control::{self, Ended, Server, Shared};
+use crate::control::{self, Ended, Server, Shared, Status};
 use crate::destination::{Prepared, Sharing, Willing, run};
 use crate::digest::Digester;
 use crate::directories::Directories;
@@ -45,6 +45,7 @@ use crate::outgoing::random;
 use crate::pages::PAGE_SIZE;
 use crate::pipe;
 use crate::shadow::{ShadowPolicy, Shadows};
+use crate::whereabouts::Whereabouts;
 use crate::wire::{JoinToken, MoveId, Offer, Purpose, Role as WireRole, Text, XenVersion};
 
 /// How long whoever settles an earlier move of the guest may hold its lock.
@@ -118,13 +119,8 @@ pub fn receive(
     };
     let result = run(conversation, &mut take, &mut judge);
     if let Some(server) = server {
-        let name = &server.shared().facts().domain;
-        let what = match &result {
-            Ok(()) if purpose == Purpose::Shadow => format!("A shadow of {name} is here"),
-            Ok(()) => format!("{name} runs here"),
-            Err(error) => format!("{name} did not come, and {peer} has it: {}", chain(error)),
-        };
-        server.end(Ended::of(&result, purpose, what));
+        let status = server.shared().status();
+        server.end(ended(&status, &peer, purpose, &result));
     }
     match (result, ready) {
         (Err(_), Err(missing)) => Err(Error::Refused(missing)),
@@ -169,6 +165,29 @@ fn control(peer: &str, offer: &Offer, rate: Rate, cancel: Arc<AtomicBool>) -> Sh
         Duration::ZERO,
         cancel,
     )
+}
+
+/// What those hear who wait for the end of a move. Whoever fails after the commit may own the guest.
+fn ended(status: &Status, peer: &str, purpose: Purpose, result: &Result<()>) -> Ended {
+    let name = &status.domain;
+    let (guest, what) = match result {
+        Ok(()) if purpose == Purpose::Shadow => {
+            (Whereabouts::Source, format!("A shadow of {name} is here"))
+        }
+        Ok(()) => (Whereabouts::Destination, format!("{name} runs here")),
+        Err(error) if status.committed => (
+            Whereabouts::Unknown,
+            format!(
+                "{name} may be here; run: vmshadow resolve {name}: {}",
+                chain(error)
+            ),
+        ),
+        Err(error) => (
+            Whereabouts::Source,
+            format!("{name} did not come, and {peer} has it: {}", chain(error)),
+        ),
+    };
+    Ended::of(result, purpose, guest, what)
 }
 
 fn prepare(
@@ -516,7 +535,42 @@ fn warnings(host: &Host, ours: &XenVersion, offer: &Offer) -> Result<Vec<String>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::Outcome;
     use serde_json::json;
+
+    #[test]
+    fn where_the_guest_is_is_told_at_the_end() {
+        let shared = Shared::new(
+            control::Facts {
+                role: Role::Destination,
+                move_id: "1".into(),
+                domain: "g1".into(),
+                uuid: "2".into(),
+                domid: None,
+                peer: "a".into(),
+                guest_bytes: 0,
+            },
+            Rate::default(),
+            Duration::ZERO,
+            Arc::default(),
+        );
+        let told = |result, purpose| ended(&shared.status(), "a", purpose, &result);
+        let failed = || Err(Error::Cancelled);
+        let before = told(failed(), Purpose::Move);
+        assert_eq!(before.guest, Whereabouts::Source);
+        assert!(before.what.contains("a has it"), "{before:?}");
+        let kept = told(Ok(()), Purpose::Shadow);
+        assert_eq!(
+            (kept.guest, kept.outcome),
+            (Whereabouts::Source, Outcome::Kept)
+        );
+        // Whether it has come to be its own, the journal says.
+        assert!(shared.commit());
+        let after = told(failed(), Purpose::Move);
+        assert_eq!(after.guest, Whereabouts::Unknown);
+        assert!(after.what.contains("vmshadow resolve g1"), "{after:?}");
+        assert_eq!(told(Ok(()), Purpose::Move).guest, Whereabouts::Destination);
+    }
 
     #[test]
     fn what_a_guest_boots_by_and_is_not_here_is_named() {

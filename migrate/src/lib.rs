@@ -46,6 +46,7 @@ pub mod rounds;
 pub mod shadow;
 pub mod source;
 pub mod survey;
+pub mod whereabouts;
 pub mod wire;
 
 pub use error::{Error, Result};

@@ -12,7 +12,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use xen_sys::DomId;
-use xen_sys::ctl::ShutdownReason;
 
 use crate::connections::Connections;
 use crate::control::{self, Ended, Server, Shared, Watched};
@@ -22,7 +21,7 @@ use crate::directories::Directories;
 use crate::error::{Error, IoContext, Result, chain};
 use crate::group::{GroupPolicy, open_group_of};
 use crate::guest::xen::checks::{Allowed, Layout, hindrances};
-use crate::guest::xen::host::{Host, of_uuid};
+use crate::guest::xen::host::Host;
 use crate::guest::{self, Source};
 use crate::handover::guardian::Guardian;
 use crate::handover::journal::{self, Begin, Journal, Outcome, Role};
@@ -36,6 +35,7 @@ use crate::report::{Observer, Progress, Report, TrackerKind};
 use crate::retry::{self, Attempts, Interruption};
 use crate::shadow::{Named, ShadowPolicy, Shadows};
 use crate::source::{Move, Plan, run, run_shadow};
+use crate::whereabouts::{Left, Whereabouts};
 use crate::wire::{
     CpuPolicy, MoveId, Offer, Purpose, Role as WireRole, Text, TscOffer, XenVersion,
 };
@@ -82,55 +82,6 @@ pub struct Moved {
     pub left: Option<Left>,
 }
 
-/// What is seen of a guest at this host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Left {
-    /// It runs.
-    Running,
-    /// Its operator has paused it.
-    Paused,
-    /// It is suspended.
-    Suspended,
-    /// It has stopped by itself.
-    Stopped(ShutdownReason),
-    /// There is no such domain.
-    Gone,
-    /// The hypervisor could not be asked.
-    Unseen,
-}
-
-impl std::fmt::Display for Left {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Left::Running => f.write_str("runs here"),
-            Left::Paused => f.write_str("is paused here"),
-            Left::Suspended => f.write_str("is suspended here"),
-            Left::Stopped(reason) => write!(f, "has stopped here ({reason})"),
-            Left::Gone => f.write_str("is gone from this host"),
-            Left::Unseen => f.write_str("can't be looked at here"),
-        }
-    }
-}
-
-fn look(host: &Host, uuid: &str) -> Left {
-    let domains = match host.ctl().domains() {
-        Ok(domains) => domains,
-        Err(error) => {
-            log::error!("{}", chain(&error));
-            return Left::Unseen;
-        }
-    };
-    match of_uuid(&domains, uuid) {
-        None => Left::Gone,
-        Some(info) => match info.shutdown {
-            Some(ShutdownReason::Suspend) => Left::Suspended,
-            Some(reason) => Left::Stopped(reason),
-            None if info.paused => Left::Paused,
-            None => Left::Running,
-        },
-    }
-}
-
 /// Moves a guest, or sends a shadow of it. Once `cancel` is set it gives up, unless the guest is
 /// committed. Where the link is lost before that, it is tried again, with what has arrived. `follow`
 /// hears of earlier moves that were settled for it.
@@ -152,10 +103,14 @@ pub fn migrate(
         uuid: None,
         server: None,
     };
-    let moved = mover.attempts(request);
+    let mut moved = mover.attempts(request);
+    let guest = Whereabouts::after(&moved.result, request.purpose, moved.left);
+    if let Some(report) = &mut moved.report {
+        report.guest = guest;
+    }
     if let Some(server) = mover.server {
         let name = server.shared().facts().domain;
-        server.end(ended(&name, request, &moved.result, moved.left));
+        server.end(ended(&name, request, &moved, guest));
     }
     moved
 }
@@ -240,7 +195,7 @@ impl Mover<'_> {
                 moved.result = Err(Error::Cancelled);
                 // It ran before the pause.
                 if let Some(report) = &newest {
-                    moved.left = Some(look_again(&report.uuid));
+                    moved.left = Some(Left::look_again(&report.uuid));
                 }
                 return sum_up(moved, newest, interruptions, started.elapsed());
             }
@@ -256,7 +211,7 @@ impl Mover<'_> {
                 left: match error {
                     // It is in another worker's hands, who will tell.
                     Error::Busy(_) => None,
-                    _ => self.uuid.as_deref().map(look_again),
+                    _ => self.uuid.as_deref().map(Left::look_again),
                 },
                 result: Err(error),
             },
@@ -460,7 +415,7 @@ impl Mover<'_> {
         {
             log::warn!("{}", chain(&error));
         }
-        let left = result.as_ref().err().map(|_| look(&host, &uuid));
+        let left = result.as_ref().err().map(|_| Left::look(&host, &uuid));
         Ok(Moved {
             report: Some(report),
             result,
@@ -498,11 +453,6 @@ fn sum_up(
     moved
 }
 
-/// Where the guest is by now.
-fn look_again(uuid: &str) -> Left {
-    Host::open().map_or(Left::Unseen, |host| look(&host, uuid))
-}
-
 /// The domain of a name, a number or a UUID.
 ///
 /// # Errors
@@ -532,9 +482,9 @@ pub fn find_domain(host: &Host, domain: &str) -> Result<DomId> {
 }
 
 /// What those hear who wait for the end of a move.
-fn ended(name: &str, request: &Request, result: &Result<()>, left: Option<Left>) -> Ended {
-    let peer = &request.remote.host;
-    let what = match (result, left) {
+fn ended(name: &str, request: &Request, moved: &Moved, guest: Whereabouts) -> Ended {
+    let (peer, result) = (&request.remote.host, &moved.result);
+    let what = match (result, moved.left) {
         (Ok(()), _) if request.purpose == Purpose::Shadow => {
             format!("{peer} has a shadow of {name}, which was not moved")
         }
@@ -545,7 +495,7 @@ fn ended(name: &str, request: &Request, result: &Result<()>, left: Option<Left>)
         (Err(error), Some(left)) => format!("{name} was not moved and {left}: {}", chain(error)),
         (Err(error), None) => format!("{name} was not moved: {}", chain(error)),
     };
-    Ended::of(result, request.purpose, what)
+    Ended::of(result, request.purpose, guest, what)
 }
 
 pub(crate) fn offer(

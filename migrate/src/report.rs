@@ -10,6 +10,7 @@ use crate::connections::Kept;
 use crate::error::{Error, chain};
 use crate::retry::Interruption;
 use crate::rounds::{Outlook, Prediction, Share, Stop, seconds};
+use crate::whereabouts::Whereabouts;
 
 /// How dirty pages are found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, serde::Deserialize)]
@@ -180,6 +181,8 @@ pub struct Report {
     pub destination: String,
     /// "moved", or "failed: " and the reason.
     pub outcome: String,
+    /// Where the guest is. It is looked for when all is over, and unknown until then.
+    pub guest: Whereabouts,
     /// How dirty pages were found.
     pub tracker: Option<TrackerKind>,
     /// The guest's memory.
@@ -226,7 +229,7 @@ impl Report {
 }
 
 /// The version of [`Report`]'s format.
-pub const REPORT_VERSION: u32 = 5;
+pub const REPORT_VERSION: u32 = 6;
 
 /// Times phases one after the other.
 #[derive(Debug)]

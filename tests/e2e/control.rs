@@ -143,6 +143,7 @@ fn foretold(testbed: &Testbed, guest: &Guest, from: SiteName) {
     let told: Value = serde_json::from_str(&site.run(&dry_run).unwrap()).unwrap();
     assert_eq!(journals(), before);
     assert!(told["refused"].is_null(), "{told}");
+    assert_eq!(told["guest"], "source", "{told}");
     assert!(told["link"]["probed_bytes"].is_number(), "{told}");
     let predicted = &told["predicted"];
     for field in ["seconds", "bytes", "downtime"] {

@@ -82,6 +82,7 @@ fn a_warm_shadow_makes_a_move_short() {
     };
     let first = shadow("");
     assert_eq!(first["outcome"], "kept", "{first}");
+    assert_eq!(first["guest"], "source", "{first}");
     let listed = testbed
         .site(SiteName::B)
         .run("vmshadow shadows --json")
@@ -117,6 +118,7 @@ fn a_warm_shadow_makes_a_move_short() {
     );
     let back = report_of(&testbed, SiteName::B, "");
     assert_eq!(back["outcome"], "moved");
+    assert_eq!(back["guest"], "destination");
     site.run(&format!("mv /tmp/policy {policy}")).unwrap();
     drop_shadows(&testbed);
 }

@@ -234,6 +234,7 @@ mod tests {
     use crate::control::shared::tests::a_move;
     use crate::control::{Bandwidth, Outcome, Server};
     use crate::report::Progress;
+    use crate::whereabouts::Whereabouts;
 
     struct Host {
         _root: tempfile::TempDir,
@@ -261,6 +262,7 @@ mod tests {
     fn cancelled() -> Ended {
         Ended {
             outcome: Outcome::Cancelled,
+            guest: Whereabouts::Source,
             what: "g1 was not moved and runs here".into(),
         }
     }

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result as CrateResult};
 use crate::handover::journal::Role;
+use crate::whereabouts::Whereabouts;
 use crate::wire::Purpose;
 
 /// The version of the protocol.
@@ -154,6 +155,9 @@ pub enum Outcome {
 pub struct Ended {
     /// How it came out.
     pub outcome: Outcome,
+    /// Where the guest is. Workers of earlier versions don't say.
+    #[serde(default)]
+    pub guest: Whereabouts,
     /// Where the guest is, and what went wrong, for people.
     pub what: String,
 }
@@ -161,14 +165,23 @@ pub struct Ended {
 impl Ended {
     /// Of a move that ended like this; `what` says it for people.
     #[must_use]
-    pub fn of(result: &CrateResult<()>, purpose: Purpose, what: String) -> Self {
+    pub fn of(
+        result: &CrateResult<()>,
+        purpose: Purpose,
+        guest: Whereabouts,
+        what: String,
+    ) -> Self {
         let outcome = match result {
             Ok(()) if purpose == Purpose::Shadow => Outcome::Kept,
             Ok(()) => Outcome::Moved,
             Err(Error::Cancelled) => Outcome::Cancelled,
             Err(_) => Outcome::Failed,
         };
-        Ended { outcome, what }
+        Ended {
+            outcome,
+            guest,
+            what,
+        }
     }
 }
 
@@ -300,7 +313,7 @@ mod tests {
     #[test]
     fn a_shadow_that_is_there_is_no_move() {
         let ended = |purpose| {
-            let ended = Ended::of(&Ok(()), purpose, String::new());
+            let ended = Ended::of(&Ok(()), purpose, Whereabouts::Source, String::new());
             serde_json::to_value(ended.outcome).unwrap()
         };
         assert_eq!(ended(Purpose::Shadow), "kept");
@@ -334,6 +347,7 @@ mod tests {
         }
         let ended = Ended {
             outcome: Outcome::Cancelled,
+            guest: Whereabouts::Source,
             what: "g1 was not moved and runs here".into(),
         };
         let answer = Ok(Done::Cancel(ended));
@@ -346,6 +360,21 @@ mod tests {
             read_answer(&write_answer(refused.clone()).unwrap()),
             Ok(refused)
         );
+    }
+
+    #[test]
+    fn where_the_guest_is_can_be_left_out() {
+        let ended = |json: &str| {
+            let line = format!(r#"{{"version":1,"ok":{{"cancel":{json}}}}}"#);
+            match read_answer(&line).unwrap() {
+                Ok(Done::Cancel(ended)) => ended.guest,
+                other => panic!("{other:?}"),
+            }
+        };
+        let before = ended(r#"{"outcome":"cancelled","what":"g1 runs here"}"#);
+        assert_eq!(before, Whereabouts::Unknown);
+        let now = ended(r#"{"outcome":"moved","guest":"destination","what":"g1 has moved"}"#);
+        assert_eq!(now, Whereabouts::Destination);
     }
 
     proptest! {

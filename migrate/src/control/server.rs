@@ -18,6 +18,7 @@ use super::shared::Shared;
 use crate::directories::Directories;
 use crate::error::{IoContext, Result};
 use crate::handover::journal::Role;
+use crate::whereabouts::Whereabouts;
 
 /// So many may hold the control socket open at a time.
 const MAX_CLIENTS: usize = 16;
@@ -113,6 +114,7 @@ impl Drop for Server {
         // Where nobody has said more.
         self.shared.end(Ended {
             outcome: Outcome::Failed,
+            guest: Whereabouts::Unknown,
             what: format!("The move of {} failed", self.shared.facts().domain),
         });
         self.stop.store(true, Ordering::Release);

@@ -284,6 +284,7 @@ impl Observer for Watched<'_> {
 pub(super) mod tests {
     use super::*;
     use crate::control::Outcome;
+    use crate::whereabouts::Whereabouts;
 
     pub fn a_move(role: Role, number: u8) -> Shared {
         let facts = Facts {
@@ -396,6 +397,7 @@ pub(super) mod tests {
         let waiting = std::thread::spawn(move || other.wait());
         let ended = Ended {
             outcome: Outcome::Cancelled,
+            guest: Whereabouts::Source,
             what: "g1 runs here".into(),
         };
         shared.end(ended.clone());

@@ -48,6 +48,7 @@ use crate::report::{
 };
 use crate::rounds::{Backlog, Forecast, Limits, Meter, RoundFacts};
 use crate::shadow::Shadows;
+use crate::whereabouts::Whereabouts;
 use crate::wire::{Offer, ToSource};
 
 /// Pages read, and so mapped, at once: the hypervisor's limit.
@@ -244,6 +245,7 @@ impl<'a> Session<'a> {
                 .unwrap_or_default(),
             destination: go.peer.peer().to_owned(),
             outcome: String::new(),
+            guest: Whereabouts::Unknown,
             tracker: None,
             guest_bytes: go.guest.populated() * PAGE_SIZE as u64,
             wire_bytes: 0,
