@@ -21,7 +21,7 @@ use std::time::Duration;
 use serde_json::Value;
 use xen_sys::ctl::{CpuPolicy, GuestKind as CpuKind};
 
-use crate::configuration::{Accepted, SitePolicy, accept};
+use crate::configuration::{SitePolicy, accept};
 use crate::connections::{Arranged, Expect, Expected, Foresee};
 use crate::control::{self, Ended, Server, Shared, Status};
 use crate::destination::{Prepared, Sharing, Willing, run};
@@ -199,18 +199,15 @@ fn prepare(
     control: Shared,
     server: &mut Option<Server>,
 ) -> Result<Prepared> {
-    let kind = Kind::try_from(offer.kind)?;
-    let shadow_only = offer.purpose == Purpose::Shadow;
-    if shadow_only && !policies.shadows.keep {
-        return Err(Error::Refused("This site keeps no shadows".into()));
-    }
-    let host = Host::open()?;
     let lock = GuestLock::wait(directories, &offer.uuid, &offer.name, LOCKED)?;
     let Judged {
-        accepted,
+        configuration,
+        guest,
+        ranges,
+        shadows,
         xen,
         mut warnings,
-    } = judge(directories, &host, &policies.site, offer, kind)?;
+    } = judge(directories, policies, offer)?;
     let memory = directories
         .incoming()
         .join(format!("{}.memory", offer.move_id));
@@ -229,48 +226,26 @@ fn prepare(
     )?;
     let guardian = Guardian::start(directories, &journal.entry().path, &offer.name)?;
     *server = Some(Server::start(directories, control.clone())?);
-    let arranged = match shadow_only {
-        true => Arranged::default(),
-        false => expect(Expected {
-            name: &offer.name,
-            uuid: &offer.uuid,
-            configuration: &accepted.configuration,
-        })?,
+    let (guest, arranged): (Box<dyn Destination>, _) = match guest {
+        // What comes to be a shadow pushes none away.
+        None => (Box::new(Shelf), Arranged::default()),
+        Some(guest) => {
+            let arranged = expect(Expected {
+                name: &offer.name,
+                uuid: &offer.uuid,
+                configuration: &configuration,
+            })?;
+            if let Err(error) = shadows.make_room_for_guest(
+                &offer.uuid,
+                &offer.digest_key,
+                &ranges,
+                &directories.incoming(),
+            ) {
+                log::warn!("{}", chain(&error));
+            }
+            (Box::new(guest), arranged)
+        }
     };
-    let most = accepted.most_pages();
-    let digester = Digester::new(&offer.digest_key);
-    let ranges = kind.memory_ranges(offer.pages, most);
-    let shadows = Shadows::new(directories, policies.shadows.clone());
-    let guest: Box<dyn Destination> = if shadow_only {
-        Box::new(Shelf)
-    } else {
-        let guest = XenDestination::new(
-            Incoming {
-                name: offer.name.clone(),
-                uuid: offer.uuid.clone(),
-                kind,
-                configuration: accepted.configuration,
-                pages: offer.pages,
-                populated: offer.populated_pages,
-            },
-            digester.clone(),
-        )?;
-        // Before its shadow is taken up, which takes its time.
-        guest.refuse_lack_of_memory()?;
-        refuse_lack_of_room(directories, &shadows, offer, &ranges)?;
-        Box::new(guest)
-    };
-    // What comes to be a shadow pushes none away.
-    if !shadow_only
-        && let Err(error) = shadows.make_room_for_guest(
-            &offer.uuid,
-            &offer.digest_key,
-            &ranges,
-            &directories.incoming(),
-        )
-    {
-        log::warn!("{}", chain(&error));
-    }
     let (image, shadow) = shadows.image(
         &offer.uuid,
         offer.pages,
@@ -297,7 +272,7 @@ fn prepare(
         image,
         shadow,
         shadows,
-        digester,
+        digester: Digester::new(&offer.digest_key),
         xen,
         warnings,
         arranged,
@@ -332,19 +307,26 @@ fn sharing(
 
 /// What was found of an offer that this host can take.
 struct Judged {
-    accepted: Accepted,
+    /// What this site takes of the guest's configuration.
+    configuration: Value,
+    /// The guest to be; none where only a shadow comes.
+    guest: Option<XenDestination>,
+    /// Pages that its memory may have.
+    ranges: [Range<u64>; 2],
+    shadows: Shadows,
     xen: XenVersion,
     warnings: Vec<String>,
 }
 
-/// Looks at all that may speak against the guest, and makes nothing.
-fn judge(
-    directories: &Directories,
-    host: &Host,
-    policy: &SitePolicy,
-    offer: &Offer,
-    kind: Kind,
-) -> Result<Judged> {
+/// Looks at all that may speak against the guest, and makes nothing: neither does a dry run, nor a
+/// move that is refused. Memory and room may be gone when they are taken.
+fn judge(directories: &Directories, policies: &Policies, offer: &Offer) -> Result<Judged> {
+    let kind = Kind::try_from(offer.kind)?;
+    let shadow_only = offer.purpose == Purpose::Shadow;
+    if shadow_only && !policies.shadows.keep {
+        return Err(Error::Refused("This site keeps no shadows".into()));
+    }
+    let host = &Host::open()?;
     let physical = host
         .ctl()
         .physical_info()
@@ -355,7 +337,7 @@ fn judge(
         offer.populated_pages,
         physical.total_pages,
     )?;
-    let accepted = accept(offer, policy).map_err(|error| Error::Refused(chain(&error)))?;
+    let accepted = accept(offer, &policies.site).map_err(|error| Error::Refused(chain(&error)))?;
     recovery::refuse_open_moves(directories, &offer.uuid, &offer.name)?;
     refuse_conflicts(host, offer)?;
     check_cpu(host, offer, kind)?;
@@ -371,8 +353,33 @@ fn judge(
     warnings.extend(missing_files(&accepted.configuration).map(|path| {
         format!("The destination has no {path}: once it reboots the guest can't start again there")
     }));
+    let ranges = kind.memory_ranges(offer.pages, accepted.most_pages());
+    let shadows = Shadows::new(directories, policies.shadows.clone());
+    let configuration = accepted.configuration;
+    let guest = match shadow_only {
+        true => None,
+        false => {
+            let guest = XenDestination::new(
+                Incoming {
+                    name: offer.name.clone(),
+                    uuid: offer.uuid.clone(),
+                    kind,
+                    configuration: configuration.clone(),
+                    pages: offer.pages,
+                    populated: offer.populated_pages,
+                },
+                Digester::new(&offer.digest_key),
+            )?;
+            guest.refuse_lack_of_memory()?;
+            refuse_lack_of_room(directories, &shadows, offer, &ranges)?;
+            Some(guest)
+        }
+    };
     Ok(Judged {
-        accepted,
+        configuration,
+        guest,
+        ranges,
+        shadows,
         xen,
         warnings,
     })
@@ -394,27 +401,14 @@ fn would_take(
     foresee: &mut Foresee<'_>,
     offer: &Offer,
 ) -> Result<Willing> {
-    let host = Host::open()?;
-    let kind = Kind::try_from(offer.kind)?;
-    let mut judged = judge(directories, &host, &policies.site, offer, kind)?;
+    let Judged {
+        shadows,
+        xen,
+        mut warnings,
+        ..
+    } = judge(directories, policies, offer)?;
     let site = foresee(&offer.name)?;
-    let ranges = kind.memory_ranges(offer.pages, judged.accepted.most_pages());
-    let guest = XenDestination::new(
-        Incoming {
-            name: offer.name.clone(),
-            uuid: offer.uuid.clone(),
-            kind,
-            configuration: judged.accepted.configuration,
-            pages: offer.pages,
-            populated: offer.populated_pages,
-        },
-        Digester::new(&offer.digest_key),
-    )?;
-    guest.refuse_lack_of_memory()?;
-    let shadows = Shadows::new(directories, policies.shadows.clone());
-    refuse_lack_of_room(directories, &shadows, offer, &ranges)?;
-    let sharing = sharing(policies, &shadows, offer, &mut judged.warnings);
-    let Judged { xen, warnings, .. } = judged;
+    let sharing = sharing(policies, &shadows, offer, &mut warnings);
     let mut willing = Willing::new(offer, xen, &warnings, shadows, sharing);
     willing.acceptance.edge_site = site.as_deref().map(Text::new);
     Ok(willing)

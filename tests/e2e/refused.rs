@@ -117,7 +117,7 @@ fn what_the_hosts_cannot_do() {
     there
         .run("mount -t tmpfs -o size=40m none /var/lib/vmshadow/incoming")
         .unwrap();
-    refuses(&testbed, "vmshadow migrate g1 10.77.0.12", "no room");
+    refuses(&testbed, "vmshadow migrate g1 10.77.0.12", "enough room");
     there.run("umount /var/lib/vmshadow/incoming").unwrap();
 
     // A vmshadow that speaks another protocol: its hello, and nothing else.
