@@ -19,7 +19,7 @@ use migrate::wire::Purpose;
 
 use crate::cli;
 use crate::dry_run;
-use crate::edge::{self, Departure, Edge, Paths, close_path_behind};
+use crate::edge::{self, Departure, Edge, close_path_behind};
 use crate::policy;
 use crate::progress;
 use crate::report_file::ReportFile;
@@ -137,18 +137,14 @@ fn close_path(moved: &Moved, edge: Option<&Edge>, directories: &Directories) {
     // Where connections were kept, the edge has followed. Else the destination may see to that, also
     // where nothing was to be done here.
     let edge = edge.filter(|_| report.connections.is_none());
-    if edge.is_some()
-        && Paths::new(directories)
-            .is_open(&report.domain)
-            .unwrap_or(false)
-    {
+    let waits = || {
         tell!(
             "Waiting until the edge has {} elsewhere, for a minute or so: its path here stays until \
              then",
             report.domain
         );
-    }
-    if let Err(error) = close_path_behind(directories, edge, &report.domain) {
+    };
+    if let Err(error) = close_path_behind(directories, edge, &report.domain, waits) {
         tell!(
             "Warning: The path to {} is still here: {error:#}",
             report.domain

@@ -180,30 +180,12 @@ impl Edge {
     pub fn see_to_arrival(&self, guest: &str) -> anyhow::Result<()> {
         let mut client = self.connect()?;
         let over = |known: &GuestInfo| known.site == self.site || known.phase == Phase::Settled;
-        let known = self.watch(&mut client, guest, RELEASING, over)?;
+        let look = || self.look_up(&mut client, guest);
+        let known = watch(look, over, RELEASING, || {})?;
         if known.is_some_and(|known| known.site != self.site) {
             client.arrived(guest, &self.site)?;
         }
         Ok(())
-    }
-
-    /// Looks at the guest until it is `over`, for so long at most. Gives what the edge knew of it at
-    /// the end.
-    fn watch(
-        &self,
-        client: &mut Client,
-        guest: &str,
-        patience: Duration,
-        over: impl Fn(&GuestInfo) -> bool,
-    ) -> anyhow::Result<Option<GuestInfo>> {
-        let start = Instant::now();
-        loop {
-            let known = self.look_up(client, guest)?;
-            if known.as_ref().is_none_or(&over) || start.elapsed() > patience {
-                return Ok(known);
-            }
-            thread::sleep(LOOK);
-        }
     }
 
     /// Whether a path to a guest that is not here may still be needed: the edge has connections of it
@@ -218,14 +200,16 @@ impl Edge {
         }))
     }
 
-    /// After the guest has left: waits until the edge has it elsewhere. Where this site's worker
-    /// could not see to that, the destination does.
+    /// After the guest has left: waits until the edge has it elsewhere, and says by `waits` that it
+    /// has to. Where this site's worker could not see to that, the destination does.
     ///
     /// # Errors
     /// Where the edge can't be reached, or does not follow.
-    fn see_off(&self, guest: &str) -> anyhow::Result<()> {
+    fn see_off(&self, guest: &str, waits: impl FnOnce()) -> anyhow::Result<()> {
         let over = |known: &GuestInfo| known.site != self.site;
-        let known = self.watch(&mut self.connect()?, guest, FOLLOWING, over)?;
+        let mut client = self.connect()?;
+        let look = || self.look_up(&mut client, guest);
+        let known = watch(look, over, FOLLOWING, waits)?;
         anyhow::ensure!(
             known.is_none_or(|known| known.site != self.site),
             "The edge still has {guest} at {}",
@@ -235,8 +219,31 @@ impl Edge {
     }
 }
 
+/// Looks at a guest until it is `over`, for so long at most; `waits` is called where the first look
+/// does not show that. Gives what was known of it at the end.
+fn watch<T>(
+    mut look: impl FnMut() -> anyhow::Result<Option<T>>,
+    over: impl Fn(&T) -> bool,
+    patience: Duration,
+    waits: impl FnOnce(),
+) -> anyhow::Result<Option<T>> {
+    let start = Instant::now();
+    let mut waits = Some(waits);
+    loop {
+        let known = look()?;
+        if known.as_ref().is_none_or(&over) || start.elapsed() > patience {
+            return Ok(known);
+        }
+        if let Some(waits) = waits.take() {
+            waits();
+        }
+        thread::sleep(LOOK);
+    }
+}
+
 /// A guest that has left is not reached here any more, once the edge has followed it: before that
-/// this host would answer the edge's packets itself, with resets. `edge` is none where nobody follows.
+/// this host would answer the edge's packets itself, with resets. `edge` is none where nobody follows;
+/// `waits` is called where it has not followed yet.
 ///
 /// # Errors
 /// Where that can't be told, and the path stays; or what the kernel's tools refuse.
@@ -244,12 +251,13 @@ pub fn close_path_behind(
     directories: &Directories,
     edge: Option<&Edge>,
     guest: &str,
+    waits: impl FnOnce(),
 ) -> anyhow::Result<()> {
     let paths = Paths::new(directories);
     if let Some(edge) = edge
         && paths.is_open(guest)?
     {
-        edge.see_off(guest)
+        edge.see_off(guest, waits)
             .with_context(|| format!("Run later: vmshadow proxy close {guest}"))?;
     }
     paths.close(guest).map(drop)
@@ -276,7 +284,7 @@ pub fn follow(directories: &Directories, settled: &Settled) {
         // It did not come: the edge has never had it here.
         (Role::Destination, Place::There, _) => paths.close(name).map(drop),
         (_, Place::There | Place::NotHere, Ok(edge)) => {
-            close_path_behind(directories, edge.as_ref(), name)
+            close_path_behind(directories, edge.as_ref(), name, || {})
         }
         (_, Place::Here, Ok(Some(edge))) => edge.claim(name),
         _ => Ok(()),
@@ -299,6 +307,19 @@ pub fn refused(error: &anyhow::Error) -> migrate::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn waiting_is_told_once_and_only_where_it_is_needed() {
+        let count = |looks: &[Option<u32>]| {
+            let (mut looks, mut told) = (looks.iter().copied(), 0);
+            let look = || Ok(looks.next().flatten());
+            let known = watch(look, |it| *it == 2, RELEASING, || told += 1).unwrap();
+            (known, told)
+        };
+        assert_eq!(count(&[Some(2)]), (Some(2), 0));
+        assert_eq!(count(&[None]), (None, 0));
+        assert_eq!(count(&[Some(1), Some(1), Some(2)]), (Some(2), 1));
+    }
 
     #[test]
     fn another_host_is_reached_by_ssh_and_given_up_when_it_is_silent() {
