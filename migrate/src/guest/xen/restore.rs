@@ -17,23 +17,27 @@
 //! An image that was a shadow is fed from the start too, but for its page tables: they may point at
 //! pages that the guest no longer has, and the restore would make those. They wait for the first
 //! round's end, when the image is the guest as it was not long ago.
+//!
+//! `attempt` is one such restore with its threads, `feeding` what goes into it, `memory` what this
+//! host has for it, and `devices` those that are attached meanwhile.
 
-use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, MutexGuard};
-use std::thread;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError, bounded};
+use crossbeam_channel::TryRecvError;
 use xen_sys::DomId;
 use xen_sys::ctl::VcpuContext;
-use xen_sys::toolstack::{Aborter, DomainConfig, Toolstack};
+use xen_sys::toolstack::DomainConfig;
 
+mod attempt;
 mod devices;
 mod feeding;
+mod memory;
 mod params;
 
+use attempt::Restore;
 use devices::{Attaching, DEVICES};
-use feeding::{Feed, Shared, Work, locked};
+use feeding::locked;
 use params::{check_params, rings};
 
 use super::host::Host;
@@ -42,29 +46,15 @@ use super::stream::state::{GuestState, StaticData};
 use super::verify;
 use crate::configuration::balloon_target;
 use crate::digest::Digester;
-use crate::error::{Error, IoContext, Result, chain};
+use crate::error::{Error, IoContext, Result};
 use crate::guest::{Destination, Kind};
-use crate::handover::lock::XlLock;
 use crate::handover::recovery::incoming_name;
 use crate::image::Image;
-use crate::pages::{PAGE_SIZE, PageSet, PageType};
-use crate::pipe;
+use crate::pages::{PAGE_SIZE, PageType};
 use crate::report::rounded;
-
-/// How long libxl may take until the new domain is there.
-const MAKING: Duration = Duration::from_secs(60);
-
-/// How long libxl may take to end a restore whose stream was cut short.
-const ENDING: Duration = Duration::from_secs(30);
-
-/// How long to wait for libxl's own reason, where something else has shown that a restore failed.
-const REASON: Duration = Duration::from_secs(10);
 
 /// How long a guest that goes on is left alone to find its devices.
 const FINDING_DEVICES: Duration = Duration::from_secs(1);
-
-/// How long xl may hold its lock.
-const XL_PATIENCE: Duration = Duration::from_secs(60);
 
 /// What is to be restored.
 #[derive(Debug, Clone)]
@@ -101,21 +91,6 @@ pub struct XenDestination {
     domid: Option<DomId>,
     completing: Option<Instant>,
     devices: Option<Attaching>,
-}
-
-/// One attempt at restoring.
-struct Restore {
-    shared: Arc<Shared>,
-    feeder: thread::JoinHandle<()>,
-    restorer: thread::JoinHandle<()>,
-    ended: Receiver<std::result::Result<DomId, String>>,
-    aborter: Aborter,
-    /// Pages that the domain may have.
-    limit: u64,
-    /// Pages that the feeder was given.
-    given: PageSet,
-    /// What was given no longer fits: nothing more is, and a new restore has to follow.
-    stale: bool,
 }
 
 impl XenDestination {
@@ -165,190 +140,6 @@ impl XenDestination {
             .context(|| "Bad configuration of the guest")
     }
 
-    fn begin(&mut self, populated: u64) -> Result<()> {
-        let image = self
-            .image
-            .clone()
-            .ok_or_else(|| Error::Refused("Nothing to restore from".into()))?;
-        let mut configuration = self.configuration(populated)?;
-        let _lock = XlLock::wait(XL_PATIENCE)?;
-        self.check_memory(&mut configuration)?;
-        let bare = self
-            .host
-            .toolstack()
-            .config_to_json(&configuration)
-            .context(|| "Can't write the guest's configuration")?;
-        let restore = self.spawn(image, configuration, populated)?;
-        let shown = self.wait_for_domain(&restore);
-        self.restore = Some(restore);
-        let domid = shown?;
-        self.domid = Some(domid);
-        self.hold_memory(populated)?;
-        match self.attaches_early() {
-            true => self.attach_devices(domid, &bare),
-            false => Ok(()),
-        }
-    }
-
-    /// Whether there is memory for the guest now. Nothing is held.
-    ///
-    /// # Errors
-    /// [`Error::Refused`] where there is not.
-    pub fn refuse_lack_of_memory(&self) -> Result<()> {
-        let mut configuration = self.configuration(self.incoming.populated)?;
-        self.check_memory(&mut configuration)
-    }
-
-    fn check_memory(&self, configuration: &mut DomainConfig) -> Result<()> {
-        let needed = self
-            .host
-            .toolstack()
-            .needed_memory(configuration)
-            .context(|| "Can't tell how much memory the guest needs")?;
-        let free = self
-            .host
-            .toolstack()
-            .free_memory()
-            .context(|| "Can't tell how much memory is free")?;
-        // What other domains that are being built have claimed counts as free there.
-        let claimed = self
-            .host
-            .ctl()
-            .physical_info()
-            .context(|| "Can't read about this host")?
-            .outstanding_pages;
-        let free = free.saturating_sub(claimed * (PAGE_SIZE as u64 / 1024));
-        if needed > free {
-            return Err(Error::Refused(format!(
-                "Not enough free memory: {} MiB needed, {} MiB free",
-                needed.div_ceil(1024),
-                free / 1024
-            )));
-        }
-        Ok(())
-    }
-
-    fn spawn(
-        &self,
-        image: Arc<Mutex<Image>>,
-        mut configuration: DomainConfig,
-        limit: u64,
-    ) -> Result<Restore> {
-        let (reader, writer) = std::io::pipe().context(|| "Can't make a pipe")?;
-        pipe::widen(&writer);
-        let shared = Arc::new(Shared::default());
-        let given = match self.confirmed {
-            true => locked(&image)?.pages_of(PageType::has_data),
-            false => {
-                let normal = |page_type| page_type == PageType::Normal;
-                let known = locked(&image)?.pages_of(normal);
-                // A shadow of a time when the guest had more: which of them it still has is known
-                // after a round.
-                match known.len() <= limit {
-                    true => known,
-                    false => PageSet::new(known.pages()),
-                }
-            }
-        };
-        // More than its domain may have: pages are here that the guest no longer has.
-        let stale = given.len() > limit;
-        {
-            let mut work = locked(&shared.work)?;
-            if !stale {
-                work.pending = given.clone();
-            }
-            work.unframed = self.incoming.kind == Kind::Pv;
-            work.frames = (!self.frames.is_empty()).then(|| self.frames.clone());
-        }
-        let (report, ended) = bounded(1);
-        // A restore owns its context and its thread.
-        let toolstack = Toolstack::open().context(|| "Can't open libxl")?;
-        let aborter = toolstack.aborter();
-        let restorer = thread::Builder::new()
-            .name("restore".into())
-            .spawn(move || {
-                let result = toolstack
-                    .restore(&mut configuration, reader.as_fd())
-                    .map_err(|error| chain(&error));
-                drop(reader);
-                // Nobody listens any more where the move was given up.
-                let _ = report.send(result);
-            })
-            .context(|| "Can't start a thread")?;
-        let feeder = {
-            let shared = Arc::clone(&shared);
-            let feed = Feed {
-                image,
-                static_data: self
-                    .static_data
-                    .clone()
-                    .ok_or_else(|| Error::Refused("The guest's CPU policy is missing".into()))?,
-                max_pfn: self.incoming.pages.saturating_sub(1),
-            };
-            thread::Builder::new()
-                .name("feeder".into())
-                .spawn(move || {
-                    if let Err(error) = feed.run(&shared, writer)
-                        && let Ok(mut work) = shared.work.lock()
-                    {
-                        work.failed = Some(chain(&error));
-                    }
-                })
-                .context(|| "Can't start a thread")?
-        };
-        Ok(Restore {
-            shared,
-            feeder,
-            restorer,
-            ended,
-            aborter,
-            limit,
-            given,
-            stale,
-        })
-    }
-
-    fn wait_for_domain(&self, restore: &Restore) -> Result<DomId> {
-        let start = Instant::now();
-        loop {
-            if let Some(domid) = self.host.find(&self.incoming.uuid)? {
-                return Ok(domid);
-            }
-            if let Ok(result) = restore.ended.try_recv() {
-                let reason = result.err().unwrap_or_else(|| "it ended at once".into());
-                return Err(Error::Refused(format!("Can't make the domain: {reason}")));
-            }
-            if start.elapsed() > MAKING {
-                return Err(Error::Refused("libxl doesn't make the domain".into()));
-            }
-            thread::sleep(Duration::from_millis(20));
-        }
-    }
-
-    /// Claims the domain's memory: what is free now may be gone when it is needed.
-    fn hold_memory(&self, populated: u64) -> Result<()> {
-        let Some(domid) = self.domid else {
-            return Ok(());
-        };
-        let start = Instant::now();
-        loop {
-            match self.host.ctl().claim_pages(domid, populated) {
-                Ok(()) => return Ok(()),
-                Err(error) if super::host::is_invalid(&error) && start.elapsed() < MAKING => {
-                    // It has them all already, or libxl has not set its limit yet.
-                    if self.host.info(domid)?.tot_pages >= populated {
-                        return Ok(());
-                    }
-                    thread::sleep(Duration::from_millis(20));
-                }
-                Err(error) if error.is_out_of_memory() => {
-                    return Err(Error::Refused("Not enough free memory".into()));
-                }
-                Err(error) => return Err(error).context(|| "Can't hold the guest's memory"),
-            }
-        }
-    }
-
     /// Feeds what the image held from the start and the source did not send anew.
     fn feed_held_back(&mut self) -> Result<()> {
         let Some(image) = &self.image else {
@@ -359,43 +150,10 @@ impl XenDestination {
         self.changed(&held.iter().collect::<Vec<_>>())
     }
 
-    /// A new domain has all pages that its page tables have ever named. The guest must not have more
-    /// than it had: it believes that it gave them away.
-    fn refuse_surplus(&self, domid: DomId) -> Result<()> {
-        let (there, here) = (self.host.info(domid)?.tot_pages, self.pages_here()?);
-        match self.incoming.kind {
-            Kind::Pv if there > here => Err(Error::Guest {
-                what: format!(
-                    "memory shrank on the way: {} pages too many; try again",
-                    there - here
-                ),
-            }),
-            _ => Ok(()),
-        }
-    }
-
     /// How many pages of the guest are in the image.
     fn pages_here(&self) -> Result<u64> {
         let image = self.image.as_ref().ok_or_else(no_restore)?;
         Ok(locked(image)?.pages_of(PageType::has_data).len())
-    }
-
-    fn restore(&self) -> Result<&Restore> {
-        self.restore.as_ref().ok_or_else(no_restore)
-    }
-
-    fn work(&self) -> Result<MutexGuard<'_, Work>> {
-        let restore = self.restore()?;
-        let work = locked(&restore.shared.work)?;
-        if let Some(reason) = &work.failed {
-            // libxl knows better why than a broken pipe.
-            let why = match restore.ended.recv_timeout(REASON) {
-                Ok(Err(error)) => error,
-                _ => reason.clone(),
-            };
-            return Err(Error::Refused(format!("The restore failed: {why}")));
-        }
-        Ok(work)
     }
 
     /// What a restore writes itself: the rings of xenstore and the console; of a PV guest
@@ -419,40 +177,6 @@ impl XenDestination {
             }
         }
         Ok(pages)
-    }
-
-    /// Ends the restore that is under way; libxl destroys its domain.
-    fn end_restore(&mut self) -> Result<()> {
-        // First the devices: their scripts must not meet a domain that goes away under them.
-        if let Err(error) = self.devices_attached() {
-            log::info!("{}", chain(&error));
-        }
-        let Some(restore) = self.restore.take() else {
-            return Ok(());
-        };
-        if let Ok(mut work) = restore.shared.work.lock() {
-            work.stop = true;
-        }
-        restore.shared.wake.notify_all();
-        // A stream that ends too early ends the restore by itself, if libxl is at the stream.
-        if restore.ended.recv_timeout(ENDING) == Err(RecvTimeoutError::Timeout) {
-            log::warn!("libxl goes on restoring; aborting it");
-            if let Err(error) = restore.aborter.abort() {
-                log::error!("{}", chain(&error));
-            }
-        }
-        for thread in [restore.feeder, restore.restorer] {
-            if thread.join().is_err() {
-                log::error!("A thread of the restore failed");
-            }
-        }
-        self.completing = None;
-        if let Some(domid) = self.domid.take()
-            && self.host.find(&self.incoming.uuid)? == Some(domid)
-        {
-            self.host.destroy(domid)?;
-        }
-        Ok(())
     }
 }
 

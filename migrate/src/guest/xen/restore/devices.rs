@@ -5,8 +5,9 @@ use std::thread;
 use xen_sys::DomId;
 use xen_sys::toolstack::Toolstack;
 
+use super::XenDestination;
+use super::attempt::REASON;
 use super::feeding::poisoned;
-use super::{REASON, XenDestination};
 use crate::configuration::need_qemu;
 use crate::error::{Error, IoContext, Result, chain};
 
