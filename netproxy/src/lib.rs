@@ -47,6 +47,7 @@ mod error;
 mod event_loop;
 mod guest;
 mod metrics;
+mod nftables;
 mod program;
 mod proxy;
 pub mod proxy_protocol;

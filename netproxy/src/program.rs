@@ -1,6 +1,7 @@
 //! Running the system's own programs: `ip` and `nft`.
 
 use std::io::Write;
+use std::net::IpAddr;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -54,6 +55,16 @@ pub(crate) fn run(program: &str, arguments: &[&str], input: &str) -> Result<Stri
         return Err(failed(program, message.trim()));
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Runs `ip` with the words of a line, and gives what it prints.
+pub(crate) fn ip(line: &str) -> Result<String> {
+    run("ip", &line.split_whitespace().collect::<Vec<_>>(), "")
+}
+
+/// The option by which `ip` knows an address's family.
+pub(crate) fn ip_option(address: IpAddr) -> &'static str {
+    if address.is_ipv4() { "-4" } else { "-6" }
 }
 
 /// A child that lives as long as this process and not longer: it reads a pipe that the kernel

@@ -10,7 +10,8 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::program::{Tethered, run};
+use crate::nftables::{self, family};
+use crate::program::Tethered;
 
 /// Drops what comes from some addresses, as long as it lives.
 #[derive(Debug)]
@@ -24,7 +25,7 @@ impl Block {
         let nft = Tethered::nft(&rules(name, remotes))?;
         let deadline = Instant::now() + Duration::from_secs(5);
         // The table is made in one step with its chain and rules.
-        while run("nft", &["list", "table", "inet", name], "").is_err() {
+        while nftables::list("table", &format!("inet {name}")).is_err() {
             if Instant::now() > deadline {
                 return Err(Error::Program {
                     program: "nft".into(),
@@ -42,11 +43,10 @@ fn rules(name: &str, remotes: &BTreeSet<SocketAddr>) -> String {
     let drops: String = remotes
         .iter()
         .map(|remote| {
-            let family = if remote.is_ipv4() { "ip" } else { "ip6" };
+            let (address, port) = (remote.ip(), remote.port());
             format!(
-                "{family} saddr {} tcp sport {} drop; ",
-                remote.ip(),
-                remote.port()
+                "{} saddr {address} tcp sport {port} drop; ",
+                family(address)
             )
         })
         .collect();

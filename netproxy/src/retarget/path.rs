@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::error::{Result, system};
-use crate::program::{Tethered, run};
+use crate::program::{Tethered, ip, ip_option, run};
 
 /// Segments of the first flight: 17 MB at an MSS of 1,460, four times what a connection has to send
 /// at the most on Debian (`net.ipv4.tcp_wmem`).
@@ -104,16 +104,13 @@ impl Paths {
     /// Gives `guest` a route with a large initial window to `remote`.
     pub(crate) fn open(&self, guest: &str, remote: IpAddr, source: Option<IpAddr>) -> Result<()> {
         let mut state = lock(&self.state);
-        let family = if remote.is_ipv4() { "-4" } else { "-6" };
+        let family = ip_option(remote);
         if state.tether.is_none() {
             // First what takes it away, then what is to be taken away.
             state.tether = Some(Tethered::finally(&self.removal())?);
             for family in ["-4", "-6"] {
-                let mut arguments = vec![family, "rule", "add"];
-                let rule = self.rule();
-                arguments.extend(rule.split(' '));
                 // A host without IPv6 has no such rules, and needs none.
-                let added = run("ip", &arguments, "");
+                let added = ip(&format!("{family} rule add {}", self.rule()));
                 if family == "-4" || remote.is_ipv6() {
                     added?;
                 }
@@ -121,31 +118,28 @@ impl Paths {
         }
         state.users.insert(guest.to_owned());
         state.opened += 1;
-        let address = remote.to_string();
-        let source = source.map(|source| source.to_string());
-        let mut arguments = vec![family, "-j", "route", "get", &address];
-        if let Some(source) = &source {
-            arguments.extend(["from", source]);
+        let mut question = format!("{family} -j route get {remote}");
+        if let Some(source) = source {
+            question.push_str(&format!(" from {source}"));
         }
-        let routes: Vec<RouteGet> =
-            serde_json::from_str(&run("ip", &arguments, "")?).unwrap_or_default();
+        let routes: Vec<RouteGet> = serde_json::from_str(&ip(&question)?).unwrap_or_default();
         let Some(route) = routes.first() else {
             return Err(crate::Error::Program {
                 program: "ip".into(),
-                message: format!("no route to {address}"),
+                message: format!("no route to {remote}"),
             });
         };
-        let table = self.table.to_string();
-        let mut arguments = vec![family, "route", "replace", &address];
+        let mut own = format!("{family} route replace {remote}");
         if let Some(gateway) = &route.gateway {
-            arguments.extend(["via", gateway]);
+            own.push_str(&format!(" via {gateway}"));
         }
-        arguments.extend(["dev", &route.dev]);
+        own.push_str(&format!(" dev {}", route.dev));
+        let source = source.map(|source| source.to_string());
         if let Some(source) = source.as_ref().or(route.prefsrc.as_ref()) {
-            arguments.extend(["src", source]);
+            own.push_str(&format!(" src {source}"));
         }
-        arguments.extend(["table", &table, "initcwnd", INITIAL_WINDOW]);
-        run("ip", &arguments, "").map(drop)
+        own.push_str(&format!(" table {} initcwnd {INITIAL_WINDOW}", self.table));
+        ip(&own).map(drop)
     }
 
     /// `guest` needs no routes any more.

@@ -12,7 +12,6 @@
 //! [`Detour`] leads them there, for a time.
 
 mod neighbour;
-mod nftables;
 mod outgoing;
 mod translation;
 

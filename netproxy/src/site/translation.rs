@@ -10,9 +10,8 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use super::nftables::{self, address_type, family, removal, replacement};
 use crate::error::{Error, Result};
-use crate::program::run;
+use crate::nftables::{self, address_type, family, removal, replacement};
 
 /// One port of the site that stands for a port of the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -124,10 +123,7 @@ impl Translation {
     /// Whether a table of its name is there.
     #[must_use]
     pub fn is_applied(&self) -> bool {
-        let table = self.table();
-        let mut arguments = vec!["list", "table"];
-        arguments.extend(table.split(' '));
-        run("nft", &arguments, "").is_ok()
+        nftables::list("table", &self.table()).is_ok()
     }
 }
 

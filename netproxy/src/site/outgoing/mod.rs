@@ -31,8 +31,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::program::run;
-use crate::site::nftables::{self, family, removal};
+use crate::nftables::{self, family, removal};
+use crate::program::{ip, ip_option};
 
 pub use flows::{Flow, MAX_FLOWS, Protocol, flows_of, pack, unpack};
 
@@ -133,15 +133,6 @@ impl Detour {
         NETWORK + u32::from(self.number)
     }
 
-    /// The option by which `ip` knows the guest's family.
-    fn ip_option(&self) -> &'static str {
-        if self.guest_address.is_ipv4() {
-            "-4"
-        } else {
-            "-6"
-        }
-    }
-
     fn device(&self) -> String {
         match &self.tunnel {
             Tunnel::Device { name, .. } => name.clone(),
@@ -205,7 +196,8 @@ impl Detour {
 
     fn set_up(&self) -> Result<()> {
         nftables::load(&self.rules())?;
-        let (family, mark, table) = (self.ip_option(), self.mark(), self.routing_table());
+        let family = ip_option(self.guest_address);
+        let (mark, table) = (self.mark(), self.routing_table());
         let device = self.device();
         let via = match &self.tunnel {
             Tunnel::Device { gateway, .. } => gateway.map(|gateway| gateway.to_string()),
@@ -233,6 +225,7 @@ impl Detour {
         ip(&format!(
             "{family} rule add fwmark {mark:#x} lookup {table} priority {PRIORITY}"
         ))
+        .map(drop)
     }
 
     /// Makes the VXLAN, and gives the other end's address on it.
@@ -288,7 +281,8 @@ impl Detour {
     /// # Errors
     /// With what `nft` said.
     pub fn remove(&self) -> Result<()> {
-        let (family, mark, table) = (self.ip_option(), self.mark(), self.routing_table());
+        let family = ip_option(self.guest_address);
+        let (mark, table) = (self.mark(), self.routing_table());
         while ip(&format!(
             "{family} rule del fwmark {mark:#x} lookup {table}"
         ))
@@ -312,16 +306,9 @@ impl Detour {
     /// Whether no flow is led around any more: it can be [removed](Self::remove).
     #[must_use]
     pub fn is_over(&self) -> bool {
-        let table = self.table();
-        let mut arguments = vec!["list", "set"];
-        arguments.extend(table.split(' '));
-        arguments.push("old");
-        run("nft", &arguments, "").map_or(true, |text| !text.contains("elements"))
+        nftables::list("set", &format!("{} old", self.table()))
+            .map_or(true, |text| !text.contains("elements"))
     }
-}
-
-fn ip(line: &str) -> Result<()> {
-    run("ip", &line.split_whitespace().collect::<Vec<_>>(), "").map(drop)
 }
 
 #[cfg(test)]

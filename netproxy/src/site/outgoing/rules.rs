@@ -12,7 +12,7 @@
 //! The guard of the VXLAN is a table of its own, as that may be of another family.
 
 use super::{Detour, Side, Tunnel};
-use crate::site::nftables::{self, address_type, family, replacement};
+use crate::nftables::{self, address_type, family, replacement};
 
 impl Detour {
     /// The rules, as `nft -f` reads them: each table as a whole, replacing one of its name in the
