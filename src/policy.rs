@@ -29,19 +29,9 @@ fn read_from(path: &Path) -> anyhow::Result<Policy> {
 
 /// What is wrong in the file, in one line: it may have to cross to another site.
 fn mistake(path: &Path, text: &str, error: &toml::de::Error) -> anyhow::Error {
-    let line = error.span().map(|span| {
-        let before = text.bytes().take(span.start);
-        format!(
-            ", line {}",
-            before.filter(|byte| *byte == b'\n').count() + 1
-        )
-    });
-    anyhow::anyhow!(
-        "Bad {}{}: {}",
-        path.display(),
-        line.unwrap_or_default(),
-        error.message().trim_end().replace('\n', ": ")
-    )
+    let (line, message) = netproxy::config::explain(text, error);
+    let line = line.map_or_else(String::new, |line| format!(", line {line}"));
+    anyhow::anyhow!("Bad {}{line}: {message}", path.display())
 }
 
 /// The whole file.

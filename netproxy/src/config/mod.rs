@@ -143,18 +143,20 @@ impl Config {
     /// # Errors
     /// [`Error::Config`] with the line.
     pub fn parse(text: &str, name: &str) -> Result<Self> {
-        let fail = |at: Option<usize>, message: &str| {
-            let place = match at {
-                Some(at) => format!("{name}:{}", line_of(text, at)),
+        let fail = |line: Option<usize>, message: &str| {
+            let place = match line {
+                Some(line) => format!("{name}:{line}"),
                 None => name.to_owned(),
             };
             Error::Config(format!("{place}: {message}"))
         };
-        let config: Self = toml::from_str(text)
-            .map_err(|error| fail(error.span().map(|span| span.start), error.message()))?;
+        let config: Self = toml::from_str(text).map_err(|error| {
+            let (line, message) = explain(text, &error);
+            fail(line, &message)
+        })?;
         config
             .check()
-            .map_err(|mistake| fail(Some(mistake.at), &mistake.message))?;
+            .map_err(|mistake| fail(Some(line_of(text, mistake.at)), &mistake.message))?;
         Ok(config)
     }
 
@@ -201,6 +203,13 @@ impl Config {
         }
         Ok(())
     }
+}
+
+/// The line of a text at which reading it ended, where that is known, and why, in one line.
+#[must_use]
+pub fn explain(text: &str, error: &toml::de::Error) -> (Option<usize>, String) {
+    let line = error.span().map(|span| line_of(text, span.start));
+    (line, error.message().trim_end().replace('\n', ": "))
 }
 
 /// The number of the line that holds byte `at`.

@@ -95,6 +95,9 @@ fn errors_name_the_line() {
     assert!(swap("name = \"vnc\"", "name = \"\"").starts_with("proxy.toml:18: A service"));
     let mss = error(&GOOD.replace("site = \"a\"", "site = \"a\"\nmss = 80"));
     assert!(mss.starts_with("proxy.toml:8: An mss"), "{mss}");
+    let bracket = swap("[limits]", "[limits");
+    assert!(bracket.starts_with("proxy.toml:3: "), "{bracket}");
+    assert!(!bracket.contains('\n'), "{bracket}");
 }
 
 #[test]
