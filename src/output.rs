@@ -31,6 +31,17 @@ pub fn tell(text: Arguments<'_>) {
     let _ = writeln!(stderr(), "{text}");
 }
 
+/// Tells of failures as they come, but of the last one: that is for the caller to tell.
+pub fn tell_all_but_last(failures: impl IntoIterator<Item = anyhow::Error>) -> anyhow::Result<()> {
+    let mut last = None;
+    for failure in failures {
+        if let Some(before) = last.replace(failure) {
+            tell(format_args!("vmshadow: {before:#}"));
+        }
+    }
+    last.map_or(Ok(()), Err)
+}
+
 /// Where log lines go.
 pub struct Log;
 
@@ -96,5 +107,13 @@ mod tests {
             .unwrap();
         let error = print(&mut full, format_args!("too much")).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+    }
+
+    #[test]
+    fn the_last_failure_is_the_callers() {
+        assert!(tell_all_but_last([]).is_ok());
+        let failures = ["first", "last"].map(anyhow::Error::msg);
+        let error = tell_all_but_last(failures).unwrap_err();
+        assert_eq!(error.to_string(), "last");
     }
 }

@@ -12,6 +12,7 @@ use migrate::outgoing::find_domain;
 
 use crate::cli::{self, Decree};
 use crate::edge;
+use crate::output::tell_all_but_last;
 
 /// How long a worker of the same guest is waited for.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -74,12 +75,7 @@ pub fn run(options: &cli::Resolve, directories: &Directories) -> anyhow::Result<
     failed.extend(unreadable.into_iter().map(|error| {
         anyhow!(error).context("A move may be open here whose journal can't be read")
     }));
-    // The last of them is for the caller to tell.
-    let last = failed.pop();
-    for error in failed {
-        tell!("vmshadow: {error:#}");
-    }
-    last.map_or(Ok(()), Err)
+    tell_all_but_last(failed)
 }
 
 /// The UUID of the guest that is called `domain` here, if there is one.

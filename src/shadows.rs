@@ -9,6 +9,7 @@ use migrate::handover::lock::GuestLock;
 use migrate::shadow::{Listed, Shadows};
 
 use crate::cli;
+use crate::output::tell_all_but_last;
 use crate::policy;
 
 /// How long a worker of the same guest is waited for.
@@ -65,17 +66,10 @@ fn drop_each(
     guests: &[(String, String)],
     drop: impl Fn(&str, &str) -> migrate::error::Result<()>,
 ) -> anyhow::Result<()> {
-    let mut last = None;
-    for (uuid, name) in guests {
-        if let Err(error) = drop(uuid, name) {
-            let error = anyhow!(error).context(format!("The shadow of {name} is still here"));
-            // The last of them is for the caller to tell.
-            if let Some(before) = last.replace(error) {
-                tell!("vmshadow: {before:#}");
-            }
-        }
-    }
-    last.map_or(Ok(()), Err)
+    tell_all_but_last(guests.iter().filter_map(|(uuid, name)| {
+        let error = drop(uuid, name).err()?;
+        Some(anyhow!(error).context(format!("The shadow of {name} is still here")))
+    }))
 }
 
 fn line(one: &Listed) -> String {
