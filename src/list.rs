@@ -2,7 +2,9 @@
 
 use migrate::directories::Directories;
 use migrate::error::Error;
+use migrate::guest::Kind;
 use migrate::guest::xen::checks::{Allowed, hindrances};
+use migrate::guest::xen::foretell_tracker;
 use migrate::guest::xen::host::Host;
 use migrate::handover::journal::{self, Begin, Entry, Journals, Role};
 use migrate::handover::lock::GuestLock;
@@ -81,11 +83,12 @@ pub fn run(options: &cli::List) -> anyhow::Result<()> {
         let uuid = host.uuid_text(&info);
         // A domain that goes may have lost its configuration.
         let kind = host.kind(info.domain).ok();
-        let tracker = match kind {
+        let movable = match kind {
+            Some(DomainKind::Pv) => Some(Kind::Pv),
+            Some(DomainKind::Pvh) => Some(Kind::Pvh),
             None | Some(DomainKind::Hvm) => None,
-            Some(_) if host.logs_dirty(&info)? => Some(TrackerKind::LogDirty),
-            Some(_) => Some(TrackerKind::Scan),
         };
+        let tracker = movable.map(|kind| foretell_tracker(&host, &info, kind, None));
         guests.push(Guest {
             name: host.name(info.domain).unwrap_or_else(|_| "(null)".into()),
             domid: Some(info.domain.get()),
@@ -98,7 +101,7 @@ pub fn run(options: &cli::List) -> anyhow::Result<()> {
                 (None, true) => "paused",
                 (None, false) => "running",
             },
-            tracker,
+            tracker: tracker.transpose()?,
             hindrances: hindrances(&host, info.domain, Allowed::default())
                 .unwrap_or_else(|error| vec![migrate::error::chain(&error)]),
             open_moves: open_moves(&uuid),

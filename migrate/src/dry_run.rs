@@ -30,7 +30,7 @@ use crate::handover::recovery;
 use crate::link::Conversation;
 use crate::outgoing::{LOCKED, Request, find_domain, offer, random};
 use crate::pages::PAGE_SIZE;
-use crate::report::{TrackerKind, rounded};
+use crate::report::rounded;
 use crate::rounds::{FixedCost, Prediction};
 use crate::shadow::Shadows;
 use crate::source::learning::{Asked, Learned, learn, receive, unexpected};
@@ -119,11 +119,6 @@ pub fn dry_run(
     let name = host.name(domid)?;
     let info = host.info(domid)?;
     let uuid = host.uuid_text(&info);
-    let tracker = match request.tracker {
-        Some(tracker) => tracker,
-        None if host.logs_dirty(&info)? => TrackerKind::LogDirty,
-        None => TrackerKind::Scan,
-    };
     // Two at once would tell of one another.
     let _lock = GuestLock::wait(directories, &uuid, &name, LOCKED)?;
     recovery::refuse_open_moves(directories, &uuid, &name)?;
@@ -140,6 +135,7 @@ pub fn dry_run(
     let key = shadows.key_for(&uuid)?;
     let digester = Digester::new(&key);
     let mut guest = guest::xen::open(&host, domid, &key, request.tracker, request.plan.cores())?;
+    let tracker = guest::xen::foretell_tracker(&host, &info, guest.facts().kind, request.tracker)?;
     let move_id = MoveId::from_random(random()?);
     let mut offer = offer(
         &host,

@@ -353,17 +353,6 @@ impl Host {
         }
     }
 
-    /// Whether the hypervisor can log the dirty pages of a guest. With hardware-assisted paging it
-    /// always can.
-    ///
-    /// # Errors
-    /// What Xen refuses.
-    pub fn logs_dirty(&self, info: &DomainInfo) -> Result<bool> {
-        let physical = self.ctl.physical_info();
-        let physical = physical.context(|| "Can't ask what this host is able to do")?;
-        Ok(info.hap || physical.shadow)
-    }
-
     /// Waits until the domain's disks and network interfaces are connected, `patience` at the most.
     /// That they are is the guest's own word: nothing may depend on it.
     pub fn wait_for_devices(&self, domid: DomId, patience: Duration) {

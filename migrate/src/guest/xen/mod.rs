@@ -28,6 +28,8 @@ use crate::error::{Error, Result};
 use crate::guest::Source;
 use crate::report::TrackerKind;
 
+pub use tracker::foretell_tracker;
+
 /// Takes hold of the running guest `domid`, whatever its kind. `key` is the secret of its digests;
 /// `wanted` forces a tracker. Pages are compared on so many `cores`.
 ///

@@ -6,7 +6,7 @@
 //! ```
 
 use xen_sys::DomId;
-use xen_sys::ctl::DirtyBitmap;
+use xen_sys::ctl::{DirtyBitmap, DomainInfo};
 
 use super::host::{Host, is_invalid};
 use super::savers::{Savers, Seen, refuse, refuse_saver, saver_at_work};
@@ -14,6 +14,36 @@ use crate::error::{Error, IoContext, Result};
 use crate::guest::{Facts, Kind, Moment};
 use crate::pages::PageSet;
 use crate::report::TrackerKind;
+
+/// What a guest will have for a tracker: found without tracking it. With hardware-assisted paging the
+/// hypervisor can always log dirty pages. `wanted` leaves no choice.
+///
+/// # Errors
+/// What Xen refuses; [`Error::Refused`] where log-dirty is wanted and not there.
+pub fn foretell_tracker(
+    host: &Host,
+    info: &DomainInfo,
+    kind: Kind,
+    wanted: Option<TrackerKind>,
+) -> Result<TrackerKind> {
+    let physical = host.ctl().physical_info();
+    let physical = physical.context(|| "Can't ask what this host is able to do")?;
+    choose(wanted, info.hap || physical.shadow, kind)
+}
+
+/// Log-dirty where the hypervisor `logs`, else a scan.
+fn choose(wanted: Option<TrackerKind>, logs: bool, kind: Kind) -> Result<TrackerKind> {
+    match (wanted, logs) {
+        (Some(TrackerKind::Scan), _) | (None, false) => Ok(TrackerKind::Scan),
+        (_, true) => Ok(TrackerKind::LogDirty),
+        (Some(TrackerKind::LogDirty), false) => Err(Error::Refused(match kind {
+            Kind::Pv => "This hypervisor can't log the dirty pages of a PV guest (no shadow \
+                         paging)"
+                .into(),
+            Kind::Pvh => "This hypervisor can't log the guest's dirty pages".into(),
+        })),
+    }
+}
 
 /// The tracker of one guest.
 pub(super) struct Tracker {
@@ -52,19 +82,9 @@ impl Tracker {
         if self.log_dirty.is_none() {
             self.savers = None;
         }
-        match (&self.log_dirty, self.wanted) {
-            (Some(_), _) => Ok(TrackerKind::LogDirty),
-            (None, Some(TrackerKind::LogDirty)) => Err(Error::Refused(match facts.kind {
-                Kind::Pv => "This hypervisor can't log the dirty pages of a PV guest (no shadow \
-                             paging)"
-                    .into(),
-                Kind::Pvh => "This hypervisor can't log the guest's dirty pages".into(),
-            })),
-            (None, _) => {
-                self.scanning = true;
-                Ok(TrackerKind::Scan)
-            }
-        }
+        let chosen = choose(self.wanted, self.log_dirty.is_some(), facts.kind)?;
+        self.scanning = chosen == TrackerKind::Scan;
+        Ok(chosen)
     }
 
     /// Starts log-dirty if the hypervisor can. `None`: it can't, for this guest or at all.
@@ -173,6 +193,25 @@ impl Tracker {
         match self.log_dirty.take() {
             Some(_) => host.end_log_dirty(self.domid, true),
             None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hypervisor_and_the_operator_choose() {
+        use TrackerKind::{LogDirty, Scan};
+        for kind in [Kind::Pv, Kind::Pvh] {
+            let chosen = |wanted, logs| choose(wanted, logs, kind).ok();
+            assert_eq!(chosen(None, true), Some(LogDirty));
+            assert_eq!(chosen(None, false), Some(Scan));
+            assert_eq!(chosen(Some(Scan), true), Some(Scan));
+            assert_eq!(chosen(Some(LogDirty), true), Some(LogDirty));
+            // No move would come of it, so nothing is foretold of one.
+            assert_eq!(chosen(Some(LogDirty), false), None);
         }
     }
 }
