@@ -11,6 +11,8 @@
 //! and the server too.
 #![allow(missing_docs, clippy::unwrap_used)]
 
+mod median;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -18,6 +20,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+
+use median::median;
 
 /// How often each figure is measured.
 const ROUNDS: usize = 5;
@@ -442,9 +446,8 @@ fn medians(rounds: &Rounds) -> Vec<f64> {
     let figures = rounds.first().map_or(0, Vec::len);
     (0..figures)
         .map(|at| {
-            let mut figures: Vec<f64> = rounds.iter().map(|round| round[at]).collect();
-            figures.sort_by(f64::total_cmp);
-            figures[figures.len() / 2]
+            let figures: Vec<f64> = rounds.iter().map(|round| round[at]).collect();
+            median(&figures)
         })
         .collect()
 }

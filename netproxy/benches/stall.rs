@@ -9,6 +9,7 @@
 //! connections. `random [MOVES [RTT]]` does only the moves at random moments that come last.
 #![allow(missing_docs, dead_code, clippy::unwrap_used)]
 
+mod median;
 #[path = "../tests/namespaces/world.rs"]
 mod world;
 
@@ -18,6 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use median::median;
 use mio::{Events, Interest, Poll, Token};
 use netproxy::Proxy;
 use netproxy::config::Config;
@@ -185,7 +187,7 @@ struct Row {
 
 impl Row {
     fn add(&mut self, (first, last): (Vec<f64>, f64)) {
-        self.median.push(first[first.len() / 2]);
+        self.median.push(median(&first));
         self.slowest.push(first[first.len() - 1]);
         self.all.push(last);
     }
@@ -193,14 +195,14 @@ impl Row {
     /// The median of the runs, and the worst of them.
     fn show(&self) -> String {
         let of = |figures: &[f64]| {
-            let mut figures = figures.to_vec();
-            figures.sort_by(f64::total_cmp);
-            (figures[figures.len() / 2], figures[figures.len() - 1])
+            let worst = figures.iter().copied().fold(f64::NAN, f64::max);
+            format!("{:.1} ({worst:.1})", median(figures))
         };
-        let (median, slowest, all) = (of(&self.median), of(&self.slowest), of(&self.all));
         format!(
-            "{:.1} | {:.1} ({:.1}) | {:.1} ({:.1})",
-            median.0, slowest.0, slowest.1, all.0, all.1
+            "{:.1} | {} | {}",
+            median(&self.median),
+            of(&self.slowest),
+            of(&self.all)
         )
     }
 }
@@ -333,11 +335,6 @@ fn processor_time() -> (f64, f64) {
     (proxy, all.num_microseconds() as f64 / 1e3)
 }
 
-fn median(mut figures: Vec<f64>) -> f64 {
-    figures.sort_by(f64::total_cmp);
-    figures[figures.len() / 2]
-}
-
 fn main() {
     let numbers: Vec<u64> = std::env::args()
         .filter_map(|word| word.parse().ok())
@@ -422,10 +419,10 @@ fn main() {
                 println!(
                     "| {rtt} | {count} | {name} | {} | {:.1} | {:.1} | {:.1} | {:.1} | {} |",
                     with.show(),
-                    median(retargets),
-                    median(releases),
-                    median(own),
-                    median(total),
+                    median(&retargets),
+                    median(&releases),
+                    median(&own),
+                    median(&total),
                     without.show()
                 );
             }

@@ -119,15 +119,10 @@ fn measure(testbed: &Testbed, guest: &Guest, from: SiteName, command: &str) -> R
 }
 
 /// What is measured beside one another.
-const COMMANDS: &[&str] = &["xl migrate", "xl migrate -s 'ssh -C'", "vmshadow migrate"];
+const COMMANDS: [&str; 3] = ["xl migrate", "xl migrate -s 'ssh -C'", "vmshadow migrate"];
 
 /// And of guests that are never quiet, with leave to slow them down.
-const BUSY_COMMANDS: &[&str] = &[
-    "xl migrate",
-    "xl migrate -s 'ssh -C'",
-    "vmshadow migrate",
-    "vmshadow migrate --throttle 5",
-];
+const SLOWING_DOWN: &str = "vmshadow migrate --throttle 5";
 
 /// A guest's moves by each of the commands, as many of each: the medians; of moves `back`, after one
 /// by the same command that is not measured. Each time it is started
@@ -155,16 +150,21 @@ fn measure_all(
             testbed.stop_guest(&guest.name)?;
         }
     }
-    Ok(all.iter().map(|figures| median(figures)).collect())
+    Ok(all.iter().map(|figures| medians(figures)).collect())
+}
+
+/// The median; of an even count, the mean of the two in the middle.
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    match values.len() {
+        0 => f64::NAN,
+        count => f64::midpoint(values[(count - 1) / 2], values[count / 2]),
+    }
 }
 
 /// Each figure's median. A connection that was lost once is told.
-fn median(moves: &[Figures]) -> Figures {
-    let of = |figure: &dyn Fn(&Figures) -> f64| {
-        let mut values: Vec<f64> = moves.iter().map(figure).collect();
-        values.sort_by(f64::total_cmp);
-        values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
-    };
+fn medians(moves: &[Figures]) -> Figures {
+    let of = |figure: &dyn Fn(&Figures) -> f64| median(moves.iter().map(figure).collect());
     Figures {
         seconds: of(&|figures| figures.seconds),
         megabytes: of(&|figures| figures.megabytes),
@@ -229,21 +229,25 @@ pub fn bench_xl(rows: &Rows) -> Result<()> {
         };
         // What no encoding of pages changes: even zeros are free.
         testbed.set_link(&Link { mbit: None, ..WAN })?;
-        let floor = measure_all(&testbed, &empty, COMMANDS, moves, false)?;
+        let floor = measure_all(&testbed, &empty, &COMMANDS, moves, false)?;
         let label = format!("{memory_mib} MB empty, no limit");
-        print_rows(&label, COMMANDS, &floor, None);
+        print_rows(&label, &COMMANDS, &floor, None);
         testbed.set_link(&WAN)?;
-        let all = measure_all(&testbed, &empty, COMMANDS, moves, false)?;
+        let all = measure_all(&testbed, &empty, &COMMANDS, moves, false)?;
         print_rows(
             &format!("{memory_mib} MB empty"),
-            COMMANDS,
+            &COMMANDS,
             &all,
             Some(&floor),
         );
         for load in &rows.load {
-            let (run, commands): (&[&str], _) = match load {
-                Load::Busy => (&["rewrite 8", "random 40"], BUSY_COMMANDS),
-                Load::Idle | Load::Group | Load::Back => (&[], COMMANDS),
+            let mut commands = COMMANDS.to_vec();
+            let run: &[&str] = match load {
+                Load::Busy => {
+                    commands.push(SLOWING_DOWN);
+                    &["rewrite 8", "random 40"]
+                }
+                Load::Idle | Load::Group | Load::Back => &[],
             };
             let guest = Guest {
                 run: run.iter().map(|line| (*line).to_owned()).collect(),
@@ -252,10 +256,10 @@ pub fn bench_xl(rows: &Rows) -> Result<()> {
             if *load == Load::Group {
                 leave_another(&testbed, &guest)?;
             }
-            let all = measure_all(&testbed, &guest, commands, moves, *load == Load::Back)?;
+            let all = measure_all(&testbed, &guest, &commands, moves, *load == Load::Back)?;
             print_rows(
                 &format!("{memory_mib} MB {load}"),
-                commands,
+                &commands,
                 &all,
                 Some(&floor),
             );
@@ -289,4 +293,16 @@ fn leave_another(testbed: &Testbed, guest: &Guest) -> Result<()> {
     here.run(&format!("vmshadow shadow g2 {there} 2>&1"))?;
     testbed.stop_guest("g2")?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_an_even_count_two_are_in_the_middle() {
+        assert_eq!(median(vec![9.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(vec![4.0, 9.0, 1.0, 2.0]), 3.0);
+        assert_eq!(median(vec![7.0]), 7.0);
+    }
 }
