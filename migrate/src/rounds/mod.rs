@@ -18,10 +18,12 @@
 
 mod backlog;
 mod prediction;
+mod remedy;
 pub mod throttle;
 
 pub use backlog::Backlog;
 pub use prediction::{Course, FixedCost, Forecast, InRound, Meter, Outlook, Prediction, Sent};
+pub use remedy::Remedy;
 pub use throttle::Share;
 
 use std::time::Duration;

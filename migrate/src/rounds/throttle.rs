@@ -28,6 +28,9 @@ impl Share {
     /// As much as it may use otherwise.
     pub const WHOLE: Share = Share(100);
 
+    /// There is no less.
+    pub const LEAST: Share = Share(1);
+
     /// None for what is no percentage from 1 to 100.
     #[must_use]
     pub fn new(percent: u8) -> Option<Share> {

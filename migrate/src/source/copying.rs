@@ -9,7 +9,7 @@ use crate::handover::journal::Phase;
 use crate::pages::PageSet;
 use crate::report::{Progress, Round, TrackerKind, rounded};
 use crate::rounds::{
-    InRound, Left, Limits, Next, Prediction, RoundFacts, Sent, Share, Stop, decide,
+    InRound, Left, Limits, Next, Prediction, Remedy, RoundFacts, Sent, Share, Stop, decide,
 };
 use crate::wire::{ToDestination, ToSource};
 
@@ -124,8 +124,8 @@ impl Session<'_> {
             };
             match next {
                 Next::Suspend(_) if self.behind > self.go.plan.limits.behind => {}
-                Next::Suspend(_) => {
-                    self.refuse_silence(&left)?;
+                Next::Suspend(stop) => {
+                    self.refuse_silence(stop, &left)?;
                     return Ok(next);
                 }
                 next => return Ok(next),
@@ -145,24 +145,30 @@ impl Session<'_> {
     }
 
     /// A guest that could not be handed over in the time that it may be silent is not suspended.
-    fn refuse_silence(&self, left: &Left) -> Result<()> {
+    fn refuse_silence(&self, stop: Stop, left: &Left) -> Result<()> {
         let all = left.cold.saturating_add(left.hot);
         let Some(foretold) = self.forecast.downtime(all) else {
             return Ok(());
         };
-        let left = self.go.out_of_time();
-        let left = left.map(|end| end.saturating_duration_since(Instant::now()));
         let silent = self.silent();
-        let why = if foretold > silent {
-            format!("may be for {:.0} s", silent.as_secs_f64())
-        } else if let Some(left) = left.filter(|left| foretold > *left) {
-            format!("its time is over in {:.0} s", left.as_secs_f64())
-        } else {
-            return Ok(());
+        let end = self.go.out_of_time();
+        let time = end.map(|end| end.saturating_duration_since(Instant::now()));
+        let (allowed, why) = match time {
+            Some(time) if time < silent => (time, "its time is over in"),
+            _ => (silent, "may be for"),
         };
+        if foretold <= allowed {
+            return Ok(());
+        }
+        let limits = Limits {
+            least_share: self.go.plan.limits.least_share,
+            ..self.limits()
+        };
+        let remedy = Remedy::find(stop, &self.forecast, &limits, allowed, self.share());
         Err(Error::TimedOut(format!(
-            "it would be silent for {:.0} s, and {why}; --throttle makes it shorter",
+            "it would be silent for {:.0} s, and {why} {:.0} s; {remedy}",
             foretold.as_secs_f64(),
+            allowed.as_secs_f64()
         )))
     }
 
@@ -334,6 +340,10 @@ impl Session<'_> {
     pub(super) fn limits(&self) -> Limits {
         Limits {
             downtime: self.go.control.downtime(),
+            least_share: match self.no_slower {
+                true => self.share(),
+                false => self.go.plan.limits.least_share,
+            },
             ..self.go.plan.limits.clone()
         }
     }

@@ -191,6 +191,8 @@ struct Session<'a> {
     /// The time that the operator gave is over, and the guest is to be handed over.
     time_is_up: bool,
     slowed: Option<Slowed>,
+    /// The guest can't be slowed down further, whatever the operator allows.
+    no_slower: bool,
     suspend_started: Option<Instant>,
 }
 
@@ -290,6 +292,7 @@ impl<'a> Session<'a> {
             meter: Meter::default(),
             time_is_up: false,
             slowed: None,
+            no_slower: false,
             suspend_started: None,
         }
     }

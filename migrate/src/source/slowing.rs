@@ -66,8 +66,7 @@ impl Session<'_> {
             Ok(None) => "this host's scheduler can't".to_owned(),
             Err(error) => chain(&error),
         };
-        // No less than it has.
-        self.go.plan.limits.least_share = Share::WHOLE;
+        self.no_slower = true;
         self.tell(format!("The guest is not slowed down further: {why}"));
         Ok(false)
     }
