@@ -2,14 +2,13 @@
 
 use std::time::Duration;
 
-use anyhow::bail;
 use indicatif::{HumanBytes, HumanDuration};
 use migrate::control::{self, Bandwidth, Status};
 use migrate::directories::Directories;
-use migrate::error::chain;
 use migrate::handover::journal::Role;
 
 use crate::cli;
+use crate::output::tell_all_but_last;
 
 /// Prints the moves that are at work here.
 pub fn run(options: &cli::Status, directories: &Directories) -> anyhow::Result<()> {
@@ -31,14 +30,7 @@ pub fn run(options: &cli::Status, directories: &Directories) -> anyhow::Result<(
         }
     }
     // What can't be asked may be a move as well.
-    let mut silent = silent.iter().map(|error| chain(error));
-    if let Some(last) = silent.next_back() {
-        for error in silent {
-            tell!("vmshadow: {error}");
-        }
-        bail!("{last}");
-    }
-    Ok(())
+    tell_all_but_last(silent.into_iter().map(anyhow::Error::from))
 }
 
 /// A limit of what is sent, for people.
