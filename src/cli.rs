@@ -229,8 +229,8 @@ pub struct Shadow {
     /// Send by this congestion control of the kernel's, as `migrate` does
     #[arg(long, value_name = "NAME")]
     pub congestion: Option<String>,
-    /// Go on: send again what changed, with a pause of S seconds, until Ctrl-C. By default the
-    /// shadow is sent once
+    /// Go on: send again what changed, with a pause of S seconds, until Ctrl-C or
+    /// `vmshadow cancel`. By default the shadow is sent once
     #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(1..))]
     pub every: Option<u64>,
     /// Allow a guest that has writable disks, as `migrate --no-disks` does

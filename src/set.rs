@@ -17,7 +17,7 @@ pub fn run(options: &cli::Set, directories: &Directories) -> anyhow::Result<()> 
     }
     // Where both ends of it are here, a limit is the source's affair.
     let mut moves = control::find(directories, &options.domain)?;
-    moves.sort_by_key(|at| at.status.role as u8);
+    moves.sort_by_key(|at| (at.status.waiting, at.status.role as u8));
     let holds = moves.swap_remove(0).client.set(change)?;
     if options.json {
         say!("{}", serde_json::to_string_pretty(&holds)?);

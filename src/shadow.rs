@@ -1,16 +1,14 @@
 //! `vmshadow shadow`
 
 use std::num::NonZeroUsize;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use indicatif::HumanBytes;
-use migrate::connections::Untouched;
 use migrate::directories::Directories;
 use migrate::guest::xen::checks::Allowed;
 use migrate::link::ssh::Remote;
-use migrate::outgoing::{Moved, Request, migrate};
+use migrate::outgoing::renewal::Renewal;
+use migrate::outgoing::{Moved, Request};
 use migrate::report::Report;
 use migrate::retry;
 use migrate::source::Plan;
@@ -20,9 +18,6 @@ use crate::cli;
 use crate::edge;
 use crate::policy;
 use crate::progress;
-
-/// How often a pause looks whether it was cancelled.
-const TICK: Duration = Duration::from_millis(100);
 
 /// Sends the guest's memory to where it may go later; once, or again and again.
 pub fn run(options: &cli::Shadow, directories: &Directories) -> anyhow::Result<()> {
@@ -52,20 +47,17 @@ pub fn run(options: &cli::Shadow, directories: &Directories) -> anyhow::Result<(
     };
     crate::require_xen()?;
     let cancel = crate::cancelled()?;
+    let every = options.every.map(Duration::from_secs);
+    let mut renewal = Renewal::new(directories, &request, every, &cancel);
     loop {
         let mut observer = progress::observer(options.json);
         let Moved {
             report,
             result,
             left,
-        } = migrate(
-            directories,
-            &request,
-            observer.as_mut(),
-            &mut Untouched,
-            &mut |settled| edge::follow(directories, settled),
-            &cancel,
-        );
+        } = renewal.pass(observer.as_mut(), &mut |settled| {
+            edge::follow(directories, settled);
+        });
         drop(observer);
         if let (Some(report), true) = (&report, options.json) {
             say!("{}", serde_json::to_string_pretty(report)?);
@@ -81,25 +73,10 @@ pub fn run(options: &cli::Shadow, directories: &Directories) -> anyhow::Result<(
         if let (Some(report), false) = (&report, options.json) {
             say!("{}", summary(report));
         }
-        let Some(every) = options.every else {
-            return Ok(());
-        };
-        if pause(Duration::from_secs(every), &cancel) {
+        if !renewal.wait() {
             return Ok(());
         }
     }
-}
-
-/// Waits; whether it was cancelled meanwhile.
-fn pause(length: Duration, cancel: &AtomicBool) -> bool {
-    let until = Instant::now() + length;
-    while Instant::now() < until {
-        if cancel.load(Ordering::Relaxed) {
-            return true;
-        }
-        thread::sleep(TICK);
-    }
-    false
 }
 
 fn summary(report: &Report) -> String {

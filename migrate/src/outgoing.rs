@@ -5,6 +5,8 @@
 //!   -> ssh -> source::run -> guardian and ssh end
 //! ```
 
+pub mod renewal;
+
 use std::cell::RefCell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -82,6 +84,12 @@ pub struct Moved {
     pub left: Option<Left>,
 }
 
+impl Moved {
+    fn whereabouts(&self, purpose: Purpose) -> Whereabouts {
+        Whereabouts::after(&self.result, purpose, self.left)
+    }
+}
+
 /// Moves a guest, or sends a shadow of it. Once `cancel` is set it gives up, unless the guest is
 /// committed. Where the link is lost before that, it is tried again, with what has arrived. `follow`
 /// hears of earlier moves that were settled for it.
@@ -103,14 +111,10 @@ pub fn migrate(
         uuid: None,
         server: None,
     };
-    let mut moved = mover.attempts(request);
-    let guest = Whereabouts::after(&moved.result, request.purpose, moved.left);
-    if let Some(report) = &mut moved.report {
-        report.guest = guest;
-    }
+    let moved = mover.run(request);
     if let Some(server) = mover.server {
         let name = server.shared().facts().domain;
-        server.end(ended(&name, request, &moved, guest));
+        server.end(ended(&name, request, &moved));
     }
     moved
 }
@@ -150,6 +154,15 @@ fn watched(
 }
 
 impl Mover<'_> {
+    fn run(&mut self, request: &Request) -> Moved {
+        let mut moved = self.attempts(request);
+        let guest = moved.whereabouts(request.purpose);
+        if let Some(report) = &mut moved.report {
+            report.guest = guest;
+        }
+        moved
+    }
+
     fn attempts(&mut self, request: &Request) -> Moved {
         let (started, timeout) = (self.began, request.plan.timeout);
         let mut attempts = Attempts::default();
@@ -482,7 +495,7 @@ pub fn find_domain(host: &Host, domain: &str) -> Result<DomId> {
 }
 
 /// What those hear who wait for the end of a move.
-fn ended(name: &str, request: &Request, moved: &Moved, guest: Whereabouts) -> Ended {
+fn ended(name: &str, request: &Request, moved: &Moved) -> Ended {
     let (peer, result) = (&request.remote.host, &moved.result);
     let what = match (result, moved.left) {
         (Ok(()), _) if request.purpose == Purpose::Shadow => {
@@ -495,6 +508,7 @@ fn ended(name: &str, request: &Request, moved: &Moved, guest: Whereabouts) -> En
         (Err(error), Some(left)) => format!("{name} was not moved and {left}: {}", chain(error)),
         (Err(error), None) => format!("{name} was not moved: {}", chain(error)),
     };
+    let guest = moved.whereabouts(request.purpose);
     Ended::of(result, request.purpose, guest, what)
 }
 

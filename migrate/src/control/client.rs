@@ -201,7 +201,7 @@ pub fn moves(directories: &Directories) -> Result<Found> {
 }
 
 /// The moves of the guest that is called `domain`, by its name, its UUID or, where it leaves, its
-/// domain id.
+/// domain id. What waits comes last: a move that began meanwhile is what is meant.
 ///
 /// # Errors
 /// [`Error::Refused`] where there is none; [`Error::Control`] where a worker that may be its
@@ -209,6 +209,7 @@ pub fn moves(directories: &Directories) -> Result<Found> {
 pub fn find(directories: &Directories, domain: &str) -> Result<Vec<At>> {
     let mut found = moves(directories)?;
     found.moves.retain(|at| is_called(&at.status, domain));
+    found.moves.sort_by_key(|at| at.status.waiting);
     match found.silent.pop() {
         _ if !found.moves.is_empty() => Ok(found.moves),
         Some(silent) => Err(silent),
@@ -232,7 +233,7 @@ mod tests {
 
     use super::*;
     use crate::control::shared::tests::a_move;
-    use crate::control::{Bandwidth, Outcome, Server};
+    use crate::control::{Bandwidth, Facts, Outcome, Server};
     use crate::report::Progress;
     use crate::whereabouts::Whereabouts;
 
@@ -296,6 +297,22 @@ mod tests {
         assert_eq!(mode(&host.directories.control()) & 0o777, 0o700);
         let socket = &sockets(&host.directories).unwrap()[0];
         assert_eq!(mode(&socket.path) & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_move_that_is_at_work_comes_before_one_that_waits() {
+        let host = Host::new();
+        let (waiting, at_work) = (a_move(Role::Source, 1), a_move(Role::Source, 1));
+        at_work.go_on(Facts {
+            move_id: "10000000-0000-4000-8000-0000000000ff".into(),
+            ..at_work.facts()
+        });
+        let _servers = [waiting.clone(), at_work]
+            .map(|shared| Server::start(&host.directories, shared).unwrap());
+        let first = || find(&host.directories, "g1").unwrap().remove(0).status;
+        assert_eq!(first().move_id, waiting.facts().move_id);
+        waiting.pause("waiting for the next time");
+        assert_ne!(first().move_id, waiting.facts().move_id);
     }
 
     #[test]

@@ -15,7 +15,7 @@
 //!
 //! Each move has a name of its own, and so has its socket: one that nobody listens on belongs to
 //! a worker that was killed, and the next worker removes it. A move that is tried again keeps the
-//! socket of its first attempt.
+//! socket of its first attempt, and a shadow that is renewed that of its first pass.
 
 mod client;
 mod protocol;

@@ -130,6 +130,9 @@ pub struct Status {
     pub downtime_ms: u64,
     /// The most that is sent.
     pub bandwidth: Bandwidth,
+    /// It waits to begin anew, and holds nothing meanwhile: another move of the guest may be at work.
+    #[serde(default)]
+    pub waiting: bool,
     /// The move is being given up.
     pub cancelling: bool,
     /// It is too late for that.
@@ -308,6 +311,14 @@ mod tests {
         }
         let other = read_request(r#"{"version":2,"command":"status"}"#).unwrap_err();
         assert!(other.contains("not spoken"), "{other}");
+    }
+
+    #[test]
+    fn a_worker_that_knows_of_no_waiting_is_understood() {
+        let status = crate::control::shared::tests::a_move(Role::Source, 1).status();
+        let mut older = serde_json::to_value(&status).unwrap();
+        assert!(older.as_object_mut().unwrap().remove("waiting").is_some());
+        assert_eq!(serde_json::from_value::<Status>(older).unwrap(), status);
     }
 
     #[test]

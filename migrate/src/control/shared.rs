@@ -38,6 +38,8 @@ pub struct Committed;
 #[derive(Debug, Clone, Default)]
 struct Now {
     phase: String,
+    /// Until the next attempt.
+    waiting: bool,
     round: u32,
     done: u64,
     total: u64,
@@ -110,6 +112,7 @@ impl Shared {
         let mut now = lock(&self.0.now);
         *now = Now {
             phase: phase.to_owned(),
+            waiting: true,
             earlier_bytes: now.earlier_bytes + now.wire_bytes,
             ..Now::default()
         };
@@ -118,6 +121,7 @@ impl Shared {
     /// Another attempt begins, of which this is fixed.
     pub fn go_on(&self, facts: Facts) {
         *lock(&self.0.facts) = facts;
+        lock(&self.0.now).waiting = false;
     }
 
     /// The downtime that is to be reached now.
@@ -226,6 +230,7 @@ impl Shared {
             predicted_downtime: now.outlook.downtime.map(seconds),
             downtime_ms: self.0.downtime_ms.load(Ordering::Relaxed),
             bandwidth: Bandwidth::of_bytes(self.0.rate.get()),
+            waiting: now.waiting,
             // A signal that comes after the commit gives nothing up.
             cancelling: self.0.cancel.load(Ordering::Relaxed) && !committed,
             committed,
@@ -342,7 +347,7 @@ pub(super) mod tests {
         let status = shared.status();
         assert_eq!((status.wire_bytes, status.round), (1000, 0));
         assert_eq!(status.phase, "waiting for the link");
-        assert!(!status.committed);
+        assert!(status.waiting && !status.committed);
         let first = shared.facts();
         shared.go_on(Facts {
             move_id: "another".into(),
@@ -352,6 +357,7 @@ pub(super) mod tests {
         shared.note(&sent(10));
         let status = shared.status();
         assert_eq!((status.wire_bytes, status.round), (1010, 2));
+        assert!(!status.waiting);
         assert_eq!((&*status.move_id, status.domid), ("another", Some(7)));
         shared.cancel().unwrap();
     }
