@@ -95,7 +95,7 @@ $(CHECKER): | packages
 	mkdir -p '$(TARGET)/xen-utils'
 	cd '$(TARGET)/xen-utils' && { apt-get --quiet download xen-utils-4.17 || { apt-get --quiet update && \
 		apt-get --quiet download xen-utils-4.17; }; } && dpkg-deb -x xen-utils-*.deb .
-	touch '$@'
+	@[ -f '$@' ] || { echo 'The package xen-utils-4.17 does not have $(notdir $@) where it was' >&2; exit 1; }
 
 # Over guests that are replayed: those of `make record`, and a generated one. Give the machine
 # nothing else to do.
