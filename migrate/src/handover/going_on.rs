@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! it is suspended       journal: resuming -> keeper -> resume -> the keeper again, if it failed
-//! it was suspended      keeper
+//! it was suspended      journal: resuming -> keeper
 //! it won't suspend      nothing
 //! it may suspend yet    the move stays open
 //! ```
@@ -14,7 +14,7 @@ use crate::error::{Error, Result, chain};
 use crate::guest::{EndedSuspend, MAY_SUSPEND};
 
 /// Lets the guest go on, under a keeper where it was suspended: `xl`'s monitor ends then. `record`
-/// writes into the journal that it is about to be resumed.
+/// writes into the journal that it is about to be resumed, or was.
 ///
 /// # Errors
 /// [`Error::Busy`] where it may suspend yet: whoever comes then has to find the journal. What
@@ -25,19 +25,25 @@ pub(crate) fn go_on(
     mut keep: impl FnMut() -> Result<()>,
     resume: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
+    let recorded = || {
+        // A full disk must not hold the guest, which is this site's either way.
+        if let Err(error) = record() {
+            log::warn!("{}", chain(&error));
+        }
+    };
     match ended {
         EndedSuspend::Suspended => {
-            // A full disk must not hold the guest, which is this site's either way.
-            if let Err(error) = record() {
-                log::warn!("{}", chain(&error));
-            }
+            recorded();
             // First the keeper: it is to see all that the guest does.
             let kept = keep();
             resume()?;
             // What it lacked may be there by now.
             kept.or_else(|_| keep())
         }
-        EndedSuspend::GoesOn => keep(),
+        EndedSuspend::GoesOn => {
+            recorded();
+            keep()
+        }
         EndedSuspend::WillNot => Ok(()),
         EndedSuspend::MayCome => Err(Error::Busy(MAY_SUSPEND.into())),
     }
@@ -79,8 +85,10 @@ mod tests {
 
     #[test]
     fn one_that_was_suspended_has_a_keeper_and_one_that_was_not_needs_none() {
-        assert_eq!(done(EndedSuspend::GoesOn, &[]), (vec!["keep"], true));
-        assert_eq!(done(EndedSuspend::GoesOn, &["keep"]), (vec!["keep"], false));
+        let goes_on = |fail| done(EndedSuspend::GoesOn, fail);
+        assert_eq!(goes_on(&[]), (vec!["record", "keep"], true));
+        assert_eq!(goes_on(&["record"]), (vec!["record", "keep"], true));
+        assert_eq!(goes_on(&["keep"]), (vec!["record", "keep"], false));
         assert_eq!(done(EndedSuspend::WillNot, &[]), (vec![], true));
         assert_eq!(done(EndedSuspend::MayCome, &[]), (vec![], false));
     }

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use migrate::Error;
 use migrate::error::chain;
 use migrate::guest::replay::{Call, Crossing, Shape, Site, Watch, cross, pair};
 use migrate::handover::journal::{self, Phase};
@@ -85,6 +86,30 @@ fn one_that_was_let_go_on_is_not_handed_over() {
         // `xl`'s monitor has ended with the suspend, whoever let the guest go on.
         assert_eq!(scene.near.keepers(), 1);
     }
+}
+
+/// Its suspend has come and gone: whoever settles the move does not wait for it, but starts the keeper.
+#[test]
+fn one_that_was_let_go_on_and_has_no_keeper_yet_is_given_one() {
+    let scene = Scene::with(busy(761));
+    let near = Arc::clone(&scene.near);
+    let crossed = scene.cross(Crossing {
+        at_destination: at_call(Call::Complete, 1, move || {
+            near.with_guest(|guest| {
+                guest.resume();
+                Ok(())
+            })
+            .unwrap();
+        }),
+        at_source: Arc::new(|call| match call {
+            Call::Keep => Err(Error::Refused("It can't be done".into())),
+            _ => Ok(()),
+        }),
+        ..Crossing::default()
+    });
+    assert_eq!(scene.settled(&crossed), Place::Source);
+    assert_eq!(crossed.source_journal.phase, Phase::Resuming);
+    assert_eq!(scene.near.keepers(), 1);
 }
 
 /// What it has done since is nowhere else: its operator chooses between the two.
