@@ -250,11 +250,11 @@ fn recovery_that_was_cut_short_is_run_again() {
                 journal.slowing(70).unwrap();
             }
             journal.reach(phase).unwrap();
-            let mut asked = 0;
-            let mut settle = || {
+            let settle = || {
                 let mut journal = Journal::open(&path).unwrap();
                 let mut ask = |_: &Entry| {
-                    asked += 1;
+                    // Once it may go on here, nobody is.
+                    assert!(here.suspended.get(), "{role:?}, {phase:?}, {fails_at}");
                     Ok(Owner::Source)
                 };
                 carry_out(&mut journal, LateSuspend::StaysOpen, &mut ask, || Ok(&here))?;
