@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Copied, Offered, OnTimeout, READ_BATCH, Session};
+use super::{Copied, Offered, OnTimeout, Plan, READ_BATCH, Session};
 use crate::error::{Error, Result};
 use crate::guest::{Batch, Dirty, Moment};
 use crate::handover::journal::Phase;
@@ -81,7 +81,7 @@ impl Session<'_> {
                     (round.wire_bytes as f64 * 8e-6 / seconds * 10.0).round() / 10.0;
                 self.report.predicted.after_first_round = self.predict(&left);
             }
-            self.check_time(number + 1, all)?;
+            self.check_time(number + 1);
             match self.next(number, left)? {
                 Next::Round { hold } => hold_back = hold,
                 Next::SlowDown(_) => hold_back = false,
@@ -131,7 +131,7 @@ impl Session<'_> {
                 next => return Ok(next),
             }
             self.let_run(true);
-            self.catch_up(number, &left)?;
+            self.catch_up(number)?;
             self.let_run(false);
             self.look()?;
             // What it wrote with all of its time is not to cross in its silence.
@@ -140,7 +140,7 @@ impl Session<'_> {
                 return Ok(Next::Round { hold: false });
             }
             left = self.left(number)?;
-            self.check_time(number + 1, left.cold.saturating_add(left.hot))?;
+            self.check_time(number + 1);
         }
     }
 
@@ -151,25 +151,29 @@ impl Session<'_> {
             return Ok(());
         };
         let silent = self.silent();
-        let end = self.go.out_of_time();
-        let time = end.map(|end| end.saturating_duration_since(Instant::now()));
-        let (allowed, why) = match time {
-            Some(time) if time < silent => (time, "its time is over in"),
-            _ => (silent, "may be for"),
-        };
-        if foretold <= allowed {
-            return Ok(());
+        if foretold > silent {
+            let limits = Limits {
+                least_share: self.go.plan.limits.least_share,
+                ..self.limits()
+            };
+            let remedy = Remedy::find(stop, &self.forecast, &limits, silent, self.share());
+            return Err(Error::TimedOut(format!(
+                "it would be silent for {:.0} s, and may be for {:.0} s; {remedy}",
+                foretold.as_secs_f64(),
+                silent.as_secs_f64()
+            )));
         }
-        let limits = Limits {
-            least_share: self.go.plan.limits.least_share,
-            ..self.limits()
-        };
-        let remedy = Remedy::find(stop, &self.forecast, &limits, allowed, self.share());
-        Err(Error::TimedOut(format!(
-            "it would be silent for {:.0} s, and {why} {:.0} s; {remedy}",
-            foretold.as_secs_f64(),
-            allowed.as_secs_f64()
-        )))
+        let end = self.go.out_of_time();
+        match end.map(|end| end.saturating_duration_since(Instant::now())) {
+            // A shorter silence would take more of its time before.
+            Some(time) if time < foretold => Err(Error::TimedOut(format!(
+                "it would be silent for {:.1} s, and its time is over in {:.1} s; a longer \
+                 --timeout allows that",
+                foretold.as_secs_f64(),
+                time.as_secs_f64()
+            ))),
+            _ => Ok(()),
+        }
     }
 
     /// How long the guest may be silent before it goes on here.
@@ -182,7 +186,7 @@ impl Session<'_> {
     }
 
     /// Waits until the destination's restore has all that has arrived there.
-    fn catch_up(&mut self, number: u32, left: &Left) -> Result<()> {
+    fn catch_up(&mut self, number: u32) -> Result<()> {
         log::debug!("the destination has {} pages yet to restore", self.behind);
         self.phase("waiting for the destination");
         self.go.peer.send(&ToDestination::CatchUp)?;
@@ -191,7 +195,7 @@ impl Session<'_> {
             let Some(received) = self.go.peer.receive_for(Duration::from_secs(1))? else {
                 // A guest that is handed over once its time is up waits all the same: suspended, it
                 // would be silent for as long.
-                self.check_time(number + 1, left.cold.saturating_add(left.hot))?;
+                self.check_time(number + 1);
                 if asked.elapsed() > CATCHING_UP {
                     return Err(Error::PeerFailed {
                         peer: self.go.peer.peer().to_owned(),
@@ -348,23 +352,20 @@ impl Session<'_> {
         }
     }
 
-    /// Once the time that the operator gave is over: fails, or notes that the guest is to be handed
-    /// over.
-    pub(super) fn check_time(&mut self, round: u32, left: u64) -> Result<()> {
-        let took = self.go.began.elapsed();
-        if self.go.plan.timeout.is_none_or(|timeout| took <= timeout) {
-            return Ok(());
-        }
-        match self.go.plan.on_timeout {
-            OnTimeout::Fail => Err(Error::TimedOut(format!(
-                "{left} pages are left in round {round} after {:.0} s",
-                took.as_secs_f64()
-            ))),
-            OnTimeout::HandOver => {
-                // Before the end of round 1 nearly all memory would cross in the guest's silence.
-                self.time_is_up = round > 1;
-                Ok(())
-            }
+    /// Once the time that the operator gave is over: notes that the guest is to be handed over, where
+    /// that is wanted.
+    pub(super) fn check_time(&mut self, round: u32) {
+        let Plan {
+            timeout: Some(timeout),
+            on_timeout: OnTimeout::HandOver,
+            ..
+        } = self.go.plan
+        else {
+            return;
+        };
+        if self.go.began.elapsed() > timeout {
+            // Before the end of round 1 nearly all memory would cross in the guest's silence.
+            self.time_is_up = round > 1;
         }
     }
 }

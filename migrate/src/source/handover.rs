@@ -27,6 +27,7 @@ impl Session<'_> {
         self.go.connections.suspended();
         self.part("suspend", started.elapsed());
         self.note_slowed_down();
+        self.phase("sending the rest");
         let silent = started + self.silent();
         let end = self.go.out_of_time().map_or(silent, |end| end.min(silent));
         self.go.peer.set_deadline(Some(end));
@@ -116,6 +117,7 @@ impl Session<'_> {
     }
 
     pub(super) fn hand_over(&mut self, suspended: &Suspended) -> Result<Committed> {
+        self.phase("waiting for the destination");
         hold("final-sent");
         let waited = Instant::now();
         // While the destination restores: a guest that is to go on there has its last words on its

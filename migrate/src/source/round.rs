@@ -40,7 +40,7 @@ impl Session<'_> {
             self.check_interrupted()?;
             self.tend();
             if moment == Moment::Live {
-                self.check_time(number, round.pages - done)?;
+                self.check_time(number);
                 if self.time_is_up {
                     break;
                 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use migrate::Error;
 use migrate::guest::replay::{Call, Crossing, End, Shape, cross, leave, pair};
-use migrate::handover::journal::Outcome;
+use migrate::handover::journal::{Outcome, Phase};
 use migrate::handover::recovery::Owner;
 use migrate::link::Link;
 use migrate::source::Plan;
@@ -73,11 +73,36 @@ fn a_destination_that_falls_silent() {
             assert_eq!(scene.settled(&crossed), Place::Source);
         }
         let link = silent_from(silent);
-        let crossed = cross(&scene.near, &scene.far, link, within(SHORT)).unwrap();
+        // One that is suspended has to be so before its time is nearly over.
+        let time = match silent {
+            Tag::Ready => SHORT * 5,
+            _ => SHORT,
+        };
+        let crossed = cross(&scene.near, &scene.far, link, within(time)).unwrap();
         assert!(timed_out(&crossed.source), "{silent:?}: {crossed:?}");
+        let phase = crossed.source_journal.phase;
+        let suspended = phase == Phase::Resuming;
+        assert_eq!(suspended, silent == Tag::Ready, "{silent:?}: {phase:?}");
         assert_eq!(scene.settled(&crossed), Place::Source, "{silent:?}");
         scene.moves(Crossing::default());
     }
+}
+
+/// Nothing is gained by a silence that is to end in vain.
+#[test]
+fn a_handover_that_would_take_too_long() {
+    let scene = Scene::with(busy(84));
+    let mut crossing = within(Duration::from_secs(60));
+    crossing.earlier.fixed.suspend = 100.0;
+    // As long as it may be silent, it would not be refused.
+    crossing.plan.limits.downtime = Duration::from_secs(200);
+    crossing.at_source = at_call(Call::Suspend, 1, || panic!("It was asked to suspend"));
+    let crossed = scene.cross(crossing);
+    match crossed.source.error() {
+        Some(Error::TimedOut(why)) => assert!(why.ends_with("--timeout allows that"), "{why}"),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(scene.settled(&crossed), Place::Source);
 }
 
 #[test]
