@@ -75,7 +75,7 @@ pub enum Whereabouts {
     Suspended,
     /// At the source, where it has stopped by itself.
     Stopped,
-    /// Not at the source any more, and the destination never had it.
+    /// Not at the source any more, and not by this move: it has ended, or was moved by another.
     Gone,
     /// That can't be told here; for one that may run at the destination only that can.
     #[default]

@@ -34,7 +34,7 @@ use crate::error::{Error, IoContext, Result, chain};
 
 /// The version of the journal's format. The first had no record of a guest that is slowed down, and
 /// is read all the same. [`Phase::Resuming`] came after the second: an earlier program can't read a
-/// journal that has it, and leaves its move alone, but all others as before.
+/// journal that has it. It leaves that move alone, and begins none while the journal is there.
 pub const JOURNAL_VERSION: u32 = 2;
 
 /// How long a destination remembers a move that ended.

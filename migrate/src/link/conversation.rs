@@ -353,8 +353,8 @@ impl Conversation {
 
     /// From `deadline` on every send and receive fails with [`Error::Stalled`], whatever the peer
     /// does meanwhile: neither a stalled link nor a peer that only drips messages can make a guest's
-    /// silence longer, or the time that the operator gave. It holds for waits that have begun as for those to come, until
-    /// it is set anew; `None` lifts it.
+    /// silence longer, or the time that the operator gave. It holds for waits that have begun as for
+    /// those to come, until it is set anew; `None` lifts it.
     pub fn set_deadline(&mut self, deadline: Option<Instant>) {
         self.deadline = deadline.map(|at| Deadline {
             at,
