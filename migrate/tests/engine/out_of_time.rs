@@ -9,6 +9,7 @@ use migrate::guest::replay::{Call, Crossing, End, Shape, cross, leave, pair};
 use migrate::handover::journal::{Outcome, Phase};
 use migrate::handover::recovery::Owner;
 use migrate::link::Link;
+use migrate::report::{Observer, Progress};
 use migrate::source::Plan;
 use migrate::wire::Tag;
 
@@ -105,6 +106,18 @@ fn a_handover_that_would_take_too_long() {
     assert_eq!(scene.settled(&crossed), Place::Source);
 }
 
+/// Nothing is amiss that the move could go on without.
+struct NoWarnings;
+
+impl Observer for NoWarnings {
+    fn notice(&mut self, progress: Progress) {
+        if let Progress::Warning(what) = progress {
+            panic!("{what}");
+        }
+    }
+}
+
+/// They are not waited for longer than the move has.
 #[test]
 fn connections_for_pages_that_are_never_answered() {
     let scene = Scene::with(busy(82));
@@ -112,6 +125,7 @@ fn connections_for_pages_that_are_never_answered() {
     let (first, other, _) = pair(Shape::default());
     let crossing = Crossing {
         data: (near, Vec::new()),
+        observer: Box::new(NoWarnings),
         ..within(SHORT)
     };
     let crossed = cross(&scene.near, &scene.far, (first, other), crossing).unwrap();
@@ -125,6 +139,8 @@ fn after_the_commit_there_is_time() {
     let timeout = Duration::from_secs(4);
     let crossing = Crossing {
         at_destination: at_call(Call::TakeOver, 1, move || thread::sleep(timeout)),
+        // Nothing is in doubt.
+        at_source: at_call(Call::Ask, 1, || panic!("The destination was asked")),
         ..within(timeout)
     };
     scene.moves(crossing);
