@@ -118,8 +118,11 @@ pub enum Error {
         reason: String,
     },
     /// The time that the operator gave is over.
-    #[error("The guest changes too fast, or the link or the other site is too slow: {0}")]
+    #[error("The time for the move is over: {0}")]
     TimedOut(String),
+    /// The guest would be silent for longer than it may be, or than the operator's time allows.
+    #[error("The guest would be silent for too long: {0}")]
+    TooSilent(String),
     /// The operator cancelled.
     #[error("Cancelled")]
     Cancelled,

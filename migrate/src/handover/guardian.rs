@@ -117,25 +117,31 @@ pub fn run(directories: &Directories, path: &Path) -> Result<Option<Settled>> {
             true => LateSuspend::StaysOpen,
             false => LateSuspend::WillNotCome,
         };
-        let asks = journal::read(path).is_ok_and(|entry| action(&entry) == Action::AskDestination);
-        match pause(&error, asks, start.elapsed()) {
+        let needed = journal::read(path).is_ok_and(|entry| is_needed(action(&entry)));
+        match pause(&error, needed, start.elapsed()) {
             Some(pause) => thread::sleep(pause),
             None => return Err(error),
         }
     }
 }
 
-/// When to try again what failed; none where that is of no use any more. Where the destination is
-/// to be asked (`asks`) it is, for as long as it takes, whatever keeps it from being reached: that
-/// ssh can't be started here may pass as well. That it has no record of the move will not,
-/// nor that the guest runs at both. A guest
-/// that is in other hands, or may suspend yet, is looked at again too.
-fn pause(error: &Error, asks: bool, since: Duration) -> Option<Duration> {
+/// Whether a guest may be silent until that is done, however long it takes.
+fn is_needed(action: Action) -> bool {
+    use Action::{AskDestination, Finish, Resume};
+    matches!(action, AskDestination | Resume | Finish)
+}
+
+/// When to try again what failed; none where that is of no use any more. What a guest waits for
+/// (`needed`) is tried for as long as it takes, whatever is in the way of it: that ssh can't be
+/// started here may pass as well. That the destination has no record of the move will not, nor that
+/// the guest runs at both. A guest that is in other hands, or may suspend yet, is looked at again
+/// too.
+fn pause(error: &Error, needed: bool, since: Duration) -> Option<Duration> {
     match error {
         _ if since < TRYING => Some(TRYING_AGAIN),
         Error::InDoubt { .. } | Error::Refused(_) => None,
         Error::Busy(_) => Some(ASKING_AGAIN),
-        _ => asks.then_some(ASKING_AGAIN),
+        _ => needed.then_some(ASKING_AGAIN),
     }
 }
 
@@ -188,7 +194,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_destination_is_asked_for_as_long_as_an_answer_can_come() {
+    fn what_a_guest_waits_for_is_tried_for_as_long_as_it_takes() {
         let unstarted = Error::Io {
             doing: "Can't start ssh".into(),
             source: io::ErrorKind::NotFound.into(),
@@ -208,7 +214,11 @@ mod tests {
         assert_eq!(pause(&busy, false, TRYING), Some(ASKING_AGAIN));
         let twice = Error::Refused("It runs there, and here too".into());
         assert_eq!(pause(&twice, true, TRYING), None);
-        // What is to be done here fails for good some day.
+        // What nobody waits for fails for good some day.
         assert_eq!(pause(&unstarted, false, TRYING), None);
+        for needed in [Action::AskDestination, Action::Resume, Action::Finish] {
+            assert!(is_needed(needed), "{needed:?}");
+        }
+        assert!(!is_needed(Action::Discard));
     }
 }

@@ -26,6 +26,8 @@ pub struct Renewal<'a> {
     /// The pause after each pass. Without, there is one pass.
     every: Option<Duration>,
     cancel: &'a Arc<AtomicBool>,
+    /// The guest's UUID, once it is known: all passes are of the same one.
+    uuid: Option<String>,
     /// None before the first pass, and when all is over.
     server: Option<Server>,
 }
@@ -44,6 +46,7 @@ impl<'a> Renewal<'a> {
             request,
             every,
             cancel,
+            uuid: None,
             server: None,
         }
     }
@@ -57,11 +60,11 @@ impl<'a> Renewal<'a> {
             follow,
             cancel: self.cancel,
             began: Instant::now(),
-            uuid: None,
+            uuid: self.uuid.take(),
             server: self.server.take(),
         };
         let moved = mover.run(self.request);
-        self.server = mover.server;
+        (self.uuid, self.server) = (mover.uuid, mover.server);
         if self.every.is_none() || moved.result.is_err() {
             let request = self.request;
             self.end(|name| ended(name, request, &moved));

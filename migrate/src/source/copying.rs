@@ -145,30 +145,37 @@ impl Session<'_> {
     }
 
     /// A guest that could not be handed over in the time that it may be silent is not suspended.
-    fn refuse_silence(&self, stop: Stop, left: &Left) -> Result<()> {
+    fn refuse_silence(&mut self, stop: Stop, left: &Left) -> Result<()> {
         let all = left.cold.saturating_add(left.hot);
-        let Some(foretold) = self.forecast.downtime(all) else {
-            return Ok(());
-        };
+        self.foretold = self.forecast.downtime(all);
         let silent = self.silent();
-        if foretold > silent {
-            let limits = Limits {
-                least_share: self.go.plan.limits.least_share,
-                ..self.limits()
-            };
-            let remedy = Remedy::find(stop, &self.forecast, &limits, silent, self.share());
-            return Err(Error::TimedOut(format!(
-                "it would be silent for {:.0} s, and may be for {:.0} s; {remedy}",
-                foretold.as_secs_f64(),
-                silent.as_secs_f64()
-            )));
+        match self.foretold {
+            Some(foretold) if foretold > silent => {
+                // What the operator allows, also where no scheduler can do it.
+                let limits = Limits {
+                    downtime: self.go.control.downtime(),
+                    ..self.go.plan.limits.clone()
+                };
+                let remedy = Remedy::find(stop, &self.forecast, &limits, silent, self.share());
+                Err(Error::TooSilent(format!(
+                    "{:.0} s, where {:.0} s are allowed; {remedy}",
+                    foretold.as_secs_f64(),
+                    silent.as_secs_f64()
+                )))
+            }
+            _ => self.refuse_to_be_late(),
         }
+    }
+
+    /// Nor is one whose silence would end after the move's time. A shorter one would take more of
+    /// that before.
+    pub(super) fn refuse_to_be_late(&self) -> Result<()> {
         let end = self.go.out_of_time();
-        match end.map(|end| end.saturating_duration_since(Instant::now())) {
-            // A shorter silence would take more of its time before.
-            Some(time) if time < foretold => Err(Error::TimedOut(format!(
-                "it would be silent for {:.1} s, and its time is over in {:.1} s; a longer \
-                 --timeout allows that",
+        let time = end.map(|end| end.saturating_duration_since(Instant::now()));
+        match (self.foretold, time) {
+            (Some(foretold), Some(time)) if foretold > time => Err(Error::TooSilent(format!(
+                "{:.1} s, and the time for the move is over in {:.1} s; a longer --timeout \
+                 allows that",
                 foretold.as_secs_f64(),
                 time.as_secs_f64()
             ))),

@@ -19,6 +19,8 @@ impl Session<'_> {
         self.phase("suspending");
         hold("suspending");
         self.check_interrupted()?;
+        // What had to be done before may have taken its time.
+        self.refuse_to_be_late()?;
         self.go.journal.reach(Phase::Suspending)?;
         self.let_suspend();
         let started = Instant::now();

@@ -193,6 +193,8 @@ struct Session<'a> {
     slowed: Option<Slowed>,
     /// The guest can't be slowed down further, whatever the operator allows.
     no_slower: bool,
+    /// How long the guest is predicted to be silent, when it is to be suspended.
+    foretold: Option<Duration>,
     suspend_started: Option<Instant>,
 }
 
@@ -293,6 +295,7 @@ impl<'a> Session<'a> {
             time_is_up: false,
             slowed: None,
             no_slower: false,
+            foretold: None,
             suspend_started: None,
         }
     }

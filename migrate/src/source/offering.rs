@@ -84,7 +84,7 @@ impl Session<'_> {
                 let site = accept.edge_site.as_ref().map(ToString::to_string);
                 self.go.connections.accepted(site.as_deref())?;
                 let joining = match accept.join {
-                    Some(token) => self.open_connections(token, wanted),
+                    Some(token) => self.open_connections(token, wanted)?,
                     None => Vec::new(),
                 };
                 self.learn(&accept, move_id)?;
@@ -113,24 +113,30 @@ impl Session<'_> {
     }
 
     /// Opens connections for pages. They join while this side goes on.
-    fn open_connections(&mut self, token: JoinToken, wanted: u32) -> Vec<Joining> {
+    fn open_connections(&mut self, token: JoinToken, wanted: u32) -> Result<Vec<Joining>> {
         let mut joining = Vec::new();
         for index in 0..wanted {
             let opened =
                 (self.go.open)().and_then(|link| Joining::start(&self.go.peer, link, token, index));
-            match opened {
-                Ok(connection) => joining.push(connection),
-                Err(error) => self.warn_of_connection(&error),
-            }
+            joining.extend(self.if_made(opened)?);
         }
-        joining
+        Ok(joining)
     }
 
-    fn warn_of_connection(&mut self, error: &Error) {
-        self.go.observer.notice(Progress::Warning(format!(
-            "A connection for pages can't be made: {}",
-            chain(error)
-        )));
+    /// Another connection, if it could be made. It is done without else, unless all of the move is
+    /// over.
+    fn if_made<T>(&mut self, made: Result<T>) -> Result<Option<T>> {
+        match made {
+            Ok(connection) => Ok(Some(connection)),
+            Err(error @ (Error::Cancelled | Error::Stalled { .. })) => Err(error),
+            Err(error) => {
+                self.go.observer.notice(Progress::Warning(format!(
+                    "A connection for pages can't be made: {}",
+                    chain(&error)
+                )));
+                Ok(None)
+            }
+        }
     }
 
     /// From here on pages go by those that have joined; without any, by the first one.
@@ -138,11 +144,7 @@ impl Session<'_> {
         hold("joining");
         let mut joined = Vec::new();
         for connection in Joining::finish_all(joining, JOINING) {
-            match connection {
-                Ok(connection) => joined.push(connection),
-                Err(error @ (Error::Cancelled | Error::Stalled { .. })) => return Err(error),
-                Err(error) => self.warn_of_connection(&error),
-            }
+            joined.extend(self.if_made(connection)?);
         }
         self.report.link.connections = joined.len().max(1) as u32;
         if !joined.is_empty() {

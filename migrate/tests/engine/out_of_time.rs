@@ -38,6 +38,18 @@ fn silent_from(silent: Tag) -> (Link, Link) {
     })
 }
 
+struct Told<F>(F);
+
+impl<F: FnMut(Progress) + Send> Observer for Told<F> {
+    fn notice(&mut self, progress: Progress) {
+        (self.0)(progress);
+    }
+}
+
+fn told(what: impl FnMut(Progress) + Send + 'static) -> Box<dyn Observer> {
+    Box::new(Told(what))
+}
+
 fn timed_out(end: &End) -> bool {
     matches!(end.error(), Some(Error::TimedOut(_)))
 }
@@ -89,32 +101,38 @@ fn a_destination_that_falls_silent() {
     }
 }
 
-/// Nothing is gained by a silence that is to end in vain.
-#[test]
-fn a_handover_that_would_take_too_long() {
+/// A guest that would be silent for 18 s, with so much time for its move. It is not suspended.
+fn refused_for_silence(timeout: Duration, observer: Box<dyn Observer>) {
     let scene = Scene::with(busy(84));
-    let mut crossing = within(Duration::from_secs(60));
-    crossing.earlier.fixed.suspend = 100.0;
+    let mut crossing = within(timeout);
+    crossing.earlier.fixed.suspend = 18.0;
     // As long as it may be silent, it would not be refused.
     crossing.plan.limits.downtime = Duration::from_secs(200);
     crossing.at_source = at_call(Call::Suspend, 1, || panic!("It was asked to suspend"));
+    crossing.observer = observer;
     let crossed = scene.cross(crossing);
     match crossed.source.error() {
-        Some(Error::TimedOut(why)) => assert!(why.ends_with("--timeout allows that"), "{why}"),
+        Some(Error::TooSilent(why)) => assert!(why.ends_with("--timeout allows that"), "{why}"),
         other => panic!("{other:?}"),
     }
     assert_eq!(scene.settled(&crossed), Place::Source);
 }
 
-/// Nothing is amiss that the move could go on without.
-struct NoWarnings;
+/// Nothing is gained by a silence that is to end in vain.
+#[test]
+fn a_handover_that_would_take_too_long() {
+    refused_for_silence(Duration::from_secs(10), told(drop));
+}
 
-impl Observer for NoWarnings {
-    fn notice(&mut self, progress: Progress) {
-        if let Progress::Warning(what) = progress {
-            panic!("{what}");
+/// What is to be done before the suspend takes its time, too.
+#[test]
+fn a_handover_that_is_held_up_until_it_would_take_too_long() {
+    let hold_up = |progress: Progress| {
+        if let Progress::Phase("suspending") = progress {
+            thread::sleep(Duration::from_secs(4));
         }
-    }
+    };
+    refused_for_silence(Duration::from_secs(21), told(hold_up));
 }
 
 /// They are not waited for longer than the move has.
@@ -125,7 +143,12 @@ fn connections_for_pages_that_are_never_answered() {
     let (first, other, _) = pair(Shape::default());
     let crossing = Crossing {
         data: (near, Vec::new()),
-        observer: Box::new(NoWarnings),
+        // Nothing is amiss that the move could go on without.
+        observer: told(|progress| {
+            if let Progress::Warning(what) = progress {
+                panic!("{what}");
+            }
+        }),
         ..within(SHORT)
     };
     let crossed = cross(&scene.near, &scene.far, (first, other), crossing).unwrap();

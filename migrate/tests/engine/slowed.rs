@@ -81,7 +81,7 @@ fn one_that_would_be_silent_for_too_long_is_never_suspended() {
     hopeless.at_source = at_call(Call::Suspend, 1, || panic!("It was asked to suspend"));
     let crossed = scene.cross(hopeless);
     match &crossed.source {
-        End::Returned(Err(Error::TimedOut(why))) => {
+        End::Returned(Err(Error::TooSilent(why))) => {
             assert!(why.contains("the handover alone takes"), "{why}");
             assert!(!why.contains("--throttle"), "{why}");
         }
