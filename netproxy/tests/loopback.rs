@@ -188,6 +188,33 @@ fn what_comes_after_urgent_bytes_arrives_with_them() {
 }
 
 #[test]
+fn urgent_bytes_do_not_stop_bulk() {
+    let setup = Setup::new("", "");
+    let mut stream = setup.connect();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(10)))
+        .unwrap();
+    let part = vec![7; 4 << 20];
+    let mut answer = vec![0; part.len() * 2];
+    for round in 0..5 {
+        std::thread::scope(|scope| {
+            let mut writer = stream.try_clone().unwrap();
+            let part = &part;
+            scope.spawn(move || {
+                writer.write_all(part).unwrap();
+                socket2::SockRef::from(&writer)
+                    .send_out_of_band(b"!")
+                    .unwrap();
+                writer.write_all(part).unwrap();
+            });
+            let heard = stream.read_exact(&mut answer);
+            assert!(heard.is_ok(), "round {round}: {heard:?}");
+        });
+        assert!(answer.iter().all(|byte| *byte == 7), "round {round}");
+    }
+}
+
+#[test]
 fn a_guest_that_speaks_and_ends_at_once_is_heard() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();

@@ -346,6 +346,10 @@ impl Flow {
                     // This socket can't be spliced: copy.
                     self.may_splice = false;
                     Ok(1)
+                } else if error.kind() == io::ErrorKind::WouldBlock && source.more {
+                    // Splicing does not come past urgent bytes: the next read copies.
+                    self.bulk = BULK_AFTER - 1;
+                    Ok(1)
                 } else {
                     would_block(error, source)
                 };
