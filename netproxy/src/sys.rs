@@ -16,6 +16,8 @@ use libc::{c_int, c_uint, c_ulong, c_void, socklen_t};
 const SO_BUF_LOCK: c_int = 72;
 /// The bytes of the send queue that were never sent.
 const SIOCOUTQNSD: c_ulong = 0x894B;
+/// Whether the next byte to be read is an urgent one.
+const SIOCATMARK: c_ulong = 0x8905;
 
 /// Which queue the next call on a socket in repair mode means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,7 +110,7 @@ fn get<T: Copy>(fd: BorrowedFd<'_>, name: c_int, value: &mut T) -> io::Result<us
 
 fn ioctl_int(fd: BorrowedFd<'_>, request: c_ulong) -> io::Result<u32> {
     let mut value = MaybeUninit::<c_int>::zeroed();
-    // SAFETY: the three requests used here write one int to the pointer they are given.
+    // SAFETY: the four requests used here write one int to the pointer they are given.
     let value = unsafe {
         check(libc::ioctl(fd.as_raw_fd(), request, value.as_mut_ptr()))?;
         value.assume_init()
@@ -227,9 +229,14 @@ pub(crate) fn unlock_buffers(fd: BorrowedFd<'_>) -> io::Result<()> {
     set(fd, libc::SOL_SOCKET, SO_BUF_LOCK, &[0_u32])
 }
 
-/// The bytes received and not read yet.
+/// The bytes received and not read yet, up to an urgent one.
 pub(crate) fn unread(fd: BorrowedFd<'_>) -> io::Result<u32> {
     ioctl_int(fd, libc::FIONREAD)
+}
+
+/// Whether an urgent byte is next: what is behind it does not count as [`unread`].
+pub(crate) fn at_mark(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    Ok(ioctl_int(fd, SIOCATMARK)? != 0)
 }
 
 /// The bytes not acknowledged yet, sent or not; a FIN counts as one.

@@ -146,7 +146,7 @@ fn peek(fd: &impl AsFd, length: usize) -> Result<Vec<u8>> {
     })
 }
 
-/// The bytes that the peer has sent and nobody has read.
+/// The bytes that the peer has sent and nobody has read, up to an urgent one.
 ///
 /// # Errors
 /// What the kernel answered.
@@ -161,25 +161,33 @@ pub fn unread(socket: &impl AsFd) -> Result<usize> {
 ///
 /// [`dump`] would only look at it, which is no way for much: the kernel walks the queue from its
 /// head for each segment then. A hundred megabytes take a minute, in which that processor does
-/// nothing else.
+/// nothing else. Nor would it see what is behind an urgent byte, which has no place in the stream.
 ///
 /// # Errors
 /// What the kernel answered before anything was taken.
 pub fn drain(socket: &impl AsFd) -> Result<Vec<u8>> {
     use nix::sys::socket::{setsockopt, sockopt};
-    let unread = unread(socket)?;
-    if unread == 0 {
-        return Ok(Vec::new());
-    }
     let fd = socket.as_fd();
+    // Reading from an urgent byte on gives what is behind that.
+    let next = || match unread(socket)? {
+        0 if sys::at_mark(fd).map_err(step("read the queues of"))? => Ok(SLACK),
+        unread => Ok(unread),
+    };
+    let mut bytes = vec![0; next()?];
+    if bytes.is_empty() {
+        return Ok(bytes);
+    }
     let queues = || step("read the queues of");
     let size = SockRef::from(socket).recv_buffer_size().map_err(queues())?;
     // Without a buffer there is no room to offer.
     setsockopt(&fd, sockopt::RcvBufForce, &0).map_err(|error| queues()(error.into()))?;
-    let (mut bytes, mut length) = (vec![0; unread], 0);
+    let mut length = 0;
     while let Some(rest) = bytes.get_mut(length..).filter(|rest| !rest.is_empty()) {
         match recv(fd.as_raw_fd(), rest, MsgFlags::MSG_DONTWAIT) {
-            Ok(more @ 1..) => length += more,
+            Ok(more @ 1..) => {
+                length += more;
+                bytes.resize(length + next().unwrap_or(0), 0);
+            }
             Err(nix::Error::EINTR) => {}
             // An end, or an error: whoever looks at it next learns that.
             Ok(0) | Err(_) => break,

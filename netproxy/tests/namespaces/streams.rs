@@ -6,7 +6,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::edge::{
-    Edge, LEASE, echoing, exchange, exchange_all, hears, listen, many_echoing, wait_until,
+    Edge, LEASE, both_ends, echoing, exchange, exchange_all, guest_listens, hears, listen,
+    many_echoing, wait_until,
 };
 use crate::traffic::{Kind, Noise, Reads, Running, Sends, serve, start};
 use crate::world::{SITES, World, run};
@@ -436,4 +437,29 @@ fn what_a_client_has_not_read_is_taken_along_once() {
             read += 1;
         }
     }
+}
+
+#[test]
+fn what_is_behind_an_urgent_byte_is_taken_along() {
+    let world = World::new(Duration::from_millis(2));
+    // The guest's bytes wait in the edge's socket, and nowhere else.
+    world.sysctl("client", "tcp_rmem", "4096 8192 8192");
+    world.sysctl("edge", "tcp_wmem", "4096 8192 8192");
+    world.sysctl("edge", "tcp_rmem", "4096 2097152 4194304");
+    let listener = guest_listens(&world);
+    let mut edge = Edge::new(&world, "[limits]\nbuffer = \"64KiB\"");
+    let mut pairs = both_ends(&world, &listener, 1);
+    let (client, guest) = &mut pairs[0];
+    let text: Vec<u8> = (0..600_000_u32).map(|at| (at % 251) as u8).collect();
+    let (before, behind) = text.split_at(400_000);
+    guest.write_all(before).unwrap();
+    socket2::SockRef::from(&*guest)
+        .send_out_of_band(b"!")
+        .unwrap();
+    guest.write_all(behind).unwrap();
+    std::thread::sleep(Duration::from_millis(200));
+    edge.migrate(&world);
+    let mut heard = vec![0; text.len()];
+    client.read_exact(&mut heard).unwrap();
+    assert!(heard == text);
 }
