@@ -115,7 +115,7 @@ fn connect(world: &World, count: usize) -> Vec<TcpStream> {
     })
 }
 
-/// Sends over each stream. Returns when.
+/// Sends over each stream, one after the other. Returns when.
 fn send(streams: &mut [TcpStream], length: usize) -> Vec<Instant> {
     let data = vec![7; length];
     let send = |stream: &mut TcpStream| {
@@ -377,7 +377,11 @@ fn main() {
                 let (mut retargets, mut releases) = (Vec::new(), Vec::new());
                 let (mut own, mut total) = (Vec::new(), Vec::new());
                 for _ in 0..moves {
-                    let starts = send(&mut streams, length);
+                    let mut starts = send(&mut streams, length);
+                    if size > 0 {
+                        let first = starts[0];
+                        starts.fill(first);
+                    }
                     without.add(answers(&streams, length, &starts));
                     std::thread::sleep(Duration::from_millis(300));
                     at = 1 - at;

@@ -333,25 +333,28 @@ impl Connection {
         };
         let age = ctx.now.duration_since(proving.released);
         let metrics = &ctx.shared.metrics;
-        let stalled = || {
-            metrics
-                .stall
-                .get_or_create(&self.guest.label)
-                .observe(age.as_secs_f64());
+        let stalled = |age: Duration| {
+            let stall = metrics.stall.get_or_create(&self.guest.label);
+            stall.observe(age.as_secs_f64());
         };
         if !proving.answered {
             let taken = self.to_client.taken();
             let heard = proving.heard.is_some_and(|before| taken > before);
-            let info = || repair::tcp_info(&endpoint.stream);
-            let answered = heard
-                || match info() {
-                    Ok(info) => info.segments_in > 0,
+            // So long ago.
+            let answered = if heard {
+                Some(Duration::ZERO)
+            } else {
+                match repair::tcp_info(&endpoint.stream) {
+                    Ok(info) => {
+                        (info.segments_in > 0).then(|| Duration::from_millis(info.silent_ms.into()))
+                    }
                     Err(_) => return Next::Failed("its state can't be read".into()),
-                };
-            if answered {
+                }
+            };
+            if let Some(ago) = answered {
                 proving.answered = true;
                 if !proving.went_back {
-                    stalled();
+                    stalled(age.saturating_sub(ago));
                 }
             }
         }
@@ -393,7 +396,7 @@ impl Connection {
         let done = proved && proving.rest.is_none();
         if done {
             if !proving.answered && !proving.went_back {
-                stalled();
+                stalled(age);
             }
             self.stage = Stage::Normal;
             if self.lost.is_some() {

@@ -11,6 +11,8 @@ use std::sync::{Arc, LazyLock, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use nix::sys::socket::{setsockopt, sockopt};
+
 use crate::world::World;
 
 /// How one end sends.
@@ -183,6 +185,10 @@ pub fn serve(world: &World, port: u16) {
         let listener = TcpListener::bind(("0.0.0.0", port)).unwrap();
         // For a thousand clients at once.
         socket2::SockRef::from(&listener).listen(4096).unwrap();
+        // As most guests, whatever this host goes by. A guest that is not suspended while it is away
+        // goes on sending, and BBR takes what comes of that for a link of some bytes a second, for
+        // minutes.
+        setsockopt(&listener, sockopt::TcpCongestion, &"cubic".into()).unwrap();
         listener
     });
     std::thread::spawn(move || {
