@@ -273,3 +273,43 @@ fn a_long_link_that_loses_packets() {
     testbed.set_link(&Link::default()).unwrap();
     assert_eq!(settled(&testbed, &guest, "lost packets"), SiteName::B);
 }
+
+/// A shadow that is renewed is one move: what is set in a pause holds for the next time, and a cancel
+/// in a pause ends it.
+#[test]
+#[ignore = "minutes: make test-full"]
+fn a_shadow_that_is_renewed() {
+    let (testbed, guest) = sites_with_small_guest();
+    let site = testbed.site(SiteName::A);
+    let to = SiteName::B.address();
+    site.run(&format!(
+        "rm -f /tmp/renewing-*; setsid sh -c 'vmshadow shadow g1 {to} --every 10 --json \
+         > /tmp/renewing-said 2>&1; echo $? > /tmp/renewing-status' > /dev/null 2>&1 < /dev/null &"
+    ))
+    .unwrap();
+    let waits = || {
+        let now = status(&testbed, SiteName::A);
+        now.first().filter(|it| it["waiting"] == true).cloned()
+    };
+    wait_until("it was sent once", || waits().is_some());
+    let before = waits().unwrap();
+    site.run("vmshadow set g1 bandwidth=20M").unwrap();
+    wait_until("it is sent again", || {
+        one_status(&testbed, SiteName::A)["move_id"] != before["move_id"]
+    });
+    let next = one_status(&testbed, SiteName::A);
+    assert_eq!(next["bandwidth"], 20_000_000, "{next}");
+    wait_until("it was sent twice", || waits().is_some());
+    let cancelled = site.run("vmshadow cancel g1 --json").unwrap();
+    let cancelled: Value = serde_json::from_str(&cancelled).unwrap();
+    assert_eq!(cancelled["guest"], "source", "{cancelled}");
+    wait_until("it has ended", || {
+        site.run("cat /tmp/renewing-status").is_ok()
+    });
+    let ended = site.run("cat /tmp/renewing-status").unwrap();
+    assert_eq!(ended.trim(), "0");
+    assert!(status(&testbed, SiteName::A).is_empty());
+    assert_eq!(settled(&testbed, &guest, "a renewed shadow"), SiteName::A);
+    let other = testbed.site(SiteName::B);
+    other.run("vmshadow shadows --drop-all").unwrap();
+}
