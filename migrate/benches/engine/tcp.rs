@@ -46,8 +46,8 @@ pub fn run() -> Result<()> {
         }
     }
     // More than the kernel lets one connection have on its way.
-    let subject = generated(2048, 0);
-    for (rtt, connections) in [(10, 1), (40, 4), (200, MAX_CONNECTIONS)] {
+    for (rtt, mib, connections) in [(10, 2048, 1), (40, 4096, 4), (200, 8192, MAX_CONNECTIONS)] {
+        let subject = generated(mib, 0);
         row(&subject, FAST, rtt, 0, cubic.shared(connections))?;
         row(&subject, FAST, rtt, LOST, bbr.shared(connections))?;
     }
