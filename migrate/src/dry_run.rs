@@ -23,12 +23,9 @@ use crate::directories::Directories;
 use crate::error::{Error, Result};
 use crate::group::{Group, open_group_of};
 use crate::guest;
-use crate::guest::xen::checks::{Layout, hindrances};
 use crate::guest::xen::host::Host;
-use crate::handover::lock::GuestLock;
-use crate::handover::recovery;
 use crate::link::Conversation;
-use crate::outgoing::{LOCKED, Request, find_domain, offer, random};
+use crate::outgoing::{Request, claim, find_domain, offer, random};
 use crate::pages::PAGE_SIZE;
 use crate::report::rounded;
 use crate::rounds::{FixedCost, Prediction};
@@ -120,16 +117,7 @@ pub fn dry_run(
     let info = host.info(domid)?;
     let uuid = host.uuid_text(&info);
     // Two at once would tell of one another.
-    let _lock = GuestLock::wait(directories, &uuid, &name, LOCKED)?;
-    recovery::refuse_open_moves(directories, &uuid, &name)?;
-    let hindrances = hindrances(&host, domid, request.allowed)?;
-    if !hindrances.is_empty() {
-        return Err(Error::Refused(format!(
-            "{name} can't be moved: {}",
-            hindrances.join("; ")
-        )));
-    }
-    let layout = Layout::read(&host, domid)?;
+    let (_lock, layout) = claim(directories, &host, domid, &uuid, &name, request.allowed)?;
     let shadows = Shadows::new(directories, request.shadows.clone());
     // By the same secret as a move, so that it can be told what the destination has.
     let key = shadows.key_for(&uuid)?;

@@ -43,7 +43,7 @@ use crate::wire::{
 };
 
 /// How long whoever settles an earlier move of the guest may hold its lock.
-pub(crate) const LOCKED: Duration = Duration::from_secs(5);
+const LOCKED: Duration = Duration::from_secs(5);
 
 /// How often a pause looks whether it was cancelled.
 const TICK: Duration = Duration::from_millis(100);
@@ -126,7 +126,7 @@ struct Mover<'a> {
     connections: &'a mut dyn Connections,
     follow: &'a mut dyn FnMut(&Settled),
     cancel: &'a Arc<AtomicBool>,
-    /// When the first of them did.
+    /// When the first of them began.
     began: Instant,
     /// The guest's UUID, as soon as it is known: later attempts are of the same one.
     uuid: Option<String>,
@@ -246,16 +246,7 @@ impl Mover<'_> {
         let name = host.name(domid)?;
         let uuid = host.uuid_text(&host.info(domid)?);
         self.uuid = Some(uuid.clone());
-        let lock = GuestLock::wait(directories, &uuid, &name, LOCKED)?;
-        recovery::refuse_open_moves(directories, &uuid, &name)?;
-        let hindrances = hindrances(&host, domid, request.allowed)?;
-        if !hindrances.is_empty() {
-            return Err(Error::Refused(format!(
-                "{name} can't be moved: {}",
-                hindrances.join("; ")
-            )));
-        }
-        let layout = Layout::read(&host, domid)?;
+        let (lock, layout) = claim(directories, &host, domid, &uuid, &name, request.allowed)?;
         let shadows = Shadows::new(directories, request.shadows.clone());
         // A shadow is one pass: there is nothing to log meanwhile.
         let tracker = match request.purpose {
@@ -492,6 +483,31 @@ pub fn find_domain(host: &Host, domain: &str) -> Result<DomId> {
         Some(info) if !info.dying => Ok(domid),
         _ => Err(none()),
     }
+}
+
+/// Takes hold of a guest that may be moved, and reads what it is made of.
+///
+/// # Errors
+/// [`Error::Busy`] where another worker has it; [`Error::Refused`] where a move of it is open, or
+/// something of it can't be moved.
+pub(crate) fn claim(
+    directories: &Directories,
+    host: &Host,
+    domid: DomId,
+    uuid: &str,
+    name: &str,
+    allowed: Allowed,
+) -> Result<(GuestLock, Layout)> {
+    let lock = GuestLock::wait(directories, uuid, name, LOCKED)?;
+    recovery::refuse_open_moves(directories, uuid, name)?;
+    let hindrances = hindrances(host, domid, allowed)?;
+    if !hindrances.is_empty() {
+        return Err(Error::Refused(format!(
+            "{name} can't be moved: {}",
+            hindrances.join("; ")
+        )));
+    }
+    Ok((lock, Layout::read(host, domid)?))
 }
 
 /// What those hear who wait for the end of a move.
