@@ -12,7 +12,7 @@
 //! that joins ends with its ssh, and with its worker.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -32,6 +32,9 @@ use crate::wire::MoveId;
 
 /// How long what is said to a connection that has ended at the other site may take to be read.
 const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// The most bytes that are read at once to be passed on: what a pipe holds.
+const PASSED_AT_ONCE: usize = 64 << 10;
 
 /// Where the connections of one move come in, until it is dropped.
 #[derive(Debug)]
@@ -132,13 +135,13 @@ pub fn join(
     thread::spawn(move || {
         // Dropped when this thread ends. Whatever ended it, there is nothing more to pass on.
         let _passing = passing;
-        let _ = io::copy(&mut input, &mut to_worker);
+        let _ = pass_on(&mut input, &mut to_worker);
         let _ = to_worker.shutdown(Shutdown::Write);
     });
     let (saying, said) = bounded::<()>(0);
     thread::spawn(move || {
         let _saying = saying;
-        let _ = io::copy(&mut worker, &mut output);
+        let _ = pass_on(&mut worker, &mut output);
     });
     crossbeam_channel::select! {
         // Nothing is ever sent: a channel closes when its thread ends.
@@ -150,10 +153,28 @@ pub fn join(
     Ok(())
 }
 
+/// Passes bytes on until there are no more.
+///
+/// Not by `io::copy`, which splices: the kernel keeps a pipe's lock while it waits for the other end
+/// of a splice. The sshd at that pipe would wait for the lock in a read or write that is not to
+/// block, and could do nothing else meanwhile, for seconds and again and again.
+fn pass_on(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
+    let mut buffer = vec![0; PASSED_AT_ONCE];
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(length) => to.write_all(&buffer[..length])?,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::{Read, Write};
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    use nix::unistd::pipe2;
     use std::os::fd::OwnedFd;
 
     fn id() -> MoveId {
@@ -199,6 +220,45 @@ mod tests {
         joining.join().unwrap().unwrap();
         drop(door);
         assert_eq!(fs::read_dir(directories.joining()).unwrap().count(), 0);
+    }
+
+    /// sshd does all of a connection on one thread, by calls that don't block.
+    #[test]
+    fn whoever_is_at_the_pipes_never_waits() {
+        let root = tempfile::tempdir().unwrap();
+        let directories = Directories::under(root.path());
+        let (_door, links) = Door::open(&directories, id()).unwrap();
+        let pipe = || pipe2(OFlag::O_CLOEXEC).unwrap();
+        let ((input, ours), (theirs, output)) = (pipe(), pipe());
+        let joining = {
+            let directories = directories.clone();
+            thread::spawn(move || join(&directories, id(), input.into(), output.into()))
+        };
+        let mut link = links.recv().unwrap();
+        for end in [&ours, &theirs] {
+            fcntl(end, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+        }
+        let (mut ours, mut theirs) = (File::from(ours), File::from(theirs));
+        let (done, all_done) = bounded(0);
+        thread::spawn(move || {
+            link.writer.write_all(b"word").unwrap();
+            let mut bytes = [0; 5];
+            while theirs.read(&mut bytes).map_err(|error| error.kind())
+                == Err(io::ErrorKind::WouldBlock)
+            {}
+            // By now the other process waits for the next word.
+            thread::sleep(Duration::from_millis(100));
+            let read = theirs.read(&mut bytes).map_err(|error| error.kind());
+            // Nobody takes what comes by the link.
+            while ours.write(&[0; 4096]).is_ok() {
+                thread::sleep(Duration::from_millis(1));
+            }
+            done.send(read).unwrap();
+            drop((link, ours));
+        });
+        let read = all_done.recv_timeout(Duration::from_secs(30));
+        assert_eq!(read, Ok(Err(io::ErrorKind::WouldBlock)));
+        joining.join().unwrap().unwrap();
     }
 
     #[test]
