@@ -125,9 +125,9 @@ pub struct Migrate {
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub bandwidth: Option<u64>,
     /// Send the guest's memory by N connections, and all else by another one; 1: everything by one.
-    /// auto: as many as fill the link, which is its bandwidth times its round trip over 2 MiB,
-    /// where a link without --bandwidth counts as 1 Gbit/s; no more than cores, or than 4 where a
-    /// round trip takes 100 ms
+    /// auto: as many as fill the link, which is its bandwidth times its round trip over 1.5 MiB. A
+    /// link without --bandwidth counts as 1 Gbit/s, but for no more connections than cores, or than
+    /// 4 where a round trip takes 100 ms, until a move has filled these
     #[arg(long, value_name = "N", default_value = "auto", value_parser = parse_connections)]
     pub connections: Connections,
     /// Send by this congestion control of the kernel's: where a link loses packets, it says how full
@@ -411,7 +411,7 @@ pub struct Keeper {
 pub struct Connections(pub Option<NonZeroUsize>);
 
 /// The most connections that carry a guest's memory; as in the engine.
-const MAX_CONNECTIONS: usize = 8;
+const MAX_CONNECTIONS: usize = 32;
 
 fn parse_connections(text: &str) -> Result<Connections, String> {
     if text == "auto" {

@@ -8,8 +8,8 @@
 //!   first    reader thread --> [ ] ---+                          by one connection
 //! ```
 //!
-//! Of each connection three batches are held at the most: one that is read, one that was, and one
-//! that waits for its turn. What comes by the first connection is read all the time, up to a limit
+//! Of each connection a batch is held that is read, and one that was; those that wait for their turn
+//! have a number of bytes for each connection (`order`). What comes by the first connection is read all the time, up to a limit
 //! that no source comes near, so that its signs of life count.
 
 use std::sync::atomic::AtomicU64;

@@ -22,7 +22,7 @@ pub use carrier::Carrier;
 pub use conversation::{Conversation, QUEUE, Received, SILENCE};
 pub use gathering::Expecting;
 pub use pacing::{Counted, HeldUp, Pace, Rate};
-pub use spreading::{Joining, MAX_CONNECTIONS, connections_for};
+pub use spreading::{Joining, MAX_CONNECTIONS, OPENED_AT_ONCE, connections_for};
 
 use std::io::{Read, Write};
 

@@ -8,13 +8,21 @@
 //!   the stream:         batch 0, batch 1, RoundEnd, batch 2, RoundEnd
 //! ```
 //!
-//! On each connection batches come in ascending order. So of each no more than the next one is
-//! kept, and the one whose turn it is always is among these, or yet to come by a connection of which
-//! none is kept: nothing that is kept can keep it from coming.
+//! A connection that is slow for a moment, as one that sends a lost packet again is, would hold up all
+//! others if nothing of theirs was kept. So batches that have come too early are kept, up to a number
+//! of bytes for each connection there is.
+//!
+//! On each connection batches come in ascending order. So the one whose turn it is always is the next
+//! one of a connection, or yet to come by one of which none is kept, and that may come however many
+//! are kept: nothing that is kept can keep it from coming.
 
 use std::collections::VecDeque;
 
 use crate::wire::Place;
+
+/// So many bytes may wait for their turn for each connection: what it has on its way through ssh, and
+/// as much that comes while a lost packet is sent again.
+pub const KEPT: usize = 4 << 20;
 
 /// What was promised of the order was not kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -41,8 +49,10 @@ pub enum Turn<T> {
 pub struct Order<T> {
     /// Batches and messages that have passed.
     passed: Place,
-    /// The next batch of each connection.
-    heads: Vec<Option<(Place, Vec<u8>)>>,
+    /// The batches of each connection that wait for their turn.
+    kept: Vec<VecDeque<(Place, Vec<u8>)>>,
+    /// Bytes of these.
+    kept_bytes: usize,
     /// Messages, and how many batches come before each that has a place.
     messages: VecDeque<(Option<u64>, T)>,
     /// The batches that come before the next message.
@@ -57,7 +67,8 @@ impl<T> Order<T> {
                 batches: 0,
                 messages: 0,
             },
-            heads: Vec::new(),
+            kept: Vec::new(),
+            kept_bytes: 0,
             messages: VecDeque::new(),
             after: None,
         }
@@ -65,13 +76,16 @@ impl<T> Order<T> {
 
     /// One more connection; its number.
     pub fn join(&mut self) -> usize {
-        self.heads.push(None);
-        self.heads.len() - 1
+        self.kept.push(VecDeque::new());
+        self.kept.len() - 1
     }
 
     /// Whether the next batch of a connection can be taken.
     pub fn wants(&self, connection: usize) -> bool {
-        self.heads.get(connection).is_some_and(Option::is_none)
+        let room = self.kept_bytes < KEPT * self.kept.len();
+        self.kept
+            .get(connection)
+            .is_some_and(|kept| kept.is_empty() || room)
     }
 
     /// The messages that wait.
@@ -99,7 +113,8 @@ impl<T> Order<T> {
     /// The next batch of a connection came, which [`wants`](Self::wants) one.
     ///
     /// # Errors
-    /// Where its place has passed, or is another one's.
+    /// Where its place has passed, or is another one's, or is before one that came earlier by this
+    /// connection.
     pub fn batch(
         &mut self,
         connection: usize,
@@ -107,15 +122,21 @@ impl<T> Order<T> {
         batch: Vec<u8>,
     ) -> Result<(), OrderError> {
         let taken = self
-            .heads
+            .kept
             .iter()
             .flatten()
             .any(|(other, _)| other.batches == place.batches);
-        if place.batches < self.passed.batches || taken {
+        let behind = self
+            .kept
+            .get(connection)
+            .and_then(VecDeque::back)
+            .is_some_and(|(last, _)| last.batches > place.batches);
+        if place.batches < self.passed.batches || taken || behind {
             return Err(OrderError::Late(place.batches));
         }
-        if let Some(head) = self.heads.get_mut(connection) {
-            *head = Some((place, batch));
+        if let Some(kept) = self.kept.get_mut(connection) {
+            self.kept_bytes += batch.len();
+            kept.push_back((place, batch));
         }
         Ok(())
     }
@@ -138,13 +159,14 @@ impl<T> Order<T> {
                 return Ok(Some(Turn::Message(message)));
             }
         }
-        let next = self.heads.iter_mut().find(|head| {
-            head.as_ref().is_some_and(|(place, _)| {
+        let next = self.kept.iter_mut().find(|kept| {
+            kept.front().is_some_and(|(place, _)| {
                 place.batches == self.passed.batches && place.messages <= self.passed.messages
             })
         });
-        Ok(next.and_then(Option::take).map(|(_, batch)| {
+        Ok(next.and_then(VecDeque::pop_front).map(|(_, batch)| {
             self.passed.batches += 1;
+            self.kept_bytes -= batch.len();
             Turn::Batch(batch)
         }))
     }
@@ -164,9 +186,9 @@ mod tests {
         let mut order = Order::<u8>::new();
         assert_eq!((order.join(), order.join()), (0, 1));
         order.batch(0, at(1), vec![1]).unwrap();
-        assert!(!order.wants(0) && order.wants(1));
         assert_eq!(order.turn(), Ok(None));
         assert_eq!(order.batch(1, at(1), vec![]), Err(OrderError::Late(1)));
+        assert_eq!(order.batch(0, at(0), vec![]), Err(OrderError::Late(0)));
         order.batch(1, at(0), vec![0]).unwrap();
         assert_eq!(order.turn(), Ok(Some(Turn::Batch(vec![0]))));
         assert_eq!(order.turn(), Ok(Some(Turn::Batch(vec![1]))));
@@ -181,6 +203,33 @@ mod tests {
         assert_eq!(order.turn(), Ok(Some(Turn::Batch(vec![2]))));
         order.message(8);
         assert_eq!(order.turn(), Err(OrderError::Passed(2)));
+    }
+
+    #[test]
+    fn what_comes_too_early_is_kept_until_there_is_too_much_of_it() {
+        let at = |batches| Place {
+            batches,
+            messages: 0,
+        };
+        let mut order = Order::<u8>::new();
+        (0..2).for_each(|_| {
+            order.join();
+        });
+        let half = KEPT / 2;
+        for number in 1..=4 {
+            assert!(order.wants(0), "{number}");
+            order.batch(0, at(number), vec![0; half]).unwrap();
+        }
+        // But for the one that all wait for, which may come by the other one.
+        assert!(!order.wants(0) && order.wants(1));
+        assert_eq!(order.turn(), Ok(None));
+        order.batch(1, at(0), vec![1]).unwrap();
+        assert_eq!(order.turn(), Ok(Some(Turn::Batch(vec![1]))));
+        for _ in 1..=4 {
+            assert_eq!(order.turn(), Ok(Some(Turn::Batch(vec![0; half]))));
+        }
+        assert_eq!(order.turn(), Ok(None));
+        assert!(order.wants(0) && order.wants(1));
     }
 
     #[test]

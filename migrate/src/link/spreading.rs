@@ -24,11 +24,20 @@ use crate::codec::Encoding;
 use crate::error::{Error, Result, chain};
 use crate::wire::{JoinToken, Place, Role, Tag, ToDestination, ToSource};
 
-/// The most connections that carry a guest's pages.
-pub const MAX_CONNECTIONS: usize = 8;
+/// The most connections that carry a guest's pages: what 1 Gbit/s over 200 ms takes where packets are
+/// lost.
+pub const MAX_CONNECTIONS: usize = 32;
+
+/// So many are opened at once: an sshd refuses some of those that come while ten others have not
+/// shown who they are (its `MaxStartups`).
+pub const OPENED_AT_ONCE: usize = 8;
 
 /// How much one ssh connection has on its way at the most: the window of its channel, in bytes.
 const WINDOW: f64 = 2_097_152.0;
+
+/// The part of its window that it has on its way all the time: what has arrived is confirmed in
+/// portions.
+const IN_FLIGHT: f64 = 0.75;
 
 /// What a link is taken for whose rate nobody limits, in bytes a second: 1 Gbit/s.
 const FAST: f64 = 125e6;
@@ -43,18 +52,35 @@ const FAR: Duration = Duration::from_millis(100);
 /// So many that share a link that is [`FAR`] are slow for clearly less long.
 const SHARING: usize = 4;
 
+/// This part of what connections can carry is carried where it is they that the link waits for.
+const FILLED: f64 = 0.7;
+
 /// How many connections fill a link with that round trip, where no more than `limit` bytes a second
-/// are sent: its bandwidth times its delay over what one of them has on its way. More than there
-/// are cores to encrypt are of no use, but where they are slow for other reasons.
+/// are sent and `earlier` moves saw it carry so many: its bandwidth times its delay over what one of
+/// them has on its way.
+///
+/// Each costs both hosts some processes. So no more than there are cores to encrypt are taken for a
+/// link of which nobody knows that it is so fast, but some more where connections are slow for other
+/// reasons. Who sets a limit knows; and a link that was filled by so many is faster than they are.
 #[must_use]
-pub fn connections_for(limit: Option<u64>, round_trip: Duration, cores: usize) -> usize {
+pub fn connections_for(
+    limit: Option<u64>,
+    earlier: Option<f64>,
+    round_trip: Duration,
+    cores: usize,
+) -> usize {
     let rate = limit.map_or(FAST, |bytes| (bytes as f64).min(FAST));
-    let wanted = (rate * round_trip.as_secs_f64() / WINDOW).ceil() as usize;
-    let most = match round_trip >= FAR {
+    let wanted = (rate * round_trip.as_secs_f64() / (WINDOW * IN_FLIGHT)).ceil() as usize;
+    let wanted = wanted.clamp(1, MAX_CONNECTIONS);
+    let careful = match round_trip >= FAR {
         true => cores.max(SHARING),
-        false => cores,
+        false => cores.max(1),
     };
-    wanted.clamp(1, most.clamp(1, MAX_CONNECTIONS))
+    let carried = WINDOW * careful as f64 / round_trip.as_secs_f64();
+    match limit.is_some() || earlier.is_some_and(|earlier| earlier >= carried * FILLED) {
+        true => wanted,
+        false => wanted.min(careful),
+    }
 }
 
 /// The bit of a connection in [`ToDestination::Spread`].
@@ -273,15 +299,27 @@ mod tests {
     #[test]
     fn a_longer_and_faster_link_needs_more_connections() {
         let ms = Duration::from_millis;
-        assert_eq!(connections_for(None, ms(1), 8), 1);
-        assert_eq!(connections_for(None, ms(40), 8), 3);
-        assert_eq!(connections_for(None, ms(40), 2), 2);
-        assert_eq!(connections_for(None, ms(99), 1), 1);
-        assert_eq!(connections_for(None, ms(100), 1), SHARING);
-        assert_eq!(connections_for(None, ms(10_000), 64), MAX_CONNECTIONS);
+        let unknown = |round_trip, cores| connections_for(None, None, round_trip, cores);
+        assert_eq!(unknown(ms(1), 8), 1);
+        assert_eq!(unknown(ms(40), 8), 4);
+        assert_eq!(unknown(ms(40), 2), 2);
+        assert_eq!(unknown(ms(99), 1), 1);
+        assert_eq!(unknown(ms(100), 1), SHARING);
+        assert_eq!(unknown(ms(10_000), 64), MAX_CONNECTIONS);
         // 50 Mbit/s are filled by one.
-        assert_eq!(connections_for(Some(6_250_000), ms(200), 8), 1);
-        assert_eq!(connections_for(Some(u64::MAX), Duration::ZERO, 0), 1);
+        let limited = |limit, round_trip| connections_for(Some(limit), None, round_trip, 2);
+        assert_eq!(limited(6_250_000, ms(200)), 1);
+        assert_eq!(limited(125_000_000, ms(200)), 16);
+        assert_eq!(limited(125_000_000, ms(40)), 4);
+        assert_eq!(limited(u64::MAX, Duration::ZERO), 1);
+    }
+
+    #[test]
+    fn a_link_that_was_filled_is_taken_for_a_faster_one() {
+        let after = |earlier| connections_for(None, Some(earlier), Duration::from_millis(200), 2);
+        // Four have 42 MB a second at the most.
+        assert_eq!(after(39e6), 16);
+        assert_eq!(after(25e6), SHARING);
     }
 
     /// A source's conversation with one connection for pages, and what is at their other ends.

@@ -1,12 +1,13 @@
 //! From the hello to an answer to the offer, and what the destination has of the guest already.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::learning::{Asked, learn};
 use super::{Greeted, Offered, Session};
 use crate::error::{Error, Result, chain};
 use crate::hold::hold;
-use crate::link::{Conversation, Joining, MAX_CONNECTIONS, connections_for};
+use crate::link::{Conversation, Joining, MAX_CONNECTIONS, OPENED_AT_ONCE, connections_for};
 use crate::report::{Progress, rounded};
 use crate::wire::{
     Acceptance, JoinToken, MoveId, Offer, RefusalCode, Text, ToDestination, ToSource,
@@ -35,6 +36,15 @@ fn expected_link(earlier: Option<f64>, limit: Option<u64>, round_trip: Duration)
     let carries = earlier.or_else(|| (round_trip < NEAR).then_some(NEAR_CARRIES));
     let limit = limit.map(|limit| limit as f64);
     [carries, limit].into_iter().flatten().reduce(f64::min)
+}
+
+/// Connections for pages that are being opened.
+struct Opening {
+    token: JoinToken,
+    /// Those that are to join.
+    joining: Vec<Joining>,
+    /// Those that are opened once these have joined.
+    left: Range<u32>,
 }
 
 impl Session<'_> {
@@ -83,12 +93,12 @@ impl Session<'_> {
                 }
                 let site = accept.edge_site.as_ref().map(ToString::to_string);
                 self.go.connections.accepted(site.as_deref())?;
-                let joining = match accept.join {
-                    Some(token) => self.open_connections(token, wanted)?,
-                    None => Vec::new(),
+                let opening = match accept.join {
+                    Some(token) => Some(self.open_connections(token, wanted)?),
+                    None => None,
                 };
                 self.learn(&accept, move_id)?;
-                self.spread(joining)?;
+                self.spread(opening)?;
             }
             ToSource::Refuse(refusal) => {
                 return Err(refused(&self.go.peer, refusal.code, refusal.reason));
@@ -107,15 +117,27 @@ impl Session<'_> {
         let plan = &self.go.plan;
         let round_trip = Duration::from_secs_f64(self.report.link.rtt_ms / 1e3);
         plan.connections.map_or_else(
-            || connections_for(self.go.peer.limit(), round_trip, plan.cores()),
+            || {
+                let (limit, earlier) = (self.go.peer.limit(), self.go.earlier.link);
+                connections_for(limit, earlier, round_trip, plan.cores())
+            },
             |asked| asked.get().min(MAX_CONNECTIONS),
         )
     }
 
-    /// Opens connections for pages. They join while this side goes on.
-    fn open_connections(&mut self, token: JoinToken, wanted: u32) -> Result<Vec<Joining>> {
+    /// Begins to open connections for pages. The first of them join while this side goes on.
+    fn open_connections(&mut self, token: JoinToken, wanted: u32) -> Result<Opening> {
+        let first = wanted.min(OPENED_AT_ONCE as u32);
+        Ok(Opening {
+            token,
+            joining: self.open_some(token, 0..first)?,
+            left: first..wanted,
+        })
+    }
+
+    fn open_some(&mut self, token: JoinToken, which: Range<u32>) -> Result<Vec<Joining>> {
         let mut joining = Vec::new();
-        for index in 0..wanted {
+        for index in which {
             let opened =
                 (self.go.open)().and_then(|link| Joining::start(&self.go.peer, link, token, index));
             joining.extend(self.if_made(opened)?);
@@ -140,11 +162,21 @@ impl Session<'_> {
     }
 
     /// From here on pages go by those that have joined; without any, by the first one.
-    fn spread(&mut self, joining: Vec<Joining>) -> Result<()> {
+    fn spread(&mut self, opening: Option<Opening>) -> Result<()> {
         hold("joining");
         let mut joined = Vec::new();
-        for connection in Joining::finish_all(joining, JOINING) {
-            joined.extend(self.if_made(connection)?);
+        if let Some(mut opening) = opening {
+            loop {
+                for connection in Joining::finish_all(opening.joining, JOINING) {
+                    joined.extend(self.if_made(connection)?);
+                }
+                if opening.left.is_empty() {
+                    break;
+                }
+                let next = opening.left.by_ref().take(OPENED_AT_ONCE).count() as u32;
+                let which = opening.left.start - next..opening.left.start;
+                opening.joining = self.open_some(opening.token, which)?;
+            }
         }
         self.report.link.connections = joined.len().max(1) as u32;
         if !joined.is_empty() {
