@@ -24,6 +24,9 @@ CLIPPY := $(CARGO) clippy --workspace --locked
 # Xen's own checker of migration streams.
 CHECKER := $(abspath $(TARGET))/xen-utils/usr/lib/xen-4.17/bin/verify-stream-v2
 
+# The server of links by ssh that are measured.
+SSHD := $(abspath $(TARGET))/openssh-server/usr/sbin/sshd
+
 # What the end-to-end tests run with.
 E2E := VMSHADOW_DEB='$(DEB)' VMSHADOW_ORACLE='$(abspath $(TARGET))/debug/examples/oracle' \
 	$(CARGO) test $(WORKSPACE) --locked --test e2e -- --test-threads=1
@@ -99,8 +102,16 @@ $(CHECKER): | packages
 
 # Over guests that are replayed: those of `make record`, and a generated one. Give the machine
 # nothing else to do.
-bench: packages
-	$(CARGO) bench --locked -p migrate --bench engine
+bench: packages $(SSHD)
+	SSHD='$(SSHD)' $(CARGO) bench --locked -p migrate --bench engine
+
+# Taken out of its package. Installed, it would serve this machine.
+$(SSHD): | packages
+	rm -rf '$(TARGET)/openssh-server'
+	mkdir -p '$(TARGET)/openssh-server'
+	cd '$(TARGET)/openssh-server' && { apt-get --quiet download openssh-server libwrap0 || \
+		{ apt-get --quiet update && apt-get --quiet download openssh-server libwrap0; }; } && \
+		for package in *.deb; do dpkg-deb -x "$$package" .; done
 
 # Real guests' memory over time, into the cache, for `make bench`.
 record: packages

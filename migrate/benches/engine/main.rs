@@ -1,9 +1,9 @@
 //! The engine beside others, over guests that are replayed.
 //!
 //! `cargo bench -p migrate --bench engine [-- SECTION ...]`: bytes, cpu, unchanged, memory,
-//! wire, tcp.
-//! Without a section: all. Recordings are taken from the cache, where `make record` puts them; a
-//! guest that is generated comes besides. Where QEMU is not installed its rows are left out.
+//! wire, tcp, ssh. Without a section: all. Recordings are taken from the cache, where `make record`
+//! puts them; a guest that is generated comes besides. Where QEMU or an sshd is not installed their
+//! rows are left out.
 //!
 //! All figures of a table are of one run. Give the machine nothing else to do.
 #![allow(missing_docs)]
@@ -14,6 +14,7 @@ mod memory;
 mod others;
 mod processes;
 mod qemu;
+mod ssh;
 mod subject;
 mod tcp;
 mod unchanged;
@@ -31,14 +32,18 @@ fn main() -> Result<()> {
     if arguments.first().is_some_and(|first| first == "end") {
         return processes::end(&arguments[1..]);
     }
+    if arguments.first().is_some_and(|first| first == "passing") {
+        return ssh::pass(&arguments[1..]);
+    }
     type Section = (&'static str, fn() -> Result<()>);
-    const SECTIONS: [Section; 6] = [
+    const SECTIONS: [Section; 7] = [
         ("bytes", bytes::run),
         ("cpu", cpu::run),
         ("unchanged", unchanged::run),
         ("memory", memory::run),
         ("wire", wire::run),
         ("tcp", tcp::run),
+        ("ssh", ssh::run),
     ];
     if let Some(unknown) = arguments
         .iter()

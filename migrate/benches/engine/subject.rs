@@ -73,6 +73,23 @@ pub fn all(generated: Subject) -> Result<Vec<Subject>> {
     Ok(subjects)
 }
 
+/// A guest of so many MiB that nothing makes smaller, as one that encrypts its memory.
+pub fn incompressible(mib: u64) -> Subject {
+    let pages = (0..mib << 8).map(|seed| {
+        let kind = Kind::Noise;
+        Content::Bytes(Arc::new(Made { kind, seed }.page()))
+    });
+    Subject {
+        name: "incompressible".into(),
+        path: None,
+        memory: Memory::of(pages.collect()),
+        history: History {
+            steps: [].into(),
+            at_suspend: Vec::new(),
+        },
+    }
+}
+
 /// A guest of so many MiB, half of it zero, that works with a sixteenth of it for `seconds`.
 pub fn generated(mib: u64, seconds: u64) -> Subject {
     let mut random = Random::new(2026);

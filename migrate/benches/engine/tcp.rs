@@ -4,16 +4,16 @@
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 
-use migrate::link::{Link, MAX_CONNECTIONS};
+use migrate::link::Link;
 use rustix::net::sockopt::set_tcp_congestion;
 use wires::{Hosts, Wire};
 
 use crate::Result;
-use crate::subject::{Subject, generated};
+use crate::subject::{Subject, generated, incompressible};
 use crate::wire::{beside_ideal, first_round};
 
 /// Packets lost of a thousand, where some are.
-const LOST: u32 = 5;
+pub const LOST: u32 = 5;
 
 /// At so many Mbit/s packets are jumbo frames: a hundred thousand others a second are more than these
 /// wires, which are threads of this machine, carry beside the engine.
@@ -21,7 +21,7 @@ const FAST: u64 = 1000;
 const JUMBO: u32 = 9000;
 
 const NEAR: &str = "10.99.0.1";
-const FAR: &str = "10.99.0.2";
+pub const FAR: &str = "10.99.0.2";
 
 pub fn run() -> Result<()> {
     println!("\n## Links: the first round over real TCP connections\n");
@@ -45,9 +45,10 @@ pub fn run() -> Result<()> {
             row(&subject, mbit, 200, LOST, bbr.shared(connections))?;
         }
     }
-    // More than the kernel lets one connection have on its way.
-    for (rtt, mib, connections) in [(10, 2048, 1), (40, 4096, 4), (200, 8192, MAX_CONNECTIONS)] {
-        let subject = generated(mib, 0);
+    // More than the kernel lets one connection have on its way. Two cores are both hosts and the wire
+    // here: with something to compress it would be these that are measured.
+    for (rtt, mib, connections) in [(10, 2048, 1), (40, 2048, 4), (200, 4096, 16)] {
+        let subject = incompressible(mib);
         row(&subject, FAST, rtt, 0, cubic.shared(connections))?;
         row(&subject, FAST, rtt, LOST, bbr.shared(connections))?;
     }
@@ -80,20 +81,7 @@ impl Way {
 
 fn row(subject: &Subject, mbit: u64, rtt: u64, lost: u32, way: Way) -> Result<()> {
     let rate = mbit * 125_000;
-    let wire = Wire {
-        rate: rate.into(),
-        delay_us: (rtt * 500).into(),
-        loss: lost.into(),
-        ..Wire::default()
-    };
-    let hosts = Hosts::new(&["near", "far"]);
-    hosts.connect(("near", "wire0"), ("far", "wire0"), &Arc::new(wire));
-    for (host, address) in [("near", NEAR), ("far", FAR)] {
-        hosts.ip(host, &format!("address add {address}/24 dev wire0"));
-        if mbit == FAST {
-            hosts.ip(host, &format!("link set wire0 mtu {JUMBO}"));
-        }
-    }
+    let hosts = hosts(mbit, rtt, lost);
     let (here, there) = connect(&hosts, way.congestion)?;
     let mut data = (Vec::new(), Vec::new());
     if way.connections > 1 {
@@ -113,6 +101,25 @@ fn row(subject: &Subject, mbit: u64, rtt: u64, lost: u32, way: Way) -> Result<()
         beside_ideal(&round, rate)
     );
     Ok(())
+}
+
+/// Two hosts, and a wire between them.
+pub fn hosts(mbit: u64, rtt: u64, lost: u32) -> Hosts {
+    let wire = Wire {
+        rate: (mbit * 125_000).into(),
+        delay_us: (rtt * 500).into(),
+        loss: lost.into(),
+        ..Wire::default()
+    };
+    let hosts = Hosts::new(&["near", "far"]);
+    hosts.connect(("near", "wire0"), ("far", "wire0"), &Arc::new(wire));
+    for (host, address) in [("near", NEAR), ("far", FAR)] {
+        hosts.ip(host, &format!("address add {address}/24 dev wire0"));
+        if mbit == FAST {
+            hosts.ip(host, &format!("link set wire0 mtu {JUMBO}"));
+        }
+    }
+    hosts
 }
 
 fn link(stream: TcpStream) -> Result<Link> {
