@@ -39,8 +39,8 @@ pub fn run() -> Result<()> {
             }
         }
         // Until a connection is as fast as such a link, seconds pass: more is sent.
-        let subject = generated(mib * 2, 0);
-        for connections in [1, 4] {
+        for (connections, times) in [(1, 2), (4, 4)] {
+            let subject = generated(mib * times, 0);
             row(&subject, mbit, 200, 0, cubic.shared(connections))?;
             row(&subject, mbit, 200, LOST, bbr.shared(connections))?;
         }
