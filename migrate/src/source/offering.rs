@@ -1,5 +1,6 @@
 //! From the hello to an answer to the offer, and what the destination has of the guest already.
 
+use std::mem::take;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -93,10 +94,14 @@ impl Session<'_> {
                 }
                 let site = accept.edge_site.as_ref().map(ToString::to_string);
                 self.go.connections.accepted(site.as_deref())?;
-                let opening = match accept.join {
-                    Some(token) => Some(self.open_connections(token, wanted)?),
-                    None => None,
-                };
+                let mut opening = accept.join.map(|token| Opening {
+                    token,
+                    joining: Vec::new(),
+                    left: 0..wanted,
+                });
+                if let Some(opening) = &mut opening {
+                    self.open_next(opening)?;
+                }
                 self.learn(&accept, move_id)?;
                 self.spread(opening)?;
             }
@@ -125,24 +130,14 @@ impl Session<'_> {
         )
     }
 
-    /// Begins to open connections for pages. The first of them join while this side goes on.
-    fn open_connections(&mut self, token: JoinToken, wanted: u32) -> Result<Opening> {
-        let first = wanted.min(OPENED_AT_ONCE as u32);
-        Ok(Opening {
-            token,
-            joining: self.open_some(token, 0..first)?,
-            left: first..wanted,
-        })
-    }
-
-    fn open_some(&mut self, token: JoinToken, which: Range<u32>) -> Result<Vec<Joining>> {
-        let mut joining = Vec::new();
-        for index in which {
-            let opened =
-                (self.go.open)().and_then(|link| Joining::start(&self.go.peer, link, token, index));
-            joining.extend(self.if_made(opened)?);
+    /// Opens the next of the connections for pages. They join while this side goes on.
+    fn open_next(&mut self, opening: &mut Opening) -> Result<()> {
+        for index in opening.left.by_ref().take(OPENED_AT_ONCE) {
+            let opened = (self.go.open)()
+                .and_then(|link| Joining::start(&self.go.peer, link, opening.token, index));
+            opening.joining.extend(self.if_made(opened)?);
         }
-        Ok(joining)
+        Ok(())
     }
 
     /// Another connection, if it could be made. It is done without else, unless all of the move is
@@ -167,15 +162,13 @@ impl Session<'_> {
         let mut joined = Vec::new();
         if let Some(mut opening) = opening {
             loop {
-                for connection in Joining::finish_all(opening.joining, JOINING) {
+                for connection in Joining::finish_all(take(&mut opening.joining), JOINING) {
                     joined.extend(self.if_made(connection)?);
                 }
                 if opening.left.is_empty() {
                     break;
                 }
-                let next = opening.left.by_ref().take(OPENED_AT_ONCE).count() as u32;
-                let which = opening.left.start - next..opening.left.start;
-                opening.joining = self.open_some(opening.token, which)?;
+                self.open_next(&mut opening)?;
             }
         }
         self.report.link.connections = joined.len().max(1) as u32;
