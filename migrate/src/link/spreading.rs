@@ -24,8 +24,8 @@ use crate::codec::Encoding;
 use crate::error::{Error, Result, chain};
 use crate::wire::{JoinToken, Place, Role, Tag, ToDestination, ToSource};
 
-/// The most connections that carry a guest's pages: what 1 Gbit/s over 200 ms takes where packets are
-/// lost.
+/// The most connections that carry a guest's pages: twice what 1 Gbit/s over 200 ms takes, for where
+/// packets are lost.
 pub const MAX_CONNECTIONS: usize = 32;
 
 /// So many are opened at once: an sshd refuses some of those that come while ten others have not
