@@ -125,11 +125,15 @@ pub struct Migrate {
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub bandwidth: Option<u64>,
     /// Send the guest's memory by N connections, and all else by another one; 1: everything by one.
-    /// auto: as many as fill the link, which is its bandwidth times its round trip over 1.5 MiB. A
-    /// link without --bandwidth counts as 1 Gbit/s, but for no more connections than cores, or than
-    /// 4 where a round trip takes 100 ms, until a move has filled these
+    /// auto: as many as fill the link. A link without --bandwidth counts as 1 Gbit/s. Where they
+    /// have to go through ssh there are no more than cores, or than 4 where a round trip takes
+    /// 100 ms, until a move has filled these, or --bandwidth is given
     #[arg(long, value_name = "N", default_value = "auto", value_parser = parse_connections)]
     pub connections: Connections,
+    /// Send the guest's memory through ssh as well. By default it goes by connections of our own,
+    /// within TLS, where HOST can be reached by them; see [direct] in vmshadow.toml there
+    #[arg(long)]
+    pub no_direct: bool,
     /// Send by this congestion control of the kernel's: where a link loses packets, it says how full
     /// the link gets. By default this host's own (net.ipv4.tcp_congestion_control), and bbr from
     /// when on packets are seen to be lost all the time, if this host has it

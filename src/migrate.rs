@@ -69,6 +69,7 @@ pub fn run(options: &cli::Migrate, directories: &Directories) -> anyhow::Result<
             ..policy.shadows
         },
         groups: policy.groups,
+        direct: !options.no_direct,
     };
     let report = options
         .report

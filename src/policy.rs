@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::Context;
 use migrate::configuration::SitePolicy;
 use migrate::group::GroupPolicy;
+use migrate::link::direct::DirectPolicy;
 use migrate::shadow::ShadowPolicy;
 
 use crate::edge::Edge;
@@ -47,6 +48,9 @@ pub struct Policy {
     /// Guests that may be built from what others left at a site.
     #[serde(default, rename = "group")]
     pub groups: Vec<GroupPolicy>,
+    /// Whether pages of guests that come may do so by connections that don't go through ssh.
+    #[serde(default)]
+    pub direct: DirectPolicy,
     /// What keeps their connections, if anything does.
     pub edge: Option<Edge>,
 }

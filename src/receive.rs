@@ -53,6 +53,7 @@ pub fn run(options: &cli::Receive, directories: &Directories) -> anyhow::Result<
         site: policy.site,
         shadows: policy.shadows,
         groups: policy.groups,
+        direct: policy.direct,
     });
     let received = incoming::receive(
         directories,

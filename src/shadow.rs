@@ -44,6 +44,8 @@ pub fn run(options: &cli::Shadow, directories: &Directories) -> anyhow::Result<(
         purpose: Purpose::Shadow,
         shadows: policy.shadows,
         groups: policy.groups,
+        // It goes by one connection.
+        direct: false,
     };
     crate::require_xen()?;
     let cancel = crate::cancelled()?;

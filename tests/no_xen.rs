@@ -343,6 +343,7 @@ fn offer() -> Offer {
     Offer {
         purpose: Purpose::Move,
         connections: 2,
+        direct: None,
         move_id: MoveId::from_random([1; 16]),
         name: "g1".to_owned(),
         uuid: "6c1c2b54-62a4-4f3b-9d5a-0d8e7d1b6b0f".to_owned(),

@@ -39,6 +39,7 @@ use crate::handover::journal::{Begin, Journal, Role};
 use crate::handover::lock::GuestLock;
 use crate::handover::recovery::{self, Settled, incoming_name};
 use crate::keeper;
+use crate::link::direct::DirectPolicy;
 use crate::link::door::{self, Door};
 use crate::link::{Conversation, Expecting, Link, Rate};
 use crate::outgoing::random;
@@ -60,6 +61,8 @@ pub struct Policies {
     pub shadows: ShadowPolicy,
     /// Which of them may be built from what others left here.
     pub groups: Vec<GroupPolicy>,
+    /// Whether their pages may come by connections that don't go through ssh.
+    pub direct: DirectPolicy,
 }
 
 /// Receives one guest over standard input and output. `expect` is called once it is accepted,
@@ -83,10 +86,7 @@ pub fn receive(
         Some(missing) => Err(chain(&missing)),
         None => Ok(policies),
     });
-    let peer = std::env::var("SSH_CONNECTION")
-        .ok()
-        .and_then(|text| text.split_whitespace().next().map(str::to_owned))
-        .unwrap_or_else(|| "the source".into());
+    let peer = sshd_says(0).unwrap_or_else(|| "the source".into());
     pipe::widen(io::stdin());
     let link = Link::new(io::stdin(), io::stdout());
     let rate = Rate::default();
@@ -126,6 +126,13 @@ pub fn receive(
         (Err(_), Err(missing)) => Err(Error::Refused(missing)),
         (result, _) => result,
     }
+}
+
+/// A part of what sshd says of the connection that it started this process for: the address that it
+/// came from, its port, the address that it came to, its port.
+fn sshd_says(part: usize) -> Option<String> {
+    let text = std::env::var("SSH_CONNECTION").ok()?;
+    text.split_whitespace().nth(part).map(str::to_owned)
 }
 
 /// Passes standard input and output on to the worker that receives `move_id` here: one more
@@ -256,7 +263,7 @@ fn prepare(
     let sharing = sharing(policies, &shadows, offer, &mut warnings);
     let (door, expecting) = match offer.connections {
         0 => (None, None),
-        _ => match door(directories, offer) {
+        _ => match door(directories, &policies.direct, offer) {
             Ok((door, expecting)) => (Some(door), Some(expecting)),
             // All of it goes by one connection then.
             Err(error) => {
@@ -436,10 +443,28 @@ fn refuse_lack_of_room(
 }
 
 /// Where connections for pages can join the move, and what they have to know.
-fn door(directories: &Directories, offer: &Offer) -> Result<(Door, Expecting)> {
+fn door(
+    directories: &Directories,
+    policy: &DirectPolicy,
+    offer: &Offer,
+) -> Result<(Door, Expecting)> {
     let token = JoinToken::new(random()?);
-    let (door, links) = Door::open(directories, offer.move_id)?;
-    Ok((door, Expecting { token, links }))
+    let (mut door, links) = Door::open(directories, offer.move_id)?;
+    // Where ssh has reached this host, another connection may as well.
+    let address = sshd_says(2).and_then(|address| address.parse().ok());
+    let direct = match (&offer.direct, address) {
+        (Some(offered), Some(address)) if policy.accept => door
+            .listen(policy, address, offered, offer.connections as usize)
+            .inspect_err(|error| log::warn!("{}", chain(error)))
+            .ok(),
+        _ => None,
+    };
+    let expecting = Expecting {
+        token,
+        links,
+        direct,
+    };
+    Ok((door, expecting))
 }
 
 /// What is kept of each page is made before the restore finds that there is no room.

@@ -5,9 +5,9 @@
 //!   -> ssh -> source::run -> guardian and ssh end
 //! ```
 
+mod reaching;
 pub mod renewal;
 
-use std::cell::RefCell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -30,7 +30,7 @@ use crate::handover::journal::{self, Begin, Journal, Outcome, Role};
 use crate::handover::lock::GuestLock;
 use crate::handover::recovery::{self, Settled};
 use crate::keeper;
-use crate::link::ssh::{Remote, Session};
+use crate::link::ssh::Remote;
 use crate::link::{Conversation, Rate};
 use crate::pages::PAGE_SIZE;
 use crate::report::{Observer, Progress, Report, TrackerKind};
@@ -41,6 +41,7 @@ use crate::whereabouts::{Left, Whereabouts};
 use crate::wire::{
     CpuPolicy, MoveId, Offer, Purpose, Role as WireRole, Text, TscOffer, XenVersion,
 };
+use reaching::Reached;
 
 /// How long whoever settles an earlier move of the guest may hold its lock.
 const LOCKED: Duration = Duration::from_secs(5);
@@ -71,6 +72,8 @@ pub struct Request {
     pub shadows: ShadowPolicy,
     /// Which guests may be built from what others left at the destination.
     pub groups: Vec<GroupPolicy>,
+    /// Whether pages may go by connections that don't go through ssh.
+    pub direct: bool,
 }
 
 /// The outcome of a move: the report, as far as it came, and how it ended.
@@ -335,30 +338,7 @@ impl Mover<'_> {
             Purpose::Move | Purpose::DryRun => run,
             Purpose::Shadow => run_shadow,
         };
-        let session = RefCell::new(session);
-        let beside: RefCell<Vec<Session>> = RefCell::default();
-        let mut open = || {
-            let (link, session) = request.remote.join(move_id)?;
-            beside.borrow_mut().push(session);
-            Ok(link)
-        };
-        let mut reached = || {
-            let used = session.borrow().follow_congestion()?;
-            // One that could not join has none, and is not needed.
-            for session in &*beside.borrow() {
-                if let Err(error) = session.follow_congestion() {
-                    log::info!("{}", chain(&error));
-                }
-            }
-            Ok(used)
-        };
-        let mut tend = || {
-            let mut followed = session.borrow_mut().follow_losses();
-            for session in &mut *beside.borrow_mut() {
-                followed = session.follow_losses().or(followed);
-            }
-            followed.map(str::to_owned)
-        };
+        let mut reached = Reached::new(&request.remote, move_id, session, request.direct);
         let (report, result) = run(
             Move {
                 guest: &mut *guest,
@@ -378,16 +358,15 @@ impl Mover<'_> {
                     guest_bytes,
                     if shadows.keep() { guest_bytes } else { 0 },
                 ),
-                reached: &mut reached,
-                tend: &mut tend,
-                open: &mut open,
+                reach: &mut reached,
                 unchanged: &mut unchanged,
                 keep: &mut keep,
                 ask: &mut recovery::ask,
             },
             offer,
         );
-        let mut session = session.into_inner();
+        // The others have nothing more to say.
+        let mut session = reached.into_first();
         // What ssh says of its end tells more than that the connection was closed.
         let result = result.map_err(|error| match error {
             Error::LinkLost { peer, reason } => Error::LinkLost {
@@ -408,8 +387,6 @@ impl Mover<'_> {
             Ok(()) if unsettled() => guardian.leave(),
             _ => guardian.finish(),
         }
-        // Those for pages have nothing more to say.
-        drop(beside);
         session.finish(Duration::from_secs(10));
         if result.is_ok()
         && request.purpose == Purpose::Move
@@ -572,8 +549,9 @@ pub(crate) fn offer(
         digest_key: key,
         verify: request.plan.verify,
         purpose: request.purpose,
-        // It depends on the link, which is not known yet.
+        // They depend on the link, which is not known yet.
         connections: 0,
+        direct: None,
     })
 }
 

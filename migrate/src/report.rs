@@ -120,6 +120,8 @@ pub struct Link {
     /// The connections that pages went by; besides them there is one for all else, where there are
     /// more than one.
     pub connections: u32,
+    /// Whether these went from worker to worker, within TLS; else they went through ssh.
+    pub direct: bool,
     /// The kernel's congestion control that this side sent by; none where ssh has no connection of
     /// its own.
     pub congestion: Option<String>,

@@ -269,7 +269,11 @@ fn a_long_link_that_loses_packets() {
         .unwrap();
     let report = report_of(&testbed, SiteName::A, "");
     assert_eq!(report["link"]["congestion"], "bbr", "{report}");
-    assert_eq!(report["link"]["connections"], 4, "{report}");
+    assert_eq!(report["link"]["direct"], true, "{report}");
+    assert!(
+        report["link"]["connections"].as_u64() >= Some(4),
+        "{report}"
+    );
     testbed.set_link(&Link::default()).unwrap();
     assert_eq!(settled(&testbed, &guest, "lost packets"), SiteName::B);
 }

@@ -20,11 +20,18 @@ fn there_and_back(testbed: &Testbed, guest: &Guest, trips: u32, tracker: &str) {
             // One way to cross is as good as the other.
             let connections = if trip == 2 { 3 } else { 1 };
             let congestion = if trip == 2 { "reno" } else { "cubic" };
-            let more = format!("--connections {connections} --congestion {congestion}");
+            // Those of their own go directly, or through ssh as well.
+            let (direct, by_ssh) = match (trip, from) {
+                (2, SiteName::A) => (true, ""),
+                (2, SiteName::B) => (false, "--no-direct"),
+                _ => (false, ""),
+            };
+            let more = format!("--connections {connections} {by_ssh} --congestion {congestion}");
             let report = report_of(testbed, from, &more);
             assert_eq!(report["tracker"], tracker, "{report}");
             assert_eq!(report["verified"], true, "{report}");
             assert_eq!(report["link"]["connections"], connections, "{report}");
+            assert_eq!(report["link"]["direct"], direct, "{report}");
             assert_eq!(report["link"]["congestion"], congestion, "{report}");
             let crossed = |class: &str| -> u64 {
                 let rounds = report["rounds"].as_array().unwrap();

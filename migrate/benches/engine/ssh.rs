@@ -73,7 +73,7 @@ pub fn pass(arguments: &[String]) -> Result<()> {
 
 fn row(sshd: &Path, subject: &Subject, rtt: u64, lost: u32, connections: usize) -> Result<()> {
     const MBIT: u64 = 1000;
-    let hosts = hosts(MBIT, rtt, lost);
+    let hosts = hosts(MBIT, rtt, lost)?;
     let root = tempfile::tempdir()?;
     let _server = Server::start(sshd, &hosts, root.path())?;
     let move_id = MoveId::from_random([7; 16]);

@@ -1,11 +1,24 @@
-//! How full a real TCP connection gets, with packets lost and without: the first round's time against
-//! its bytes over the link's rate.
+//! How full a real link gets by connections that go from worker to worker, with packets lost and
+//! without: the first round's time against its bytes over the link's rate.
+//!
+//! ```text
+//!   near                                              far
+//!     the source -- TCP: all but pages ================ the destination
+//!                -- TCP, TLS: pages, as many as auto == the door of a move
+//! ```
 
-use std::net::{TcpListener, TcpStream};
+use std::fs;
+use std::mem;
+use std::net::{IpAddr, TcpListener, TcpStream};
+use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
-use migrate::link::Link;
-use rustix::net::sockopt::set_tcp_congestion;
+use migrate::directories::Directories;
+use migrate::link::direct::{self, Direct, DirectPolicy, Identity};
+use migrate::link::door::Door;
+use migrate::link::{Link, direct_connections_for, direct_window_for};
+use migrate::wire::{DirectOffer, MoveId};
 use wires::{Hosts, Wire};
 
 use crate::Result;
@@ -23,88 +36,58 @@ const JUMBO: u32 = 9000;
 const NEAR: &str = "10.99.0.1";
 pub const FAR: &str = "10.99.0.2";
 
+/// What Linux gives a connection to receive in by itself, whatever this machine's is: 6 MiB at the
+/// most, half of it for bytes.
+const RECEIVED_IN: &str = "4096 131072 6291456";
+
+/// How long a connection may take to be there.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 pub fn run() -> Result<()> {
     println!("\n## Links: the first round over real TCP connections\n");
     println!("| MiB | Mbit/s | RTT, ms | lost | by | MB | s | over bytes / rate |");
     println!("|---|---|---|---|---|---|---|---|");
-    let (cubic, bbr) = (Way::one("cubic"), Way::one("bbr"));
     for (mbit, mib) in [(10, 64), (50, 256), (100, 512)] {
-        let subject = generated(mib, 0);
-        for rtt in [10, 40] {
-            row(&subject, mbit, rtt, 0, cubic)?;
-            row(&subject, mbit, rtt, LOST, bbr)?;
+        // Until connections are as fast as a long link, seconds pass: more is sent.
+        for (rtt, times) in [(10, 1), (40, 1), (200, 4)] {
+            let subject = generated(mib * times, 0);
+            row(&subject, mbit, rtt, 0, "cubic")?;
+            row(&subject, mbit, rtt, LOST, "bbr")?;
             // With more to send it takes minutes.
-            if mbit == 10 {
-                row(&subject, mbit, rtt, LOST, cubic)?;
+            if mbit == 10 && rtt < 200 {
+                row(&subject, mbit, rtt, LOST, "cubic")?;
             }
         }
-        // Until a connection is as fast as such a link, seconds pass: more is sent.
-        for (connections, times) in [(1, 2), (4, 4)] {
-            let subject = generated(mib * times, 0);
-            row(&subject, mbit, 200, 0, cubic.shared(connections))?;
-            row(&subject, mbit, 200, LOST, bbr.shared(connections))?;
-        }
     }
-    // More than the kernel lets one connection have on its way. Two cores are both hosts and the wire
-    // here: with something to compress it would be these that are measured.
-    for (rtt, mib, connections) in [(10, 2048, 1), (40, 2048, 4), (200, 4096, 16)] {
+    // Two cores are both hosts and the wire here: with something to compress it would be these that
+    // are measured.
+    for (rtt, mib) in [(10, 2048), (40, 2048), (200, 4096)] {
         let subject = incompressible(mib);
-        row(&subject, FAST, rtt, 0, cubic.shared(connections))?;
-        row(&subject, FAST, rtt, LOST, bbr.shared(connections))?;
+        row(&subject, FAST, rtt, 0, "cubic")?;
+        row(&subject, FAST, rtt, LOST, "bbr")?;
     }
     Ok(())
 }
 
-/// How pages cross.
-#[derive(Clone, Copy)]
-struct Way {
-    congestion: &'static str,
-    /// For pages. Where there is more than one, another one carries all else.
-    connections: usize,
-}
-
-impl Way {
-    const fn one(congestion: &'static str) -> Way {
-        Way {
-            congestion,
-            connections: 1,
-        }
-    }
-
-    const fn shared(self, connections: usize) -> Way {
-        Way {
-            connections,
-            ..self
-        }
-    }
-}
-
-fn row(subject: &Subject, mbit: u64, rtt: u64, lost: u32, way: Way) -> Result<()> {
-    let rate = mbit * 125_000;
-    let hosts = hosts(mbit, rtt, lost);
-    let (here, there) = connect(&hosts, way.congestion)?;
-    let mut data = (Vec::new(), Vec::new());
-    if way.connections > 1 {
-        for _ in 0..way.connections {
-            let (here, there) = connect(&hosts, way.congestion)?;
-            data.0.push(link(here)?);
-            data.1.push(link(there)?);
-        }
-    }
-    let round = first_round(subject, (link(here)?, link(there)?), data)?;
+fn row(subject: &Subject, mbit: u64, rtt: u64, lost: u32, congestion: &'static str) -> Result<()> {
+    let hosts = hosts(mbit, rtt, lost)?;
+    let first = connect(&hosts)?;
+    let root = tempfile::tempdir()?;
+    let mut directly = connect_directly(&hosts, root.path(), rtt, congestion)?;
+    let data = mem::take(&mut directly.links);
+    let count = data.0.len();
+    let round = first_round(subject, first, data)?;
     println!(
-        "| {} | {mbit} | {rtt} | {} % | {} {} | {} |",
+        "| {} | {mbit} | {rtt} | {} % | {count} {congestion} | {} |",
         subject.mib(),
         f64::from(lost) / 10.0,
-        way.connections,
-        way.congestion,
-        beside_ideal(&round, rate)
+        beside_ideal(&round, mbit * 125_000)
     );
     Ok(())
 }
 
 /// Two hosts, and a wire between them.
-pub fn hosts(mbit: u64, rtt: u64, lost: u32) -> Hosts {
+pub fn hosts(mbit: u64, rtt: u64, lost: u32) -> Result<Hosts> {
     let wire = Wire {
         rate: (mbit * 125_000).into(),
         delay_us: (rtt * 500).into(),
@@ -118,22 +101,64 @@ pub fn hosts(mbit: u64, rtt: u64, lost: u32) -> Hosts {
         if mbit == FAST {
             hosts.ip(host, &format!("link set wire0 mtu {JUMBO}"));
         }
+        hosts.inside(host, || {
+            fs::write("/proc/sys/net/ipv4/tcp_rmem", RECEIVED_IN)
+        })?;
     }
-    hosts
+    Ok(hosts)
 }
 
-fn link(stream: TcpStream) -> Result<Link> {
-    stream.set_nodelay(true)?;
-    Ok(Link::new(stream.try_clone()?, stream))
-}
-
-/// A connection between the hosts: both ends, each by that congestion control.
-fn connect(hosts: &Hosts, congestion: &str) -> Result<(TcpStream, TcpStream)> {
+/// What carries all but pages: both ends.
+fn connect(hosts: &Hosts) -> Result<(Link, Link)> {
+    let link = |stream: TcpStream| -> Result<Link> {
+        stream.set_nodelay(true)?;
+        Ok(Link::new(stream.try_clone()?, stream))
+    };
     let listener = hosts.inside("far", || TcpListener::bind((FAR, 7000)))?;
     let here = hosts.inside("near", || TcpStream::connect((FAR, 7000)))?;
     let (there, _) = listener.accept()?;
-    for stream in [&here, &there] {
-        set_tcp_congestion(stream, congestion)?;
-    }
-    Ok((here, there))
+    Ok((link(here)?, link(there)?))
+}
+
+/// Direct connections, and what they end with.
+struct Directly {
+    /// The source's ends, and the destination's.
+    links: (Vec<Link>, Vec<Link>),
+    _kept: Vec<Direct>,
+    _door: Door,
+}
+
+/// As many direct connections as a move takes by itself.
+fn connect_directly(
+    hosts: &Hosts,
+    root: &Path,
+    rtt: u64,
+    congestion: &'static str,
+) -> Result<Directly> {
+    let round_trip = Duration::from_millis(rtt);
+    let count = direct_connections_for(None, round_trip);
+    let window = direct_window_for(None, round_trip, count);
+    let identity = Identity::new()?;
+    let key = identity.public();
+    let offered = DirectOffer { key, window };
+    let address: IpAddr = FAR.parse()?;
+    let move_id = MoveId::from_random([7; 16]);
+    let (mut door, come) = Door::open(&Directories::under(root), move_id)?;
+    let (door, listening) = hosts.inside("far", move || {
+        let listening = door.listen(&DirectPolicy::default(), address, &offered, count);
+        (door, listening)
+    });
+    let listening = listening?;
+    let near = hosts.inside("near", move || {
+        let congestion = Some(congestion);
+        direct::connect(&identity, address, &listening, count, window, congestion)
+    })?;
+    let (near, kept): (Vec<_>, Vec<_>) = near.into_iter().unzip();
+    let far = (0..near.len()).map(|_| Ok(come.recv_timeout(PATIENCE)?));
+    let far = far.collect::<Result<_>>()?;
+    Ok(Directly {
+        links: (near, far),
+        _kept: kept,
+        _door: door,
+    })
 }

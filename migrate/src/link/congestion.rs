@@ -14,19 +14,19 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
-use std::time::Instant;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::io::Errno;
-use rustix::net::ipproto;
 use rustix::net::sockopt::{set_tcp_congestion, socket_protocol, tcp_congestion};
+use rustix::net::{getpeername, ipproto};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
-use super::loss::{Losses, Segments};
+use super::loss::Segments;
 use crate::error::{Error, IoContext, Result};
 
 /// What fills a link that loses packets.
-const BBR: &str = "bbr";
+pub(crate) const BBR: &str = "bbr";
 
 /// Which congestion control the TCP connection of a process goes by; from now on by `wanted`, if that
 /// is given. None where it has no such connection, or nothing is asked for and it can't be looked at.
@@ -54,31 +54,47 @@ pub(super) fn of_process(id: u32, wanted: Option<&str>) -> Result<Option<String>
     }
 }
 
-/// Where the TCP connection of a process loses packets all the time, lets it go by [`BBR`], and returns
-/// that name. The connection is found anew each time: a socket that is kept here would outlive ssh.
+/// Lets a TCP connection go by [`BBR`]. Whether it went by another one.
 ///
 /// # Errors
 /// What the kernel answered; [`io::ErrorKind::NotFound`] where it has none of that name.
-pub(super) fn follow_losses(id: u32, losses: &mut Losses) -> io::Result<Option<&'static str>> {
-    // One that forwards something else is none of ours, and sends less.
-    let mut most = None;
+pub(super) fn follow_bbr(socket: impl AsFd) -> io::Result<bool> {
+    if tcp_congestion(&socket)? == BBR {
+        return Ok(false);
+    }
+    set_tcp_congestion(&socket, BBR)?;
+    Ok(true)
+}
+
+/// Where a TCP connection leads; none where that is no address of IP.
+///
+/// # Errors
+/// What the kernel answered.
+pub(super) fn peer(socket: impl AsFd) -> io::Result<Option<IpAddr>> {
+    let peer = getpeername(&socket)?;
+    Ok(peer
+        .and_then(|peer| SocketAddr::try_from(peer).ok())
+        .map(|peer| peer.ip()))
+}
+
+/// The TCP connection of a process; none where it has none. One that forwards something else is none
+/// of ours, and sends less. It is to be found anew each time: a socket that is kept here would outlive
+/// the process.
+///
+/// # Errors
+/// What the kernel answered.
+pub(super) fn connection_of(id: u32) -> io::Result<Option<OwnedFd>> {
+    let mut most: Option<(Segments, OwnedFd)> = None;
     for socket in sockets(id)? {
         let segments = Segments::of(&socket)?;
         if most
             .as_ref()
-            .is_none_or(|(most, _): &(Segments, _)| most.sent <= segments.sent)
+            .is_none_or(|(most, _)| most.sent <= segments.sent)
         {
             most = Some((segments, socket));
         }
     }
-    let Some((segments, socket)) = most else {
-        return Ok(None);
-    };
-    if !losses.note(Instant::now(), segments) || tcp_congestion(&socket)? == BBR {
-        return Ok(None);
-    }
-    set_tcp_congestion(&socket, BBR)?;
-    Ok(Some(BBR))
+    Ok(most.map(|(_, socket)| socket))
 }
 
 /// The process's TCP sockets, shared with it.

@@ -13,7 +13,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::net::Shutdown;
+use std::net::{IpAddr, Shutdown};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -25,10 +25,11 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::geteuid;
 
+use super::direct::{self, DirectPolicy, Listener};
 use super::{Link, MAX_CONNECTIONS};
 use crate::directories::{self, Directories};
 use crate::error::{IoContext, Result};
-use crate::wire::MoveId;
+use crate::wire::{DirectDoor, DirectOffer, MoveId};
 
 /// How long what is said to a connection that has ended at the other site may take to be read.
 const LAST_WORDS: Duration = Duration::from_secs(5);
@@ -41,6 +42,10 @@ const PASSED_AT_ONCE: usize = 64 << 10;
 pub struct Door {
     path: PathBuf,
     closed: Arc<AtomicBool>,
+    /// Where connections come in.
+    come: Sender<Link>,
+    /// Where they come directly.
+    listener: Option<Listener>,
 }
 
 fn path(directories: &Directories, move_id: MoveId) -> PathBuf {
@@ -61,12 +66,35 @@ impl Door {
         let listener = UnixListener::bind(&path).context(failed)?;
         let closed = Arc::<AtomicBool>::default();
         let (come, links) = bounded(MAX_CONNECTIONS);
-        let stop = Arc::clone(&closed);
+        let (stop, came) = (Arc::clone(&closed), come.clone());
         thread::Builder::new()
             .name("door".into())
-            .spawn(move || accept(&listener, &come, &stop))
+            .spawn(move || accept(&listener, &came, &stop))
             .context(failed)?;
-        Ok((Door { path, closed }, links))
+        let door = Door {
+            path,
+            closed,
+            come,
+            listener: None,
+        };
+        Ok((door, links))
+    }
+
+    /// Takes connections directly as well, at `address`, as they are `offered`, `most` of them.
+    ///
+    /// # Errors
+    /// Where nobody can listen there.
+    pub fn listen(
+        &mut self,
+        policy: &DirectPolicy,
+        address: IpAddr,
+        offered: &DirectOffer,
+        most: usize,
+    ) -> Result<DirectDoor> {
+        let come = self.come.clone();
+        let (listener, door) = direct::listen(policy, address, offered, most, come)?;
+        self.listener = Some(listener);
+        Ok(door)
     }
 }
 

@@ -24,7 +24,7 @@ use super::order::{Order, Turn};
 use super::spreading::bit;
 use super::{Conversation, Link, MAX_CONNECTIONS, Rate};
 use crate::error::{Error, Result, chain};
-use crate::wire::{JoinToken, Role, Tag, Text, ToDestination, ToSource};
+use crate::wire::{DirectDoor, JoinToken, Role, Tag, Text, ToDestination, ToSource};
 
 /// How long a connection may take to say what it belongs to.
 const JOINING: Duration = Duration::from_secs(20);
@@ -46,6 +46,8 @@ pub struct Expecting {
     pub token: JoinToken,
     /// Connections that have come, and said nothing yet.
     pub links: Receiver<Link>,
+    /// Where they may come directly.
+    pub direct: Option<DirectDoor>,
 }
 
 impl Conversation {
@@ -412,6 +414,7 @@ mod tests {
                 Expecting {
                     token: TOKEN,
                     links,
+                    direct: None,
                 },
                 most,
             );

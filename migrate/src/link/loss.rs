@@ -83,8 +83,16 @@ pub(super) struct Losses {
 }
 
 impl Losses {
+    /// Looks at a connection. Whether it loses packets all the time.
+    ///
+    /// # Errors
+    /// What the kernel answered.
+    pub(super) fn look(&mut self, socket: impl AsFd) -> io::Result<bool> {
+        Ok(self.note(Instant::now(), Segments::of(&socket)?))
+    }
+
     /// Notes what has been sent by `now`. Whether packets are lost all the time.
-    pub(super) fn note(&mut self, now: Instant, segments: Segments) -> bool {
+    fn note(&mut self, now: Instant, segments: Segments) -> bool {
         let Some((began, before)) = self.span else {
             self.span = Some((now, segments));
             return false;

@@ -7,11 +7,13 @@
 mod carrier;
 mod congestion;
 mod conversation;
+pub mod direct;
 pub mod door;
 mod gathering;
 mod loss;
 mod order;
 mod pacing;
+mod reach;
 mod said;
 mod sign_of_life;
 mod spreading;
@@ -19,10 +21,15 @@ pub mod ssh;
 mod writing;
 
 pub use carrier::Carrier;
+pub(crate) use congestion::BBR;
 pub use conversation::{Conversation, QUEUE, Received, SILENCE};
 pub use gathering::Expecting;
 pub use pacing::{Counted, HeldUp, Pace, Rate};
-pub use spreading::{Joining, MAX_CONNECTIONS, OPENED_AT_ONCE, connections_for};
+pub use reach::Reach;
+pub use spreading::{
+    Joining, MAX_CONNECTIONS, OPENED_AT_ONCE, connections_for, direct_connections_for,
+    direct_window_for,
+};
 
 use std::io::{Read, Write};
 

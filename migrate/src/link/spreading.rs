@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Sender, TryRecvError, bounded};
 
 use super::conversation::Heard;
+use super::direct::{MAX_WINDOW, MIN_WINDOW};
 use super::writing::{Outgoing, Placed, Share};
 use super::{Conversation, Link};
 use crate::codec::Encoding;
@@ -38,6 +39,10 @@ const WINDOW: f64 = 2_097_152.0;
 /// The part of its window that it has on its way all the time: what has arrived is confirmed in
 /// portions.
 const IN_FLIGHT: f64 = 0.75;
+
+/// How many times a link's bandwidth times its delay connections have on their way: what came behind
+/// a lost packet waits for a round trip until that is sent again.
+const WITH_LOSSES: f64 = 2.0;
 
 /// What a link is taken for whose rate nobody limits, in bytes a second: 1 Gbit/s.
 const FAST: f64 = 125e6;
@@ -81,6 +86,31 @@ pub fn connections_for(
         true => wanted,
         false => wanted.min(careful),
     }
+}
+
+/// How many direct connections fill a link with that round trip, where no more than `limit` bytes a
+/// second are sent: what is to be on its way over three quarters of the largest window. They cost
+/// little; so the link is taken for a fast one where nobody says, and there always are some that go
+/// on while one of them sends a lost packet again.
+#[must_use]
+pub fn direct_connections_for(limit: Option<u64>, round_trip: Duration) -> usize {
+    let window = f64::from(MAX_WINDOW) * IN_FLIGHT;
+    let wanted = (on_its_way(limit, round_trip) / window).ceil() as usize;
+    wanted.clamp(SHARING, MAX_CONNECTIONS)
+}
+
+/// How much each of so many direct connections is to have on its way at the most, in bytes: twice its
+/// part, as one is quicker than another.
+#[must_use]
+pub fn direct_window_for(limit: Option<u64>, round_trip: Duration, connections: usize) -> u32 {
+    let part = on_its_way(limit, round_trip) / connections.max(1) as f64;
+    ((part * 2.0) as u32).clamp(MIN_WINDOW, MAX_WINDOW)
+}
+
+/// How much is to be on its way over a link, in bytes.
+fn on_its_way(limit: Option<u64>, round_trip: Duration) -> f64 {
+    let rate = limit.map_or(FAST, |bytes| (bytes as f64).min(FAST));
+    rate * round_trip.as_secs_f64() * WITH_LOSSES
 }
 
 /// The bit of a connection in [`ToDestination::Spread`].
@@ -312,6 +342,23 @@ mod tests {
         assert_eq!(limited(125_000_000, ms(200)), 16);
         assert_eq!(limited(125_000_000, ms(40)), 4);
         assert_eq!(limited(u64::MAX, Duration::ZERO), 1);
+    }
+
+    #[test]
+    fn direct_connections_have_as_much_on_their_way_as_the_link_takes() {
+        let ms = Duration::from_millis;
+        let for_link = |limit, round_trip| {
+            let connections = direct_connections_for(limit, round_trip);
+            let window = direct_window_for(limit, round_trip, connections);
+            (connections, window)
+        };
+        assert_eq!(for_link(None, Duration::ZERO), (SHARING, MIN_WINDOW));
+        assert_eq!(for_link(None, ms(10)), (SHARING, 1_250_000));
+        assert_eq!(for_link(None, ms(40)), (SHARING, 5_000_000));
+        assert_eq!(for_link(None, ms(200)), (8, MAX_WINDOW));
+        assert_eq!(for_link(None, ms(10_000)), (MAX_CONNECTIONS, MAX_WINDOW));
+        assert_eq!(for_link(Some(6_250_000), ms(200)), (SHARING, 1_250_000));
+        assert_eq!(for_link(Some(u64::MAX), ms(40)), for_link(None, ms(40)));
     }
 
     #[test]

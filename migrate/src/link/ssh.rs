@@ -4,7 +4,8 @@
 //! password prompt in the middle of a move is of no use. What it prints is the other site's word:
 //! it is bounded, and made printable, before it is kept or shown.
 
-use std::io::Read;
+use std::io::{self, Read};
+use std::net::IpAddr;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -49,8 +50,8 @@ pub struct Remote {
     /// Where it is run: options may name files by paths that start there, and whoever asks later is
     /// elsewhere. None: wherever this process is.
     pub directory: Option<String>,
-    /// The congestion control that connections are to go by; by default the host's own, see
-    /// [`Session::follow_losses`].
+    /// The congestion control that connections are to go by; by default the host's own, until packets
+    /// are seen to be lost all the time.
     pub congestion: Option<String>,
 }
 
@@ -166,7 +167,7 @@ impl Remote {
                 said,
                 heard_all,
                 congestion: self.congestion.clone(),
-                losses: Some(Losses::default()),
+                losses: Losses::default(),
             },
         ))
     }
@@ -210,7 +211,7 @@ impl Remote {
                     said,
                     heard_all,
                     congestion: None,
-                    losses: None,
+                    losses: Losses::default(),
                 }
             }
             // Dropped, a child is neither ended nor reaped.
@@ -288,8 +289,8 @@ pub struct Session {
     heard_all: Receiver<()>,
     /// What it is to go by.
     congestion: Option<String>,
-    /// What its connection loses; none where that is looked at no more.
-    losses: Option<Losses>,
+    /// What its connection loses.
+    losses: Losses,
 }
 
 impl Session {
@@ -308,25 +309,38 @@ impl Session {
         congestion::of_process(self.child.id(), self.congestion.as_deref())
     }
 
-    /// Where nobody chose how the connection is to send, and packets are lost all the time, lets it
-    /// go by what fills such a link, if this host has that. To be asked each second or so; the
-    /// congestion control that it goes by from now on, if that is another one.
-    pub fn follow_losses(&mut self) -> Option<&'static str> {
-        let (None, Some(losses)) = (&self.congestion, &mut self.losses) else {
-            return None;
-        };
-        match congestion::follow_losses(self.child.id(), losses) {
-            Ok(None) => None,
-            Ok(Some(name)) => {
-                log::info!("Packets are lost on the way: ssh's connection goes by {name}");
-                self.losses = None;
-                Some(name)
-            }
-            Err(error) => {
-                log::info!("ssh's connection goes on as it is where packets are lost: {error}");
-                self.losses = None;
-                None
-            }
+    /// The address of the other host, as ssh's own connection has it; none where it has none, as behind
+    /// another host that it goes through by a command.
+    ///
+    /// # Errors
+    /// What the kernel answered.
+    pub fn peer(&self) -> io::Result<Option<IpAddr>> {
+        match congestion::connection_of(self.child.id())? {
+            Some(socket) => congestion::peer(socket),
+            None => Ok(None),
+        }
+    }
+
+    /// Whether ssh's connection loses packets all the time. To be asked each second or so.
+    ///
+    /// # Errors
+    /// What the kernel answered.
+    pub fn loses_packets(&mut self) -> io::Result<bool> {
+        match congestion::connection_of(self.child.id())? {
+            Some(socket) => self.losses.look(socket),
+            None => Ok(false),
+        }
+    }
+
+    /// Lets ssh's connection go by the congestion control that fills a link which loses packets.
+    /// Whether it went by another one.
+    ///
+    /// # Errors
+    /// What the kernel answered; [`io::ErrorKind::NotFound`] where it has none of that name.
+    pub fn follow_bbr(&self) -> io::Result<bool> {
+        match congestion::connection_of(self.child.id())? {
+            Some(socket) => congestion::follow_bbr(socket),
+            None => Ok(false),
         }
     }
 

@@ -130,6 +130,7 @@ mod tests {
             purpose: Purpose::Shadow,
             shadows: ShadowPolicy::default(),
             groups: Vec::new(),
+            direct: true,
         }
     }
 

@@ -40,7 +40,7 @@ use crate::guest::Source;
 use crate::handover::journal::{Entry, Journal, Outcome, Phase};
 use crate::handover::recovery::Owner;
 use crate::held::{HOT_BYTES, Held};
-use crate::link::{Conversation, Link, QUEUE};
+use crate::link::{Conversation, QUEUE, Reach};
 use crate::pages::{PAGE_SIZE, PageSet};
 use crate::report::{
     Downtime, Link as LinkReport, MemoryOfBoth, Observer, Predicted, Progress, REPORT_VERSION,
@@ -130,14 +130,8 @@ pub struct Move<'a> {
     pub group: Option<Group>,
     /// What earlier moves tell of this one.
     pub earlier: Earlier,
-    /// Called once the other site has answered, and again when more connections have: does what can
-    /// be done for them, and says which congestion control they go by, if that is known.
-    pub reached: &'a mut dyn FnMut() -> Result<Option<String>>,
-    /// Called each second or so while pages are sent: sees to the connections, and says which
-    /// congestion control they go by from now on, if that has changed.
-    pub tend: &'a mut dyn FnMut() -> Option<String>,
-    /// Opens one more connection to the destination's worker, for pages.
-    pub open: &'a mut dyn FnMut() -> Result<Link>,
+    /// What reaches the destination.
+    pub reach: &'a mut dyn Reach,
     /// Checks, right before and after the suspend, that the guest still is what was offered, and
     /// that its disks have what was written to them.
     pub unchanged: &'a mut dyn FnMut() -> Result<()>,
@@ -342,7 +336,7 @@ impl<'a> Session<'a> {
         if self.tended.elapsed() < TENDING {
             return;
         }
-        if let Some(congestion) = (self.go.tend)() {
+        if let Some(congestion) = self.go.reach.tend() {
             self.go.observer.notice(Progress::Warning(format!(
                 "Packets are lost on the way to {}: sending by {congestion} from now on",
                 self.go.peer.peer()

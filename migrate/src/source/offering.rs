@@ -8,10 +8,14 @@ use super::learning::{Asked, learn};
 use super::{Greeted, Offered, Session};
 use crate::error::{Error, Result, chain};
 use crate::hold::hold;
-use crate::link::{Conversation, Joining, MAX_CONNECTIONS, OPENED_AT_ONCE, connections_for};
+use crate::link::{
+    Conversation, Joining, MAX_CONNECTIONS, OPENED_AT_ONCE, connections_for,
+    direct_connections_for, direct_window_for,
+};
 use crate::report::{Progress, rounded};
 use crate::wire::{
-    Acceptance, JoinToken, MoveId, Offer, RefusalCode, Text, ToDestination, ToSource,
+    Acceptance, DirectDoor, DirectOffer, JoinToken, MoveId, Offer, RefusalCode, Text,
+    ToDestination, ToSource,
 };
 
 /// How long the other site may take to greet: ssh and the start of a program, emulated.
@@ -46,6 +50,29 @@ struct Opening {
     joining: Vec<Joining>,
     /// Those that are opened once these have joined.
     left: Range<u32>,
+    /// They don't go by ssh.
+    direct: bool,
+}
+
+/// Connections for pages, as this side would have them.
+struct Wanted {
+    /// How many, where they go by ssh; none where one is enough.
+    by_ssh: u32,
+    /// None where they are not to go otherwise.
+    direct: Option<WantedDirectly>,
+}
+
+struct WantedDirectly {
+    count: u32,
+    offer: DirectOffer,
+}
+
+impl Wanted {
+    /// As many as may come, whichever way.
+    fn most(&self) -> u32 {
+        let direct = self.direct.as_ref().map_or(0, |direct| direct.count);
+        self.by_ssh.max(direct)
+    }
 }
 
 impl Session<'_> {
@@ -53,7 +80,7 @@ impl Session<'_> {
         self.phase("connecting");
         hold("connecting");
         self.go.peer.greet(Instant::now() + GREETING)?;
-        self.report.link.congestion = (self.go.reached)()?;
+        self.report.link.congestion = self.go.reach.reached()?;
         self.watch.lap("connect");
         let start = Instant::now();
         self.go.peer.send(&ToDestination::Ping(1))?;
@@ -73,12 +100,10 @@ impl Session<'_> {
     pub(super) fn offer(&mut self, _greeted: Greeted, mut offer: Offer) -> Result<Offered> {
         self.phase("offering");
         hold("offering");
-        // One connection is there already, and needs no other beside it.
-        offer.connections = match self.connections() {
-            1 => 0,
-            more => more as u32,
-        };
-        let (wanted, move_id) = (offer.connections, offer.move_id);
+        let wanted = self.wanted();
+        offer.connections = wanted.most();
+        offer.direct = wanted.direct.as_ref().map(|direct| direct.offer);
+        let move_id = offer.move_id;
         self.go.peer.send(&ToDestination::Offer(Box::new(offer)))?;
         let refused = |peer: &Conversation, code, reason: Text| Error::RefusedByPeer {
             peer: peer.peer().to_owned(),
@@ -94,14 +119,10 @@ impl Session<'_> {
                 }
                 let site = accept.edge_site.as_ref().map(ToString::to_string);
                 self.go.connections.accepted(site.as_deref())?;
-                let mut opening = accept.join.map(|token| Opening {
-                    token,
-                    joining: Vec::new(),
-                    left: 0..wanted,
-                });
-                if let Some(opening) = &mut opening {
-                    self.open_next(opening)?;
-                }
+                let opening = match accept.join {
+                    Some(token) => Some(self.open_first(token, &wanted, accept.direct)?),
+                    None => None,
+                };
                 self.learn(&accept, move_id)?;
                 self.spread(opening)?;
             }
@@ -117,23 +138,83 @@ impl Session<'_> {
         Ok(Offered)
     }
 
-    /// How many connections pages are to go by.
-    fn connections(&self) -> usize {
+    /// Which connections pages are to go by.
+    fn wanted(&mut self) -> Wanted {
         let plan = &self.go.plan;
         let round_trip = Duration::from_secs_f64(self.report.link.rtt_ms / 1e3);
-        plan.connections.map_or_else(
-            || {
-                let (limit, earlier) = (self.go.peer.limit(), self.go.earlier.link);
-                connections_for(limit, earlier, round_trip, plan.cores())
+        let limit = self.go.peer.limit();
+        let asked = plan
+            .connections
+            .map(|asked| asked.get().min(MAX_CONNECTIONS));
+        let by_ssh = asked.unwrap_or_else(|| {
+            connections_for(limit, self.go.earlier.link, round_trip, plan.cores())
+        });
+        let key = match asked {
+            Some(1) => None,
+            _ => self.go.reach.key(),
+        };
+        let direct = key.map(|key| {
+            let count = asked.unwrap_or_else(|| direct_connections_for(limit, round_trip));
+            let window = direct_window_for(limit, round_trip, count);
+            WantedDirectly {
+                count: count as u32,
+                offer: DirectOffer { key, window },
+            }
+        });
+        Wanted {
+            // One connection is there already, and needs no other beside it.
+            by_ssh: match by_ssh {
+                1 => 0,
+                more => more as u32,
             },
-            |asked| asked.get().min(MAX_CONNECTIONS),
-        )
+            direct,
+        }
+    }
+
+    /// Opens connections for pages, directly where the destination takes them so, else the first of
+    /// them by ssh. They join while this side goes on.
+    fn open_first(
+        &mut self,
+        token: JoinToken,
+        wanted: &Wanted,
+        door: Option<DirectDoor>,
+    ) -> Result<Opening> {
+        let mut opening = Opening {
+            token,
+            joining: Vec::new(),
+            left: 0..wanted.by_ssh,
+            direct: false,
+        };
+        if let (Some(door), Some(direct)) = (door, &wanted.direct) {
+            let (count, window) = (direct.count as usize, direct.offer.window);
+            match self.go.reach.open_directly(&door, count, window) {
+                Ok(links) => {
+                    opening.direct = true;
+                    opening.left = 0..0;
+                    for (index, link) in (0..).zip(links) {
+                        let joining = Joining::start(&self.go.peer, link, token, index);
+                        opening.joining.extend(self.if_made(joining)?);
+                    }
+                    return Ok(opening);
+                }
+                Err(error) => self.go.observer.notice(Progress::Warning(format!(
+                    "Pages go by ssh, as {} can't be reached directly: {}",
+                    self.go.peer.peer(),
+                    chain(&error)
+                ))),
+            }
+        }
+        self.open_next(&mut opening)?;
+        Ok(opening)
     }
 
     /// Opens the next of the connections for pages. They join while this side goes on.
     fn open_next(&mut self, opening: &mut Opening) -> Result<()> {
         for index in opening.left.by_ref().take(OPENED_AT_ONCE) {
-            let opened = (self.go.open)()
+            let opened = self
+                .go
+                .reach
+                .open()
                 .and_then(|link| Joining::start(&self.go.peer, link, opening.token, index));
             opening.joining.extend(self.if_made(opened)?);
         }
@@ -160,6 +241,7 @@ impl Session<'_> {
     fn spread(&mut self, opening: Option<Opening>) -> Result<()> {
         hold("joining");
         let mut joined = Vec::new();
+        let direct = opening.as_ref().is_some_and(|opening| opening.direct);
         if let Some(mut opening) = opening {
             loop {
                 for connection in Joining::finish_all(take(&mut opening.joining), JOINING) {
@@ -172,8 +254,9 @@ impl Session<'_> {
             }
         }
         self.report.link.connections = joined.len().max(1) as u32;
+        self.report.link.direct = direct && !joined.is_empty();
         if !joined.is_empty() {
-            self.report.link.congestion = (self.go.reached)()?;
+            self.report.link.congestion = self.go.reach.reached()?;
         }
         let queue = self.go.plan.queue();
         self.go.peer.spread_over(joined, queue)

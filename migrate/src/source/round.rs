@@ -14,6 +14,20 @@ use crate::wire::{ToDestination, ToSource};
 /// Pages in one frame. Larger ones compress hardly better, and hold up what follows.
 const FRAME_PAGES: usize = 256;
 
+/// The fewest pages of a frame, where there are enough: what makes a batch worth compressing.
+const FEWEST_FRAME_PAGES: usize = 32;
+
+/// How many pages are to be in a frame, of `entries` that cross by so many connections. While the
+/// guest is silent no connection is to have more of them than another.
+fn frame_pages(moment: Moment, entries: usize, connections: usize) -> usize {
+    match moment {
+        Moment::Live => FRAME_PAGES,
+        Moment::Last => entries
+            .div_ceil(connections.max(1))
+            .clamp(FEWEST_FRAME_PAGES, FRAME_PAGES),
+    }
+}
+
 impl Session<'_> {
     /// One pass over the pages that the backlog has for it; waits until it has crossed.
     pub(super) fn round(&mut self, number: u32, moment: Moment, started: Instant) -> Result<Round> {
@@ -66,7 +80,12 @@ impl Session<'_> {
             done += pfns.len() as u64;
             pfns.clear();
             round.same += batch.unchanged;
-            for entries in batch.entries.chunks(FRAME_PAGES) {
+            let pages = frame_pages(
+                moment,
+                batch.entries.len(),
+                self.report.link.connections as usize,
+            );
+            for entries in batch.entries.chunks(pages) {
                 let encoder = self.encoder.batch();
                 for entry in entries {
                     let content = match entry.content {
@@ -157,5 +176,22 @@ impl Session<'_> {
             populated,
             frames,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn in_the_silence_each_connection_has_its_part() {
+        let live = |entries, connections| frame_pages(Moment::Live, entries, connections);
+        let last = |entries, connections| frame_pages(Moment::Last, entries, connections);
+        assert_eq!(live(800, 8), FRAME_PAGES);
+        assert_eq!(last(800, 8), 100);
+        assert_eq!(last(801, 8), 101);
+        assert_eq!(last(800, 1), FRAME_PAGES);
+        assert_eq!(last(20, 8), FEWEST_FRAME_PAGES);
+        assert_eq!(last(0, 0), FEWEST_FRAME_PAGES);
     }
 }

@@ -6,6 +6,7 @@ use crate::group::Nonce;
 use crate::guest::xen::stream::record::{CPUID_LEAF_SIZE, MSR_ENTRY_SIZE};
 use crate::guest::xen::stream::state::{DomainKind, StateError, StaticData};
 use crate::hexadecimal::{self, NotHexadecimal};
+use crate::link::direct::PublicKey;
 use crate::pages::MAX_PAGES;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -237,6 +238,27 @@ pub struct Offer {
     /// they are to come by this one.
     #[serde(default)]
     pub connections: u32,
+    /// How these could come directly; none where the source would have them come by ssh.
+    #[serde(default)]
+    pub direct: Option<DirectOffer>,
+}
+
+/// What a destination has to know of direct connections before they come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DirectOffer {
+    /// Who they come from.
+    pub key: PublicKey,
+    /// How much each is to have on its way at the most, in bytes.
+    pub window: u32,
+}
+
+/// Where a destination takes direct connections, at the address by which ssh has reached it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DirectDoor {
+    /// The port of TCP.
+    pub port: u16,
+    /// Who answers there.
+    pub key: PublicKey,
 }
 
 /// What a guest's pages cross for.
@@ -363,6 +385,9 @@ pub struct Acceptance {
     /// wants none, or none are taken.
     #[serde(default)]
     pub join: Option<JoinToken>,
+    /// Where these may come directly; none where they are to come by ssh.
+    #[serde(default)]
+    pub direct: Option<DirectDoor>,
     /// The trust group of which the destination shares contents, if the source proves its key.
     #[serde(default)]
     pub group: Option<GroupOffer>,

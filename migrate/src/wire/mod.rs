@@ -64,8 +64,9 @@ mod message;
 mod text;
 
 pub use document::{
-    Acceptance, CpuPolicy, GroupOffer, GuestKind, JoinToken, MoveId, NotAMoveId, Offer, OfferError,
-    Part, Purpose, Readiness, Refusal, RefusalCode, ShadowHead, TscOffer, XenVersion,
+    Acceptance, CpuPolicy, DirectDoor, DirectOffer, GroupOffer, GuestKind, JoinToken, MoveId,
+    NotAMoveId, Offer, OfferError, Part, Purpose, Readiness, Refusal, RefusalCode, ShadowHead,
+    TscOffer, XenVersion,
 };
 pub use frame::{FRAME_HEADER_SIZE, Frame, FrameReader, FrameWriter, Tag};
 pub use hello::{Agreement, Hello, MAX_PROTOCOL, MIN_PROTOCOL, Role};

@@ -3,6 +3,7 @@ use crate::codec::MAX_BATCH_BYTES;
 use crate::digest::{DigestKey, MemoryDigest};
 use crate::group::{Nonce, Proof};
 use crate::guest::xen::stream::samples;
+use crate::link::direct::PublicKey;
 use crate::pages::MAX_PAGES;
 use proptest::prelude::*;
 use std::io::Read;
@@ -88,6 +89,10 @@ fn offer() -> Offer {
         verify: true,
         purpose: Purpose::Shadow,
         connections: 2,
+        direct: Some(DirectOffer {
+            key: PublicKey::new([0x5a; 32]),
+            window: 1 << 20,
+        }),
     }
 }
 
@@ -187,6 +192,10 @@ fn to_source() -> impl Strategy<Value = ToSource> {
                 ToSource::Accept(Box::new(Acceptance {
                     edge_site: Some(Text::new("dublin")),
                     join: tsc_khz.map(|khz| JoinToken::new([khz as u8; 16])),
+                    direct: tsc_khz.map(|khz| DirectDoor {
+                        port: khz as u16,
+                        key: PublicKey::new([khz as u8; 32]),
+                    }),
                     shadow: tsc_khz.map(|khz| ShadowHead {
                         basis: (khz % 2 == 0).then_some(MemoryDigest([7; 16])),
                         lacking: vec![(khz.into(), 3)],

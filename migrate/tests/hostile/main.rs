@@ -17,11 +17,12 @@ use migrate::guest::xen::stream::state::{GuestState, PvState, PvVcpu, TscInfo};
 use migrate::guest::xen::stream::{Framing, record};
 use migrate::guest::{PageState, PageTable};
 use migrate::held::Held;
+use migrate::link::direct::PublicKey;
 use migrate::pages::{PAGE_SIZE, Page, PageType};
 use migrate::wire::{
-    Acceptance, CpuPolicy, FrameWriter, GroupOffer, GuestKind, Hello, JoinToken, MoveId, Offer,
-    Part, Place, Purpose, Readiness, Refusal, RefusalCode, Role, ShadowHead, Tag, Text,
-    ToDestination, ToSource, TscOffer, XenVersion,
+    Acceptance, CpuPolicy, DirectDoor, DirectOffer, FrameWriter, GroupOffer, GuestKind, Hello,
+    JoinToken, MoveId, Offer, Part, Place, Purpose, Readiness, Refusal, RefusalCode, Role,
+    ShadowHead, Tag, Text, ToDestination, ToSource, TscOffer, XenVersion,
 };
 
 const MIB: u64 = 1 << 20;
@@ -143,6 +144,10 @@ fn offer() -> Offer {
     Offer {
         purpose: Purpose::Move,
         connections: 2,
+        direct: Some(DirectOffer {
+            key: PublicKey::new([6; 32]),
+            window: 1 << 20,
+        }),
         move_id: MoveId::from_random([3; 16]),
         name: "g1".to_owned(),
         uuid: "6c1c2b54-62a4-4f3b-9d5a-0d8e7d1b6b0f".to_owned(),
@@ -368,6 +373,10 @@ fn to_source() -> Vec<Vec<u8>> {
                 nonce: Nonce([4; 16]),
             }),
             join: Some(JoinToken::new([5; 16])),
+            direct: Some(DirectDoor {
+                port: 7100,
+                key: PublicKey::new([6; 32]),
+            }),
             shadow: Some(ShadowHead {
                 basis: Some(MemoryDigest([3; 16])),
                 lacking: vec![(5, 2)],

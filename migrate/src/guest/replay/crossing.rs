@@ -34,15 +34,16 @@ use crate::guest::Source;
 use crate::handover::journal::{Begin, Entry, Journal, Role, find};
 use crate::handover::lock::GuestLock;
 use crate::handover::recovery::Owner;
-use crate::link::{Conversation, Expecting, Link, Rate};
+use crate::link::direct::PublicKey;
+use crate::link::{Conversation, Expecting, Link, Rate, Reach};
 use crate::outgoing::random;
 use crate::pages::PAGE_SIZE;
 use crate::report::{Observer, Progress, Report, TrackerKind};
 use crate::shadow::{Named, ShadowPolicy, Shadows};
 use crate::source::{self, Move, Plan};
 use crate::wire::{
-    CpuPolicy, GuestKind, JoinToken, MoveId, Offer, Purpose, Role as WireRole, Text, TscOffer,
-    XenVersion,
+    CpuPolicy, DirectDoor, GuestKind, JoinToken, MoveId, Offer, Purpose, Role as WireRole, Text,
+    TscOffer, XenVersion,
 };
 
 /// How long another worker may hold the guest's lock.
@@ -234,10 +235,10 @@ pub fn leave(
     };
     shadows.keep_key(named, &key)?;
     let offer = offer(&mut guest, move_id, &key, crossing.plan.verify);
-    let mut data = mem::take(&mut crossing.data.0);
+    let mut links = Links(mem::take(&mut crossing.data.0));
     let mut plan = crossing.plan.clone();
     // Otherwise as many as the link needs.
-    plan.connections = NonZeroUsize::new(data.len()).or(NonZeroUsize::new(1));
+    plan.connections = NonZeroUsize::new(links.0.len()).or(NonZeroUsize::new(1));
     let rate = Rate::new(crossing.rate);
     let control = control(&offer, Role::Source, rate.clone(), crossing);
     let cancel = Arc::clone(&crossing.cancel);
@@ -258,12 +259,7 @@ pub fn leave(
                 group: from.group(),
                 control,
                 earlier: crossing.earlier,
-                reached: &mut || Ok(None),
-                tend: &mut || None,
-                open: &mut || {
-                    data.pop()
-                        .ok_or_else(|| Error::Refused("There is no other link".into()))
-                },
+                reach: &mut links,
                 unchanged: &mut || Ok(()),
                 keep: &mut || {
                     watch(Call::Keep)?;
@@ -290,6 +286,32 @@ pub fn leave(
         end,
         journal,
     })
+}
+
+/// Links that are there already.
+struct Links(Vec<Link>);
+
+impl Reach for Links {
+    fn reached(&mut self) -> Result<Option<String>> {
+        Ok(None)
+    }
+
+    fn tend(&mut self) -> Option<String> {
+        None
+    }
+
+    fn open(&mut self) -> Result<Link> {
+        let link = self.0.pop();
+        link.ok_or_else(|| Error::Refused("There is no other link".into()))
+    }
+
+    fn key(&mut self) -> Option<PublicKey> {
+        None
+    }
+
+    fn open_directly(&mut self, _: &DirectDoor, _: usize, _: u32) -> Result<Vec<Link>> {
+        Err(Error::Refused("Links are there already".into()))
+    }
 }
 
 /// The destination's end of a move: its worker, and its guardian after it.
@@ -419,7 +441,11 @@ fn prepare(
                     let _ = come.send(link);
                 }
                 let token = JoinToken::new(random()?);
-                Some(Expecting { token, links })
+                Some(Expecting {
+                    token,
+                    links,
+                    direct: None,
+                })
             }
         },
     })
@@ -463,5 +489,6 @@ pub(super) fn offer(
         verify,
         purpose: Purpose::Move,
         connections: 0,
+        direct: None,
     }
 }

@@ -1,0 +1,126 @@
+//! The connections of one attempt: ssh's first one, and those for pages, by ssh or directly.
+
+use std::io;
+
+use crate::error::{Error, IoContext, Result, chain};
+use crate::link::direct::{self, Direct, Identity, PublicKey};
+use crate::link::ssh::{Remote, Session};
+use crate::link::{BBR, Link, Reach};
+use crate::wire::{DirectDoor, MoveId};
+
+/// They end with this, but for the first.
+pub(super) struct Reached<'a> {
+    remote: &'a Remote,
+    move_id: MoveId,
+    /// Which carries all but pages.
+    first: Session,
+    by_ssh: Vec<Session>,
+    directly: Vec<Direct>,
+    /// Who this site is, for direct connections; none where there are not to be any.
+    identity: Option<Identity>,
+    /// Nobody looks any more whether packets are lost: somebody chose how connections send, or they go
+    /// by what fills such a link.
+    settled: bool,
+}
+
+impl<'a> Reached<'a> {
+    /// Of which there is the first one. Whether there may be others directly is for `allowed`.
+    pub(super) fn new(
+        remote: &'a Remote,
+        move_id: MoveId,
+        first: Session,
+        allowed: bool,
+    ) -> Reached<'a> {
+        let identity = allowed.then(Identity::new).and_then(|made| {
+            made.inspect_err(|error| log::warn!("{}", chain(error)))
+                .ok()
+        });
+        Reached {
+            remote,
+            move_id,
+            first,
+            by_ssh: Vec::new(),
+            directly: Vec::new(),
+            identity,
+            settled: remote.congestion.is_some(),
+        }
+    }
+
+    /// The first one. The others are closed.
+    pub(super) fn into_first(self) -> Session {
+        self.first
+    }
+}
+
+impl Reach for Reached<'_> {
+    fn reached(&mut self) -> Result<Option<String>> {
+        let first = self.first.follow_congestion()?;
+        // One that could not join has none, and is not needed.
+        for session in &self.by_ssh {
+            if let Err(error) = session.follow_congestion() {
+                log::info!("{}", chain(&error));
+            }
+        }
+        // What pages go by is what counts.
+        let direct = self.directly.iter().find_map(Direct::congestion);
+        Ok(direct.or(first))
+    }
+
+    fn tend(&mut self) -> Option<String> {
+        if self.settled {
+            return None;
+        }
+        let mut seen = vec![self.first.loses_packets()];
+        seen.extend(self.by_ssh.iter_mut().map(Session::loses_packets));
+        seen.extend(self.directly.iter_mut().map(Direct::loses_packets));
+        let lossy = |seen: io::Result<bool>| {
+            seen.inspect_err(|error| log::debug!("A connection can't be looked at: {error}"))
+                .unwrap_or(false)
+        };
+        if !seen.into_iter().any(lossy) {
+            return None;
+        }
+        // All go the same way: what one of them sees holds for the others, which may be too slow by
+        // now to see it soon.
+        self.settled = true;
+        let mut followed = vec![self.first.follow_bbr()];
+        followed.extend(self.by_ssh.iter().map(Session::follow_bbr));
+        followed.extend(self.directly.iter().map(Direct::follow_bbr));
+        let changed = |followed: io::Result<bool>| {
+            followed
+                .inspect_err(|error| log::info!("A connection goes on as it does: {error}"))
+                .unwrap_or(false)
+        };
+        followed.into_iter().any(changed).then(|| BBR.to_owned())
+    }
+
+    fn open(&mut self) -> Result<Link> {
+        let (link, session) = self.remote.join(self.move_id)?;
+        self.by_ssh.push(session);
+        Ok(link)
+    }
+
+    fn key(&mut self) -> Option<PublicKey> {
+        self.identity.as_ref().map(Identity::public)
+    }
+
+    fn open_directly(&mut self, door: &DirectDoor, count: usize, window: u32) -> Result<Vec<Link>> {
+        let Some(identity) = &self.identity else {
+            return Err(Error::Refused("This side has no key".into()));
+        };
+        let address = self
+            .first
+            .peer()
+            .context(|| "Can't look at ssh's connection")?;
+        let Some(address) = address else {
+            return Err(Error::Refused(
+                "ssh goes there by no connection of its own".into(),
+            ));
+        };
+        let congestion = self.remote.congestion.as_deref();
+        let made = direct::connect(identity, address, door, count, window, congestion)?;
+        let (links, directly): (Vec<_>, Vec<_>) = made.into_iter().unzip();
+        self.directly.extend(directly);
+        Ok(links)
+    }
+}
