@@ -9,6 +9,30 @@ use crate::scene::{
     Sites, alive, migrate, move_guest, report_of, said, settled, sites, small_guest, with,
 };
 
+/// What a firewall between the sites lets through.
+enum Way {
+    Open,
+    ThroughSshAlone,
+}
+
+impl Way {
+    /// Does something while `site` is reached so.
+    fn to<T>(&self, testbed: &Testbed, site: SiteName, what: impl FnOnce() -> T) -> T {
+        let site = testbed.site(site);
+        if let Way::ThroughSshAlone = self {
+            let firewall = "nft 'add table inet way; \
+                 add chain inet way input { type filter hook input priority 0; }; \
+                 add rule inet way input tcp dport 1024-65535 tcp flags & (syn | ack) == syn drop'";
+            site.run(firewall).unwrap();
+        }
+        let done = what();
+        if let Way::ThroughSshAlone = self {
+            site.run("nft delete table inet way").unwrap();
+        }
+        done
+    }
+}
+
 /// There and back while a client watches: its connection lives, the counter never repeats, and
 /// memory is right.
 fn there_and_back(testbed: &Testbed, guest: &Guest, trips: u32, tracker: &str) {
@@ -18,16 +42,15 @@ fn there_and_back(testbed: &Testbed, guest: &Guest, trips: u32, tracker: &str) {
     for trip in 1..=trips {
         for from in [SiteName::A, SiteName::B] {
             // One way to cross is as good as the other.
-            let connections = if trip == 2 { 3 } else { 1 };
-            let congestion = if trip == 2 { "reno" } else { "cubic" };
-            // Those of their own go directly, or through ssh as well.
-            let (direct, by_ssh) = match (trip, from) {
-                (2, SiteName::A) => (true, ""),
-                (2, SiteName::B) => (false, "--no-direct"),
-                _ => (false, ""),
+            let (way, more, connections, direct) = match (trip, from) {
+                (2, SiteName::A) => (Way::Open, "--connections 3", 3, true),
+                (2, SiteName::B) => (Way::Open, "--connections 3 --no-direct", 3, false),
+                (3, SiteName::A) => (Way::ThroughSshAlone, "--connections 3", 3, false),
+                _ => (Way::Open, "--connections 1", 1, false),
             };
-            let more = format!("--connections {connections} {by_ssh} --congestion {congestion}");
-            let report = report_of(testbed, from, &more);
+            let congestion = if trip == 2 { "reno" } else { "cubic" };
+            let more = format!("{more} --congestion {congestion}");
+            let report = way.to(testbed, from.other(), || report_of(testbed, from, &more));
             assert_eq!(report["tracker"], tracker, "{report}");
             assert_eq!(report["verified"], true, "{report}");
             assert_eq!(report["link"]["connections"], connections, "{report}");
