@@ -39,7 +39,7 @@ use crate::handover::journal::{Begin, Journal, Role};
 use crate::handover::lock::GuestLock;
 use crate::handover::recovery::{self, Settled, incoming_name};
 use crate::keeper;
-use crate::link::direct::DirectPolicy;
+use crate::link::direct::{DirectPolicy, Ends};
 use crate::link::door::{self, Door};
 use crate::link::{Conversation, Expecting, Link, Rate};
 use crate::outgoing::random;
@@ -263,7 +263,7 @@ fn prepare(
     let sharing = sharing(policies, &shadows, offer, &mut warnings);
     let (door, expecting) = match offer.connections {
         0 => (None, None),
-        _ => match door(directories, &policies.direct, offer) {
+        _ => match door(directories, &policies.direct, offer, &mut warnings) {
             Ok((door, expecting)) => (Some(door), Some(expecting)),
             // All of it goes by one connection then.
             Err(error) => {
@@ -447,16 +447,23 @@ fn door(
     directories: &Directories,
     policy: &DirectPolicy,
     offer: &Offer,
+    warnings: &mut Vec<String>,
 ) -> Result<(Door, Expecting)> {
     let token = JoinToken::new(random()?);
     let (mut door, links) = Door::open(directories, offer.move_id)?;
-    // Where ssh has reached this host, another connection may as well.
-    let address = sshd_says(2).and_then(|address| address.parse().ok());
-    let direct = match (&offer.direct, address) {
-        (Some(offered), Some(address)) if policy.accept => door
-            .listen(policy, address, offered, offer.connections as usize)
-            .inspect_err(|error| log::warn!("{}", chain(error)))
-            .ok(),
+    // The way that ssh has come, another connection may as well.
+    let address = |part| sshd_says(part).and_then(|address| address.parse().ok());
+    let direct = match (&offer.direct, address(0), address(2)) {
+        (Some(offered), Some(from), Some(to)) if policy.accept => {
+            let listening = door.listen(policy, Ends { from, to }, offered);
+            listening.map_or_else(
+                |error| {
+                    warnings.push(format!("Pages go by ssh: {}", chain(&error)));
+                    None
+                },
+                Some,
+            )
+        }
         _ => None,
     };
     let expecting = Expecting {

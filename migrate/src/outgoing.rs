@@ -46,6 +46,10 @@ use reaching::Reached;
 /// How long whoever settles an earlier move of the guest may hold its lock.
 const LOCKED: Duration = Duration::from_secs(5);
 
+/// So many attempts may lose a link by which pages went directly. The next ones go by ssh: something
+/// on the way may end what it doesn't know once it has let it begin.
+const DIRECT_ATTEMPTS: u32 = 2;
+
 /// How often a pause looks whether it was cancelled.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -113,6 +117,7 @@ pub fn migrate(
         began: Instant::now(),
         uuid: None,
         server: None,
+        lost_directly: 0,
     };
     let moved = mover.run(request);
     if let Some(server) = mover.server {
@@ -135,6 +140,8 @@ struct Mover<'a> {
     uuid: Option<String>,
     /// Where the move is watched and steered, also between attempts.
     server: Option<Server>,
+    /// Attempts whose link was lost while pages went directly.
+    lost_directly: u32,
 }
 
 /// How an attempt is watched and steered: as the one before, by its `server` and with its limits.
@@ -191,6 +198,13 @@ impl Mover<'_> {
             };
             if let Some(server) = &self.server {
                 server.shared().pause("waiting for the link");
+            }
+            if moved
+                .report
+                .as_ref()
+                .is_some_and(|report| report.link.direct)
+            {
+                self.lost_directly += 1;
             }
             self.observer.notice(Progress::Warning(format!(
                 "{}. The guest runs here; trying again in {} s",
@@ -338,7 +352,10 @@ impl Mover<'_> {
             Purpose::Move | Purpose::DryRun => run,
             Purpose::Shadow => run_shadow,
         };
-        let mut reached = Reached::new(&request.remote, move_id, session, request.direct);
+        let mut reached = {
+            let direct = request.direct && self.lost_directly < DIRECT_ATTEMPTS;
+            Reached::new(&request.remote, move_id, session, direct)
+        };
         let (report, result) = run(
             Move {
                 guest: &mut *guest,

@@ -9,13 +9,13 @@
 
 use std::fs;
 use std::mem;
-use std::net::{IpAddr, TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use migrate::directories::Directories;
-use migrate::link::direct::{self, Direct, DirectPolicy, Identity};
+use migrate::link::direct::{self, Direct, DirectPolicy, Ends, Identity};
 use migrate::link::door::Door;
 use migrate::link::{Link, direct_connections_for, direct_window_for};
 use migrate::wire::{DirectOffer, MoveId};
@@ -140,19 +140,29 @@ fn connect_directly(
     let window = direct_window_for(None, round_trip, count);
     let identity = Identity::new()?;
     let key = identity.public();
-    let offered = DirectOffer { key, window };
-    let address: IpAddr = FAR.parse()?;
+    let offered = DirectOffer {
+        key,
+        connections: count as u32,
+        window,
+    };
+    let ends = Ends {
+        from: NEAR.parse()?,
+        to: FAR.parse()?,
+    };
     let move_id = MoveId::from_random([7; 16]);
     let (mut door, come) = Door::open(&Directories::under(root), move_id)?;
     let (door, listening) = hosts.inside("far", move || {
-        let listening = door.listen(&DirectPolicy::default(), address, &offered, count);
+        let listening = door.listen(&DirectPolicy::default(), ends, &offered);
         (door, listening)
     });
     let listening = listening?;
     let near = hosts.inside("near", move || {
         let congestion = Some(congestion);
-        direct::connect(&identity, address, &listening, count, window, congestion)
-    })?;
+        direct::connect(&identity, ends, &listening, count, window, congestion)
+    });
+    let near = near
+        .into_iter()
+        .collect::<migrate::error::Result<Vec<_>>>()?;
     let (near, kept): (Vec<_>, Vec<_>) = near.into_iter().unzip();
     let far = (0..near.len()).map(|_| Ok(come.recv_timeout(PATIENCE)?));
     let far = far.collect::<Result<_>>()?;

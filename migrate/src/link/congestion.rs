@@ -14,14 +14,15 @@
 
 use std::fs;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::io::Errno;
 use rustix::net::sockopt::{set_tcp_congestion, socket_protocol, tcp_congestion};
-use rustix::net::{getpeername, ipproto};
+use rustix::net::{SocketAddrAny, getpeername, getsockname, ipproto};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
+use super::direct::Ends;
 use super::loss::Segments;
 use crate::error::{Error, IoContext, Result};
 
@@ -66,15 +67,15 @@ pub(super) fn follow_bbr(socket: impl AsFd) -> io::Result<bool> {
     Ok(true)
 }
 
-/// Where a TCP connection leads; none where that is no address of IP.
+/// From where to where a TCP connection leads; none where these are no addresses of IP.
 ///
 /// # Errors
 /// What the kernel answered.
-pub(super) fn peer(socket: impl AsFd) -> io::Result<Option<IpAddr>> {
-    let peer = getpeername(&socket)?;
-    Ok(peer
-        .and_then(|peer| SocketAddr::try_from(peer).ok())
-        .map(|peer| peer.ip()))
+pub(super) fn ends(socket: impl AsFd) -> io::Result<Option<Ends>> {
+    let address = |end: SocketAddrAny| SocketAddr::try_from(end).ok().map(|end| end.ip());
+    let from = address(getsockname(&socket)?);
+    let to = getpeername(&socket)?.and_then(address);
+    Ok(from.zip(to).map(|(from, to)| Ends { from, to }))
 }
 
 /// The TCP connection of a process; none where it has none. One that forwards something else is none

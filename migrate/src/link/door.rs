@@ -13,7 +13,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Shutdown};
+use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::geteuid;
 
-use super::direct::{self, DirectPolicy, Listener};
+use super::direct::{self, DirectPolicy, Ends, Listener};
 use super::{Link, MAX_CONNECTIONS};
 use crate::directories::{self, Directories};
 use crate::error::{IoContext, Result};
@@ -80,19 +80,17 @@ impl Door {
         Ok((door, links))
     }
 
-    /// Takes connections directly as well, at `address`, as they are `offered`, `most` of them.
+    /// Takes connections directly as well, from and to these addresses, as they are `offered`.
     ///
     /// # Errors
     /// Where nobody can listen there.
     pub fn listen(
         &mut self,
         policy: &DirectPolicy,
-        address: IpAddr,
+        ends: Ends,
         offered: &DirectOffer,
-        most: usize,
     ) -> Result<DirectDoor> {
-        let come = self.come.clone();
-        let (listener, door) = direct::listen(policy, address, offered, most, come)?;
+        let (listener, door) = direct::listen(policy, ends, offered, self.come.clone())?;
         self.listener = Some(listener);
         Ok(door)
     }

@@ -20,8 +20,8 @@ use std::collections::VecDeque;
 
 use crate::wire::Place;
 
-/// So many bytes may wait for their turn for each connection: what it has on its way through ssh, and
-/// as much that comes while a lost packet is sent again.
+/// So many bytes may wait for their turn for each connection: about what it has on its way where the
+/// link is long and fast, for the round trip in which another one sends a lost packet again.
 pub const KEPT: usize = 4 << 20;
 
 /// A batch counts as so many more bytes than it has: nobody may have any number of empty ones kept.

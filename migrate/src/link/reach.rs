@@ -28,9 +28,9 @@ pub trait Reach {
     /// where they are not to.
     fn key(&mut self) -> Option<PublicKey>;
 
-    /// Opens up to `count` direct connections, with so many bytes on their way at the most.
+    /// Opens `count` direct connections, with so many bytes on their way at the most.
     ///
     /// # Errors
-    /// Where not one can be made.
-    fn open_directly(&mut self, door: &DirectDoor, count: usize, window: u32) -> Result<Vec<Link>>;
+    /// Of each.
+    fn open_directly(&mut self, door: &DirectDoor, count: usize, window: u32) -> Vec<Result<Link>>;
 }

@@ -44,6 +44,10 @@ const IN_FLIGHT: f64 = 0.75;
 /// a lost packet waits for a round trip until that is sent again.
 const WITH_LOSSES: f64 = 2.0;
 
+/// What direct connections have on their way at the most, all together, in bytes: both kernels keep
+/// that, and as much again for what it is kept in.
+const ALL_WINDOWS: u32 = 64 << 20;
+
 /// What a link is taken for whose rate nobody limits, in bytes a second: 1 Gbit/s.
 const FAST: f64 = 125e6;
 
@@ -100,11 +104,12 @@ pub fn direct_connections_for(limit: Option<u64>, round_trip: Duration) -> usize
 }
 
 /// How much each of so many direct connections is to have on its way at the most, in bytes: twice its
-/// part, as one is quicker than another.
+/// part, as one is quicker than another; and its part of what both kernels are asked to keep for all.
 #[must_use]
 pub fn direct_window_for(limit: Option<u64>, round_trip: Duration, connections: usize) -> u32 {
     let part = on_its_way(limit, round_trip) / connections.max(1) as f64;
-    ((part * 2.0) as u32).clamp(MIN_WINDOW, MAX_WINDOW)
+    let most = MAX_WINDOW.min(ALL_WINDOWS / connections.max(1) as u32);
+    ((part * 2.0) as u32).clamp(MIN_WINDOW, most)
 }
 
 /// How much is to be on its way over a link, in bytes.
@@ -356,7 +361,7 @@ mod tests {
         assert_eq!(for_link(None, ms(10)), (SHARING, 1_250_000));
         assert_eq!(for_link(None, ms(40)), (SHARING, 5_000_000));
         assert_eq!(for_link(None, ms(200)), (8, MAX_WINDOW));
-        assert_eq!(for_link(None, ms(10_000)), (MAX_CONNECTIONS, MAX_WINDOW));
+        assert_eq!(for_link(None, ms(10_000)), (MAX_CONNECTIONS, 2 << 20));
         assert_eq!(for_link(Some(6_250_000), ms(200)), (SHARING, 1_250_000));
         assert_eq!(for_link(Some(u64::MAX), ms(40)), for_link(None, ms(40)));
     }

@@ -5,7 +5,6 @@
 //! it is bounded, and made printable, before it is kept or shown.
 
 use std::io::{self, Read};
-use std::net::IpAddr;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -15,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, bounded};
 
+use super::direct::Ends;
 use super::loss::Losses;
 use super::said::{LastLines, read_lines, read_whole};
 use super::{Carrier, Link, congestion};
@@ -309,14 +309,14 @@ impl Session {
         congestion::of_process(self.child.id(), self.congestion.as_deref())
     }
 
-    /// The address of the other host, as ssh's own connection has it; none where it has none, as behind
-    /// another host that it goes through by a command.
+    /// From where to where ssh's own connection leads; none where it has none, as behind another host
+    /// that it goes through by a command.
     ///
     /// # Errors
     /// What the kernel answered.
-    pub fn peer(&self) -> io::Result<Option<IpAddr>> {
+    pub fn ends(&self) -> io::Result<Option<Ends>> {
         match congestion::connection_of(self.child.id())? {
-            Some(socket) => congestion::peer(socket),
+            Some(socket) => congestion::ends(socket),
             None => Ok(None),
         }
     }

@@ -2,8 +2,8 @@
 
 use std::io;
 
-use crate::error::{Error, IoContext, Result, chain};
-use crate::link::direct::{self, Direct, Identity, PublicKey};
+use crate::error::{Result, chain};
+use crate::link::direct::{self, Direct, Ends, Identity, PublicKey};
 use crate::link::ssh::{Remote, Session};
 use crate::link::{BBR, Link, Reach};
 use crate::wire::{DirectDoor, MoveId};
@@ -16,8 +16,10 @@ pub(super) struct Reached<'a> {
     first: Session,
     by_ssh: Vec<Session>,
     directly: Vec<Direct>,
-    /// Who this site is, for direct connections; none where there are not to be any.
-    identity: Option<Identity>,
+    /// Whether there may be any of these.
+    allowed: bool,
+    /// Who this site is to them, and where they go; none until they are offered.
+    other_end: Option<(Identity, Ends)>,
     /// Nobody looks any more whether packets are lost: somebody chose how connections send, or they go
     /// by what fills such a link.
     settled: bool,
@@ -31,17 +33,14 @@ impl<'a> Reached<'a> {
         first: Session,
         allowed: bool,
     ) -> Reached<'a> {
-        let identity = allowed.then(Identity::new).and_then(|made| {
-            made.inspect_err(|error| log::warn!("{}", chain(error)))
-                .ok()
-        });
         Reached {
             remote,
             move_id,
             first,
             by_ssh: Vec::new(),
             directly: Vec::new(),
-            identity,
+            allowed,
+            other_end: None,
             settled: remote.congestion.is_some(),
         }
     }
@@ -88,7 +87,9 @@ impl Reach for Reached<'_> {
         followed.extend(self.directly.iter().map(Direct::follow_bbr));
         let changed = |followed: io::Result<bool>| {
             followed
-                .inspect_err(|error| log::info!("A connection goes on as it does: {error}"))
+                .inspect_err(|error| {
+                    log::warn!("Packets are lost on the way, and {BBR} can't be had: {error}");
+                })
                 .unwrap_or(false)
         };
         followed.into_iter().any(changed).then(|| BBR.to_owned())
@@ -101,26 +102,39 @@ impl Reach for Reached<'_> {
     }
 
     fn key(&mut self) -> Option<PublicKey> {
-        self.identity.as_ref().map(Identity::public)
+        if !self.allowed {
+            return None;
+        }
+        let ends = match self.first.ends() {
+            Ok(Some(ends)) => ends,
+            Ok(None) => {
+                log::info!("Pages go by ssh, which has no connection of its own");
+                return None;
+            }
+            Err(error) => {
+                log::info!("Pages go by ssh, whose connection can't be looked at: {error}");
+                return None;
+            }
+        };
+        let identity = Identity::new()
+            .inspect_err(|error| log::warn!("{}", chain(error)))
+            .ok()?;
+        let (identity, _) = self.other_end.insert((identity, ends));
+        Some(identity.public())
     }
 
-    fn open_directly(&mut self, door: &DirectDoor, count: usize, window: u32) -> Result<Vec<Link>> {
-        let Some(identity) = &self.identity else {
-            return Err(Error::Refused("This side has no key".into()));
-        };
-        let address = self
-            .first
-            .peer()
-            .context(|| "Can't look at ssh's connection")?;
-        let Some(address) = address else {
-            return Err(Error::Refused(
-                "ssh goes there by no connection of its own".into(),
-            ));
+    fn open_directly(&mut self, door: &DirectDoor, count: usize, window: u32) -> Vec<Result<Link>> {
+        let Some((identity, ends)) = &self.other_end else {
+            return Vec::new();
         };
         let congestion = self.remote.congestion.as_deref();
-        let made = direct::connect(identity, address, door, count, window, congestion)?;
-        let (links, directly): (Vec<_>, Vec<_>) = made.into_iter().unzip();
-        self.directly.extend(directly);
-        Ok(links)
+        let made = direct::connect(identity, *ends, door, count, window, congestion);
+        let links = made.into_iter().map(|made| {
+            made.map(|(link, direct)| {
+                self.directly.push(direct);
+                link
+            })
+        });
+        links.collect()
     }
 }

@@ -62,6 +62,7 @@ impl<'a> Renewal<'a> {
             began: Instant::now(),
             uuid: self.uuid.take(),
             server: self.server.take(),
+            lost_directly: 0,
         };
         let moved = mover.run(self.request);
         (self.uuid, self.server) = (mover.uuid, mover.server);

@@ -48,9 +48,9 @@ struct Opening {
     token: JoinToken,
     /// Those that are to join.
     joining: Vec<Joining>,
-    /// Those that are opened once these have joined.
+    /// Those that are opened by ssh: once these have joined, or where none of these could.
     left: Range<u32>,
-    /// They don't go by ssh.
+    /// Those that are to join don't go by ssh. If they do, no others are opened.
     direct: bool,
 }
 
@@ -58,19 +58,14 @@ struct Opening {
 struct Wanted {
     /// How many, where they go by ssh; none where one is enough.
     by_ssh: u32,
-    /// None where they are not to go otherwise.
-    direct: Option<WantedDirectly>,
-}
-
-struct WantedDirectly {
-    count: u32,
-    offer: DirectOffer,
+    /// How they are to go otherwise, where they are.
+    direct: Option<DirectOffer>,
 }
 
 impl Wanted {
     /// As many as may come, whichever way.
     fn most(&self) -> u32 {
-        let direct = self.direct.as_ref().map_or(0, |direct| direct.count);
+        let direct = self.direct.map_or(0, |direct| direct.connections);
         self.by_ssh.max(direct)
     }
 }
@@ -102,7 +97,7 @@ impl Session<'_> {
         hold("offering");
         let wanted = self.wanted();
         offer.connections = wanted.most();
-        offer.direct = wanted.direct.as_ref().map(|direct| direct.offer);
+        offer.direct = wanted.direct;
         let move_id = offer.move_id;
         self.go.peer.send(&ToDestination::Offer(Box::new(offer)))?;
         let refused = |peer: &Conversation, code, reason: Text| Error::RefusedByPeer {
@@ -155,10 +150,10 @@ impl Session<'_> {
         };
         let direct = key.map(|key| {
             let count = asked.unwrap_or_else(|| direct_connections_for(limit, round_trip));
-            let window = direct_window_for(limit, round_trip, count);
-            WantedDirectly {
-                count: count as u32,
-                offer: DirectOffer { key, window },
+            DirectOffer {
+                key,
+                connections: count as u32,
+                window: direct_window_for(limit, round_trip, count),
             }
         });
         Wanted {
@@ -185,27 +180,31 @@ impl Session<'_> {
             left: 0..wanted.by_ssh,
             direct: false,
         };
-        if let (Some(door), Some(direct)) = (door, &wanted.direct) {
-            let (count, window) = (direct.count as usize, direct.offer.window);
-            match self.go.reach.open_directly(&door, count, window) {
-                Ok(links) => {
-                    opening.direct = true;
-                    opening.left = 0..0;
-                    for (index, link) in (0..).zip(links) {
-                        let joining = Joining::start(&self.go.peer, link, token, index);
-                        opening.joining.extend(self.if_made(joining)?);
-                    }
-                    return Ok(opening);
-                }
-                Err(error) => self.go.observer.notice(Progress::Warning(format!(
-                    "Pages go by ssh, as {} can't be reached directly: {}",
-                    self.go.peer.peer(),
-                    chain(&error)
-                ))),
-            }
+        let (Some(door), Some(offered)) = (door, &wanted.direct) else {
+            self.open_next(&mut opening)?;
+            return Ok(opening);
+        };
+        let (count, window) = (offered.connections as usize, offered.window);
+        let links = self.go.reach.open_directly(&door, count, window);
+        opening.direct = links.iter().any(Result::is_ok);
+        if !opening.direct {
+            let why = links.into_iter().find_map(Result::err);
+            self.goes_by_ssh(&why.map_or("none was made".into(), |error| chain(&error)));
+            self.open_next(&mut opening)?;
+            return Ok(opening);
         }
-        self.open_next(&mut opening)?;
+        for (index, link) in (0..).zip(links) {
+            let joining = link.and_then(|link| Joining::start(&self.go.peer, link, token, index));
+            opening.joining.extend(self.if_made(joining)?);
+        }
         Ok(opening)
+    }
+
+    fn goes_by_ssh(&mut self, why: &str) {
+        self.go.observer.notice(Progress::Warning(format!(
+            "Pages go by ssh, as {} can't be reached directly: {why}",
+            self.go.peer.peer()
+        )));
     }
 
     /// Opens the next of the connections for pages. They join while this side goes on.
@@ -241,20 +240,25 @@ impl Session<'_> {
     fn spread(&mut self, opening: Option<Opening>) -> Result<()> {
         hold("joining");
         let mut joined = Vec::new();
-        let direct = opening.as_ref().is_some_and(|opening| opening.direct);
+        let mut direct = false;
         if let Some(mut opening) = opening {
             loop {
                 for connection in Joining::finish_all(take(&mut opening.joining), JOINING) {
                     joined.extend(self.if_made(connection)?);
                 }
-                if opening.left.is_empty() {
+                if opening.direct && joined.is_empty() {
+                    // They are turned away once they are open where the other side doesn't know them.
+                    opening.direct = false;
+                    self.goes_by_ssh("none of the connections could join");
+                } else if opening.direct || opening.left.is_empty() {
                     break;
                 }
                 self.open_next(&mut opening)?;
             }
+            direct = opening.direct;
         }
         self.report.link.connections = joined.len().max(1) as u32;
-        self.report.link.direct = direct && !joined.is_empty();
+        self.report.link.direct = direct;
         if !joined.is_empty() {
             self.report.link.congestion = self.go.reach.reached()?;
         }

@@ -17,13 +17,13 @@ const FRAME_PAGES: usize = 256;
 /// The fewest pages of a frame, where there are enough: what makes a batch worth compressing.
 const FEWEST_FRAME_PAGES: usize = 32;
 
-/// How many pages are to be in a frame, of `entries` that cross by so many connections. While the
-/// guest is silent no connection is to have more of them than another.
-fn frame_pages(moment: Moment, entries: usize, connections: usize) -> usize {
+/// How many pages are to be in a frame, of `left` that are left of a round, by so many connections.
+/// While the guest is silent no connection is to go without where others have much.
+fn frame_pages(moment: Moment, left: u64, connections: u32) -> usize {
     match moment {
         Moment::Live => FRAME_PAGES,
-        Moment::Last => entries
-            .div_ceil(connections.max(1))
+        Moment::Last => usize::try_from(left.div_ceil(connections.max(1).into()))
+            .unwrap_or(FRAME_PAGES)
             .clamp(FEWEST_FRAME_PAGES, FRAME_PAGES),
     }
 }
@@ -80,11 +80,8 @@ impl Session<'_> {
             done += pfns.len() as u64;
             pfns.clear();
             round.same += batch.unchanged;
-            let pages = frame_pages(
-                moment,
-                batch.entries.len(),
-                self.report.link.connections as usize,
-            );
+            let left = batch.entries.len() as u64 + round.pages.saturating_sub(done);
+            let pages = frame_pages(moment, left, self.report.link.connections);
             for entries in batch.entries.chunks(pages) {
                 let encoder = self.encoder.batch();
                 for entry in entries {
@@ -185,12 +182,13 @@ mod tests {
 
     #[test]
     fn in_the_silence_each_connection_has_its_part() {
-        let live = |entries, connections| frame_pages(Moment::Live, entries, connections);
-        let last = |entries, connections| frame_pages(Moment::Last, entries, connections);
+        let live = |left, connections| frame_pages(Moment::Live, left, connections);
+        let last = |left, connections| frame_pages(Moment::Last, left, connections);
         assert_eq!(live(800, 8), FRAME_PAGES);
         assert_eq!(last(800, 8), 100);
         assert_eq!(last(801, 8), 101);
         assert_eq!(last(800, 1), FRAME_PAGES);
+        assert_eq!(last(5000, 8), FRAME_PAGES);
         assert_eq!(last(20, 8), FEWEST_FRAME_PAGES);
         assert_eq!(last(0, 0), FEWEST_FRAME_PAGES);
     }

@@ -248,6 +248,8 @@ pub struct Offer {
 pub struct DirectOffer {
     /// Who they come from.
     pub key: PublicKey,
+    /// How many of them.
+    pub connections: u32,
     /// How much each is to have on its way at the most, in bytes.
     pub window: u32,
 }

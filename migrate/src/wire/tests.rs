@@ -91,6 +91,7 @@ fn offer() -> Offer {
         connections: 2,
         direct: Some(DirectOffer {
             key: PublicKey::new([0x5a; 32]),
+            connections: 4,
             window: 1 << 20,
         }),
     }

@@ -1,13 +1,13 @@
 //! Moves that nothing disturbs.
 
 use std::num::NonZeroUsize;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use migrate::guest::replay::generated::Random;
 use migrate::guest::replay::{Call, Clock, Crossing, Guest, Memory, Shape, cross, pair};
-use migrate::report::TrackerKind;
+use migrate::report::{Observer, Progress, TrackerKind};
 use migrate::rounds::{Limits, Stop};
 use migrate::source::{OnTimeout, Plan};
 
@@ -152,6 +152,62 @@ fn a_connection_that_does_not_come_is_done_without() {
     };
     let report = scene.turned().moves(back).report.unwrap();
     assert_eq!(report.link.connections, 1);
+}
+
+#[test]
+fn where_the_other_site_is_not_reached_directly_pages_go_by_ssh() {
+    for (directly, connections_left, direct) in [(3, 3, true), (1, 1, true), (0, 3, false)] {
+        let said = Arc::<Mutex<Vec<String>>>::default();
+        let crossing = Crossing {
+            data: connections(3).0,
+            directly: Some(directly),
+            observer: Box::new(Warnings(Arc::clone(&said))),
+            ..Crossing::default()
+        };
+        let report = Scene::with(busy(46)).moves(crossing).report.unwrap();
+        assert_eq!(report.link.connections, connections_left, "{report:?}");
+        assert_eq!(report.link.direct, direct);
+        let said = said.lock().unwrap();
+        let by_ssh =
+            "Pages go by ssh, as destination can't be reached directly: There is a firewall";
+        let each = "A connection for pages can't be made: There is a firewall";
+        let expected = match directly {
+            3 => vec![],
+            1 => vec![each, each],
+            _ => vec![by_ssh],
+        };
+        assert_eq!(*said, expected);
+    }
+}
+
+struct Warnings(Arc<Mutex<Vec<String>>>);
+
+impl Observer for Warnings {
+    fn notice(&mut self, progress: Progress) {
+        if let Progress::Warning(warning) = progress {
+            self.0.lock().unwrap().push(warning);
+        }
+    }
+}
+
+#[test]
+fn connections_that_are_turned_away_are_opened_by_ssh() {
+    let (data, cuts) = connections(4);
+    // The first two that are opened.
+    for cut in &cuts[2..] {
+        cut.cut();
+    }
+    let crossing = Crossing {
+        plan: Plan {
+            connections: NonZeroUsize::new(2),
+            ..Plan::default()
+        },
+        data,
+        directly: Some(2),
+        ..Crossing::default()
+    };
+    let report = Scene::with(busy(47)).moves(crossing).report.unwrap();
+    assert_eq!((report.link.connections, report.link.direct), (2, false));
 }
 
 /// The restore gets less than arrives: it would go on with that in the guest's silence.

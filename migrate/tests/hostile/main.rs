@@ -146,6 +146,7 @@ fn offer() -> Offer {
         connections: 2,
         direct: Some(DirectOffer {
             key: PublicKey::new([6; 32]),
+            connections: 4,
             window: 1 << 20,
         }),
         move_id: MoveId::from_random([3; 16]),

@@ -73,6 +73,8 @@ pub struct Crossing {
     pub earlier: Earlier,
     /// More connections, for pages: the source's ends, and the destination's.
     pub data: (Vec<Link>, Vec<Link>),
+    /// How many of these come directly, where it is tried; the others can't.
+    pub directly: Option<usize>,
 }
 
 impl Default for Crossing {
@@ -89,6 +91,7 @@ impl Default for Crossing {
             observer: Box::new(Nobody),
             earlier: Earlier::default(),
             data: (Vec::new(), Vec::new()),
+            directly: None,
         }
     }
 }
@@ -235,10 +238,16 @@ pub fn leave(
     };
     shadows.keep_key(named, &key)?;
     let offer = offer(&mut guest, move_id, &key, crossing.plan.verify);
-    let mut links = Links(mem::take(&mut crossing.data.0));
+    let mut links = Links {
+        left: mem::take(&mut crossing.data.0),
+        directly: crossing.directly,
+    };
     let mut plan = crossing.plan.clone();
     // Otherwise as many as the link needs.
-    plan.connections = NonZeroUsize::new(links.0.len()).or(NonZeroUsize::new(1));
+    plan.connections = plan
+        .connections
+        .or(NonZeroUsize::new(links.left.len()))
+        .or(NonZeroUsize::new(1));
     let rate = Rate::new(crossing.rate);
     let control = control(&offer, Role::Source, rate.clone(), crossing);
     let cancel = Arc::clone(&crossing.cancel);
@@ -289,7 +298,14 @@ pub fn leave(
 }
 
 /// Links that are there already.
-struct Links(Vec<Link>);
+struct Links {
+    left: Vec<Link>,
+    /// How many of them can be made directly, where that is tried.
+    directly: Option<usize>,
+}
+
+/// What both sites are known by.
+const KEY: PublicKey = PublicKey::new([1; 32]);
 
 impl Reach for Links {
     fn reached(&mut self) -> Result<Option<String>> {
@@ -301,16 +317,21 @@ impl Reach for Links {
     }
 
     fn open(&mut self) -> Result<Link> {
-        let link = self.0.pop();
+        let link = self.left.pop();
         link.ok_or_else(|| Error::Refused("There is no other link".into()))
     }
 
     fn key(&mut self) -> Option<PublicKey> {
-        None
+        self.directly.map(|_| KEY)
     }
 
-    fn open_directly(&mut self, _: &DirectDoor, _: usize, _: u32) -> Result<Vec<Link>> {
-        Err(Error::Refused("Links are there already".into()))
+    fn open_directly(&mut self, _: &DirectDoor, count: usize, _: u32) -> Vec<Result<Link>> {
+        let can = self.directly.unwrap_or(0);
+        let one = |at| match at < can {
+            true => self.open(),
+            false => Err(Error::Refused("There is a firewall".into())),
+        };
+        (0..count).map(one).collect()
     }
 }
 
@@ -444,7 +465,7 @@ fn prepare(
                 Some(Expecting {
                     token,
                     links,
-                    direct: None,
+                    direct: offer.direct.map(|_| DirectDoor { port: 1, key: KEY }),
                 })
             }
         },

@@ -3,19 +3,16 @@
 use std::io;
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::net::sockopt::{set_socket_send_buffer_size_force, set_tcp_congestion, tcp_congestion};
-use socket2::SockRef;
+use socket2::{Domain, SockRef, Socket, Type};
 
-use super::{Identity, MAX_WINDOW, MIN_WINDOW, shake_hands, stream};
+use super::{ANSWERING, Identity, MAX_WINDOW, MIN_WINDOW, shake_hands, stream};
 use crate::error::{Error, IoContext, Result};
 use crate::link::loss::Losses;
 use crate::link::{Link, congestion};
 use crate::wire::DirectDoor;
-
-/// How long the other host may take to answer at its port: one behind a firewall never does.
-const ANSWERING: Duration = Duration::from_secs(3);
 
 /// What may wait in the kernel before it is on its way, in bytes: enough that it never runs dry, and
 /// no more, so that what is written is soon sent, and a link that is full soon shows.
@@ -28,55 +25,72 @@ pub struct Direct {
     losses: Losses,
 }
 
-/// Opens `count` connections to the `door` of the host at `address`, with so many bytes on their way
-/// at the most, by that congestion control; by the host's own where none is given.
+/// Where direct connections go.
+#[derive(Debug, Clone, Copy)]
+pub struct Ends {
+    /// This host's address, as the other one knows it.
+    pub from: IpAddr,
+    /// The other host's.
+    pub to: IpAddr,
+}
+
+/// Opens `count` connections to the `door` of the other host, with so many bytes on their way at the
+/// most, by that congestion control; by the host's own where none is given. Takes 5 s at the most.
 ///
 /// # Errors
-/// [`Error::Io`] where not one can be made.
+/// Of each: [`Error::Io`], [`Error::Refused`].
 pub fn connect(
     identity: &Identity,
-    address: IpAddr,
+    ends: Ends,
     door: &DirectDoor,
     count: usize,
     window: u32,
     congestion: Option<&str>,
-) -> Result<Vec<(Link, Direct)>> {
-    let address = SocketAddr::new(address, door.port);
-    let one = || -> Result<(Link, Direct)> {
-        let mut tls = identity.client(address.ip(), door.key)?.into();
-        let failed = || format!("Can't reach {address}");
-        let stream = TcpStream::connect_timeout(&address, ANSWERING).context(failed)?;
-        prepare(&stream, window, congestion).context(failed)?;
-        shake_hands(&mut tls, &stream).context(failed)?;
-        let kept = stream.try_clone().context(failed)?;
+) -> Vec<Result<(Link, Direct)>> {
+    let deadline = Instant::now() + ANSWERING;
+    let one = || open(identity, ends, door, window, congestion, deadline);
+    // All at once: each takes round trips.
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..count)
+            .map(|_| thread::Builder::new().spawn_scoped(scope, one))
+            .collect();
+        let failed = || Error::Refused("A thread of ours failed".into());
+        threads
+            .into_iter()
+            .map(|thread| match thread {
+                Ok(thread) => thread.join().unwrap_or_else(|_| Err(failed())),
+                Err(error) => Err(error).context(|| "Can't start a thread"),
+            })
+            .collect()
+    })
+}
+
+fn open(
+    identity: &Identity,
+    ends: Ends,
+    door: &DirectDoor,
+    window: u32,
+    congestion: Option<&str>,
+    deadline: Instant,
+) -> Result<(Link, Direct)> {
+    let address = SocketAddr::new(ends.to, door.port);
+    let mut tls = identity.client(ends.to, door.key)?.into();
+    let connected = move || -> io::Result<(Link, Direct)> {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+        // The way that ssh goes, and the address that the other host expects.
+        socket.bind(&SocketAddr::new(ends.from, 0).into())?;
+        let left = deadline.saturating_duration_since(Instant::now());
+        socket.connect_timeout(&address.into(), left.max(Duration::from_millis(1)))?;
+        let stream = TcpStream::from(socket);
+        prepare(&stream, window, congestion)?;
+        shake_hands(&mut tls, &stream, deadline)?;
         let direct = Direct {
-            stream: kept,
+            stream: stream.try_clone()?,
             losses: Losses::default(),
         };
-        Ok((stream::link(tls, stream).context(failed)?, direct))
+        Ok((stream::link(tls, stream)?, direct))
     };
-    // All at once: each takes round trips.
-    let made: Vec<_> = thread::scope(|scope| {
-        let threads: Vec<_> = (0..count).map(|_| scope.spawn(one)).collect();
-        let made = threads.into_iter().map(|thread| {
-            thread
-                .join()
-                .unwrap_or_else(|_| Err(Error::Refused("A thread of ours failed".into())))
-        });
-        made.collect()
-    });
-    let mut connections = Vec::new();
-    let mut failure = None;
-    for one in made {
-        match one {
-            Ok(connection) => connections.push(connection),
-            Err(error) => failure = Some(error),
-        }
-    }
-    match failure {
-        Some(error) if connections.is_empty() => Err(error),
-        _ => Ok(connections),
-    }
+    connected().context(|| format!("Can't reach {address}"))
 }
 
 fn prepare(stream: &TcpStream, window: u32, congestion: Option<&str>) -> io::Result<()> {

@@ -1,8 +1,7 @@
 //! The destination's end of direct connections.
 //!
 //! It listens while a move expects connections, at the address by which ssh has come, and takes those
-//! that show the source's key. What else comes is closed, and costs nobody more than a thread for
-//! some seconds.
+//! from where ssh has come that show the source's key. What comes from elsewhere is closed at once.
 
 use std::fmt;
 use std::io;
@@ -11,7 +10,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 use rustix::net::sockopt::set_socket_recv_buffer_size_force;
@@ -19,7 +18,7 @@ use serde::Deserialize;
 use socket2::SockRef;
 
 use super::identity::Server;
-use super::{Identity, MAX_WINDOW, MIN_WINDOW, shake_hands, stream};
+use super::{ANSWERING, Ends, Identity, MAX_WINDOW, MIN_WINDOW, shake_hands, stream};
 use crate::error::{IoContext, Result};
 use crate::link::{Link, MAX_CONNECTIONS};
 use crate::wire::{DirectDoor, DirectOffer};
@@ -85,21 +84,21 @@ impl Drop for Listener {
     }
 }
 
-/// Listens at `address` for the connections that are offered, `most` of them. They come to `come`.
+/// Listens for the connections that are offered, which come from and to these addresses. They are
+/// handed to `come`.
 ///
 /// # Errors
 /// Where none of the ports can be had.
 pub(crate) fn listen(
     policy: &DirectPolicy,
-    address: IpAddr,
+    ends: Ends,
     offered: &DirectOffer,
-    most: usize,
     come: Sender<Link>,
 ) -> Result<(Listener, DirectDoor)> {
     let identity = Identity::new()?;
     let server = identity.server(offered.key)?;
-    let failed = || format!("Can't listen for connections at {address}");
-    let socket = bind(policy.ports.as_ref(), address).context(failed)?;
+    let failed = || format!("Can't listen for connections at {}", ends.to);
+    let socket = bind(policy.ports.as_ref(), ends.to).context(failed)?;
     // Connections are given what this one has. Who is not root has what the kernel gives by itself.
     let window = offered.window.clamp(MIN_WINDOW, MAX_WINDOW);
     if let Err(error) = set_socket_recv_buffer_size_force(&socket, window as usize) {
@@ -115,7 +114,8 @@ pub(crate) fn listen(
         closed: Arc::clone(&listener.closed),
         server,
         come,
-        most: most.min(MAX_CONNECTIONS),
+        from: ends.from,
+        most: MAX_CONNECTIONS.min(offered.connections as usize),
         taken: AtomicUsize::new(0),
         greeted: AtomicUsize::new(0),
     };
@@ -146,6 +146,7 @@ struct Accepting {
     closed: Arc<AtomicBool>,
     server: Server,
     come: Sender<Link>,
+    from: IpAddr,
     /// So many come at the most.
     most: usize,
     /// How many have come.
@@ -155,38 +156,52 @@ struct Accepting {
 }
 
 fn accept(shared: &Arc<Accepting>) {
-    for stream in shared.socket.incoming() {
+    loop {
+        let accepted = shared.socket.accept();
         if shared.closed.load(Ordering::Acquire) {
             return;
         }
-        let stream = match stream {
-            Ok(stream) => stream,
+        let stream = match accepted {
+            Ok((stream, peer)) if peer.ip() == shared.from => stream,
+            Ok((_, peer)) => {
+                log::info!("A connection from {peer} is none of the source's");
+                continue;
+            }
             Err(error) => {
                 log::warn!("A connection did not come in: {error}");
                 thread::sleep(PAUSE);
                 continue;
             }
         };
-        // Anybody may call here. Where others keep the source out, it goes by ssh.
+        // Others may come from there. Where they keep the source out, it goes by ssh.
         if shared.greeted.fetch_add(1, Ordering::AcqRel) >= MAX_CONNECTIONS {
             shared.greeted.fetch_sub(1, Ordering::AcqRel);
             continue;
         }
-        let shared = Arc::clone(shared);
-        thread::spawn(move || {
-            let greeted = greet(&shared.server, stream);
+        let greeting = Arc::clone(shared);
+        let started = thread::Builder::new().spawn(move || greeting.greet(stream));
+        if let Err(error) = started {
             shared.greeted.fetch_sub(1, Ordering::AcqRel);
-            match greeted {
-                Ok(link) => {
-                    // One that nobody takes any more is closed.
-                    let _ = shared.come.try_send(link);
-                    if shared.taken.fetch_add(1, Ordering::AcqRel) + 1 == shared.most {
-                        close(&shared.socket, &shared.closed);
-                    }
+            log::warn!("A connection can't be greeted: {error}");
+            thread::sleep(PAUSE);
+        }
+    }
+}
+
+impl Accepting {
+    fn greet(&self, stream: TcpStream) {
+        let greeted = greet(&self.server, stream);
+        self.greeted.fetch_sub(1, Ordering::AcqRel);
+        match greeted {
+            Ok(link) => {
+                // One that nobody takes any more is closed.
+                let _ = self.come.try_send(link);
+                if self.taken.fetch_add(1, Ordering::AcqRel) + 1 == self.most {
+                    close(&self.socket, &self.closed);
                 }
-                Err(error) => log::info!("A direct connection did not come in: {error}"),
             }
-        });
+            Err(error) => log::info!("A direct connection did not come in: {error}"),
+        }
     }
 }
 
@@ -201,6 +216,6 @@ fn greet(server: &Server, stream: TcpStream) -> io::Result<Link> {
     stream.set_nodelay(true)?;
     let tls = server.connection().map_err(io::Error::other)?;
     let mut tls = tls.into();
-    shake_hands(&mut tls, &stream)?;
+    shake_hands(&mut tls, &stream, Instant::now() + ANSWERING)?;
     stream::link(tls, stream)
 }

@@ -9,6 +9,7 @@
 //! writer that the link holds up keeps nobody from reading.
 
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
+use std::mem;
 use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -64,6 +65,9 @@ impl Read for Reader {
             let mut tls = lock(&self.tls);
             match tls.reader().read(to) {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() == ErrorKind::UnexpectedEof => {
+                    return Err(io::Error::new(error.kind(), "It was closed"));
+                }
                 // At the end of all: nothing, where the other end has said so.
                 other => return other,
             }
@@ -109,8 +113,11 @@ impl Write for Writer {
         let count = tls.writer().write_vectored(slices)?;
         self.seal(&mut tls)?;
         drop(tls);
-        self.stream.write_all(&self.sealed)?;
-        self.sealed.clear();
+        // What can't be written is not written again: it would not fit behind what was.
+        let mut sealed = mem::take(&mut self.sealed);
+        self.stream.write_all(&sealed)?;
+        sealed.clear();
+        self.sealed = sealed;
         Ok(count)
     }
 
@@ -120,13 +127,13 @@ impl Write for Writer {
 }
 
 impl Drop for Writer {
-    /// The other end reads to its end, as with a pipe.
+    /// The other end reads to its end, as with a pipe, and mostly hears that it is one.
     fn drop(&mut self) {
         let tls = Arc::clone(&self.tls);
         let mut tls = lock(&tls);
         tls.send_close_notify();
         // Where it can't be said at once the connection is held up, or broken: then it ends without.
-        if self.sealed.is_empty() && self.seal(&mut tls).is_ok() {
+        if self.seal(&mut tls).is_ok() {
             let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
             let _ = send(&self.stream, &self.sealed, flags);
         }

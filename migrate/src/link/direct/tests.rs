@@ -1,5 +1,7 @@
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use crossbeam_channel::{Receiver, bounded};
@@ -10,25 +12,31 @@ use crate::link::Link;
 use crate::wire::{DirectDoor, DirectOffer};
 
 const HERE: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+const ENDS: Ends = Ends {
+    from: HERE,
+    to: HERE,
+};
 
 /// How long what must not come is waited for, and how long what must come may take.
 const MOMENT: Duration = Duration::from_millis(300);
 const LONG: Duration = Duration::from_secs(20);
 
 /// A destination that listens for `most` connections of whoever has that key.
-fn listening(key: PublicKey, most: usize) -> (Listener, DirectDoor, Receiver<Link>) {
+fn listening(key: PublicKey, most: u32) -> (Listener, DirectDoor, Receiver<Link>) {
     let (come, links) = bounded(4);
     let window = MIN_WINDOW;
-    let offered = DirectOffer { key, window };
-    let (listener, door) = listen(&DirectPolicy::default(), HERE, &offered, most, come).unwrap();
+    let offered = DirectOffer {
+        key,
+        connections: most,
+        window,
+    };
+    let (listener, door) = listen(&DirectPolicy::default(), ENDS, &offered, come).unwrap();
     (listener, door, links)
 }
 
 fn reach(identity: &Identity, door: &DirectDoor) -> Result<(Link, Direct), String> {
-    match connect(identity, HERE, door, 1, MIN_WINDOW, None) {
-        Ok(mut made) => Ok(made.remove(0)),
-        Err(error) => Err(crate::error::chain(&error)),
-    }
+    let made = connect(identity, ENDS, door, 1, MIN_WINDOW, None).remove(0);
+    made.map_err(|error| crate::error::chain(&error))
 }
 
 /// Both ends of a connection; and what keeps it.
@@ -60,9 +68,15 @@ fn bytes_cross_both_ways_at_once_in_pieces_of_any_size() {
                 }
             });
             scope.spawn(move || {
-                let mut come = Vec::new();
-                reader.read_to_end(&mut come).unwrap();
-                assert!(come == *bytes, "{} bytes came", come.len());
+                let mut come = vec![0; bytes.len()];
+                reader.read_exact(&mut come).unwrap();
+                assert!(come == *bytes);
+                // Whether it hears that this is all depends on how full the socket was.
+                let end = reader.read(&mut come).map_err(|error| error.kind());
+                assert!(
+                    matches!(end, Ok(0) | Err(ErrorKind::UnexpectedEof)),
+                    "{end:?}"
+                );
             });
         }
     });
@@ -83,19 +97,19 @@ fn a_connection_that_is_dropped_wakes_whoever_reads() {
 fn what_was_changed_on_the_way_is_not_read() {
     let source = Identity::new().unwrap();
     let (_listener, door, links) = listening(source.public(), 1);
-    // Somebody between the two, who changes a byte once both know one another.
+    // Somebody between the two, who changes what comes once both know one another.
     let between = TcpListener::bind((HERE, 0)).unwrap();
     let port = between.local_addr().unwrap().port();
+    let changing = Arc::<AtomicBool>::default();
+    let changes = Arc::clone(&changing);
     thread::spawn(move || {
         let (mut near, _) = between.accept().unwrap();
         let mut far = TcpStream::connect((HERE, door.port)).unwrap();
         let (mut back, mut there) = (far.try_clone().unwrap(), near.try_clone().unwrap());
         thread::spawn(move || std::io::copy(&mut back, &mut there));
         let mut bytes = [0; 1000];
-        let mut told = 0;
         while let Ok(count @ 1..) = near.read(&mut bytes) {
-            told += 1;
-            if told > 2 {
+            if changes.load(Ordering::Acquire) {
                 bytes[count - 1] ^= 1;
             }
             far.write_all(&bytes[..count]).unwrap();
@@ -104,15 +118,14 @@ fn what_was_changed_on_the_way_is_not_read() {
     let door = DirectDoor { port, ..door };
     let (mut near, _direct) = reach(&source, &door).unwrap();
     let mut far = links.recv_timeout(LONG).unwrap();
-    near.writer.write_all(b"true").unwrap();
     let mut bytes = [0; 4];
-    let mut read = far.reader.read_exact(&mut bytes);
-    // The handshake may have come in one piece.
-    if read.is_ok() {
-        near.writer.write_all(b"true").unwrap();
-        read = far.reader.read_exact(&mut bytes);
-    }
-    assert_eq!(read.unwrap_err().kind(), io::ErrorKind::InvalidData);
+    near.writer.write_all(b"true").unwrap();
+    far.reader.read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"true");
+    changing.store(true, Ordering::Release);
+    near.writer.write_all(b"true").unwrap();
+    let read = far.reader.read_exact(&mut bytes);
+    assert_eq!(read.unwrap_err().kind(), ErrorKind::InvalidData);
 }
 
 #[test]
@@ -135,7 +148,14 @@ fn only_who_has_the_key_comes_in_and_is_answered() {
         ..door
     };
     let refused = reach(&source, &wrong).err().unwrap();
-    assert!(refused.contains("Can't reach 127.0.0.1:"), "{refused}");
+    assert!(refused.contains("certificate"), "{refused}");
+    // Who comes from elsewhere is none of the source's.
+    let elsewhere = Ends {
+        from: IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2)),
+        to: HERE,
+    };
+    let made = connect(&source, elsewhere, &door, 1, MIN_WINDOW, None).remove(0);
+    assert!(made.is_err());
 
     let (_link, _direct) = reach(&source, &door).unwrap();
     links.recv_timeout(LONG).unwrap();
@@ -176,17 +196,16 @@ fn a_port_of_the_range_that_is_taken_is_passed_over() {
         };
         let offered = DirectOffer {
             key: source.public(),
+            connections: u32::MAX,
             window: u32::MAX,
         };
         let (come, _) = bounded(1);
-        listen(&policy, HERE, &offered, 1, come).map(|(_listener, door)| door.port)
+        listen(&policy, ENDS, &offered, come).map(|(_listener, door)| door.port)
     };
     let refused = crate::error::chain(&at(port, port).unwrap_err());
     assert!(refused.contains("in use"), "{refused}");
-    // Somebody else may have those that follow as well.
-    if let Ok(other) = at(port, port.saturating_add(20)) {
-        assert!(other > port);
-    }
+    let other = at(port, port.saturating_add(200)).unwrap();
+    assert!(other > port);
     for (first, last) in [(0, 10), (11, 10)] {
         assert_eq!(Ports::try_from((first, last)), Err(NoPorts));
     }
