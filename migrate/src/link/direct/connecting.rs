@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::net::sockopt::{set_socket_send_buffer_size_force, set_tcp_congestion, tcp_congestion};
 use socket2::{Domain, SockRef, Socket, Type};
 
+use super::identity::Client;
 use super::{ANSWERING, Identity, MAX_WINDOW, MIN_WINDOW, shake_hands, stream};
 use crate::error::{Error, IoContext, Result};
 use crate::link::loss::Losses;
@@ -25,12 +26,12 @@ pub struct Direct {
     losses: Losses,
 }
 
-/// Where direct connections go.
+/// Between which addresses direct connections go, as ssh's own connection shows them to this host.
 #[derive(Debug, Clone, Copy)]
 pub struct Ends {
-    /// This host's address, as the other one knows it.
+    /// The source's.
     pub from: IpAddr,
-    /// The other host's.
+    /// The destination's.
     pub to: IpAddr,
 }
 
@@ -48,7 +49,11 @@ pub fn connect(
     congestion: Option<&str>,
 ) -> Vec<Result<(Link, Direct)>> {
     let deadline = Instant::now() + ANSWERING;
-    let one = || open(identity, ends, door, window, congestion, deadline);
+    let client = match identity.client(door.key) {
+        Ok(client) => client,
+        Err(error) => return vec![Err(error)],
+    };
+    let one = || open(&client, ends, door.port, window, congestion, deadline);
     // All at once: each takes round trips.
     thread::scope(|scope| {
         let threads: Vec<_> = (0..count)
@@ -66,16 +71,16 @@ pub fn connect(
 }
 
 fn open(
-    identity: &Identity,
+    client: &Client,
     ends: Ends,
-    door: &DirectDoor,
+    port: u16,
     window: u32,
     congestion: Option<&str>,
     deadline: Instant,
 ) -> Result<(Link, Direct)> {
-    let address = SocketAddr::new(ends.to, door.port);
-    let mut tls = identity.client(ends.to, door.key)?.into();
-    let connected = move || -> io::Result<(Link, Direct)> {
+    let address = SocketAddr::new(ends.to, port);
+    let connected = || -> io::Result<(Link, Direct)> {
+        let mut tls = client.connection(ends.to).map_err(io::Error::other)?.into();
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
         // The way that ssh goes, and the address that the other host expects.
         socket.bind(&SocketAddr::new(ends.from, 0).into())?;

@@ -80,7 +80,7 @@ impl From<PublicKey> for String {
 pub struct Identity {
     public: PublicKey,
     shown: Arc<CertifiedKey>,
-    provider: Arc<CryptoProvider>,
+    provider: CryptoProvider,
 }
 
 impl Identity {
@@ -101,10 +101,7 @@ impl Identity {
         Ok(Identity {
             public,
             shown: Arc::new(CertifiedKey::new(vec![info], key)),
-            provider: Arc::new(CryptoProvider {
-                cipher_suites: fastest_first(),
-                ..provider::default_provider()
-            }),
+            provider: provider::default_provider(),
         })
     }
 
@@ -114,10 +111,15 @@ impl Identity {
         self.public
     }
 
-    /// This end of a connection to `address`, where whoever has that key listens.
-    pub(super) fn client(&self, address: IpAddr, peer: PublicKey) -> Result<ClientConnection> {
+    /// This end of connections to whoever has that key.
+    pub(super) fn client(&self, peer: PublicKey) -> Result<Client> {
         let failed = |error| Error::Refused(format!("Can't begin TLS: {error}"));
-        let mut config = ClientConfig::builder_with_provider(Arc::clone(&self.provider))
+        // The server takes the client's first choice.
+        let provider = CryptoProvider {
+            cipher_suites: fastest_first(),
+            ..self.provider.clone()
+        };
+        let mut config = ClientConfig::builder_with_provider(Arc::new(provider))
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(failed)?
             .dangerous()
@@ -126,14 +128,13 @@ impl Identity {
                 Arc::clone(&self.shown),
             )));
         config.resumption = Resumption::disabled();
-        ClientConnection::new(Arc::new(config), ServerName::IpAddress(address.into()))
-            .map_err(failed)
+        Ok(Client(Arc::new(config)))
     }
 
     /// This end of connections that whoever has that key opens.
     pub(super) fn server(&self, peer: PublicKey) -> Result<Server> {
         let failed = |error| Error::Refused(format!("Can't begin TLS: {error}"));
-        let mut config = ServerConfig::builder_with_provider(Arc::clone(&self.provider))
+        let mut config = ServerConfig::builder_with_provider(Arc::new(self.provider.clone()))
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(failed)?
             .with_client_cert_verifier(Arc::new(self.only(peer)))
@@ -194,6 +195,18 @@ fn time_to_seal(algorithm: &'static Algorithm) -> Duration {
     let best = times.min().unwrap_or(Duration::MAX);
     log::debug!("{algorithm:?} takes {best:?} for {SEALED} bytes");
     best
+}
+
+/// The end that connects.
+pub(super) struct Client(Arc<ClientConfig>);
+
+impl Client {
+    pub(super) fn connection(
+        &self,
+        address: IpAddr,
+    ) -> std::result::Result<ClientConnection, TlsError> {
+        ClientConnection::new(Arc::clone(&self.0), ServerName::IpAddress(address.into()))
+    }
 }
 
 /// The end that listens.
