@@ -508,8 +508,8 @@ pub trait Destination {
     /// What libxl refuses.
     fn take_over(&mut self) -> Result<()>;
 
-    /// Waits until the guest, which runs again, has found its devices: a second at the most. What
-    /// this site does meanwhile takes the processor from just what the guest waits for.
+    /// Waits until the guest, which runs again, has found its devices: for some seconds at the
+    /// most. What this site does meanwhile takes the processor from just what the guest waits for.
     fn find_devices(&mut self) {}
 
     /// Ends the restore and destroys the domain. Harmless when there is none.

@@ -33,9 +33,6 @@ pub enum Asked {
     Done,
 }
 
-/// How a frontend says that it is connected, `XenbusStateConnected` (xen/io/xenbus.h).
-const CONNECTED: &[u8] = b"4";
-
 /// A connection to this host's hypervisor, toolstack and store.
 pub struct Host {
     ctl: Ctl,
@@ -351,28 +348,6 @@ impl Host {
                 chain(&error)
             );
         }
-    }
-
-    /// Waits until the domain's disks and network interfaces are connected, `patience` at the most.
-    /// That they are is the guest's own word: nothing may depend on it.
-    pub fn wait_for_devices(&self, domid: DomId, patience: Duration) {
-        let start = Instant::now();
-        while start.elapsed() < patience && !self.devices_connected(domid).unwrap_or(true) {
-            thread::sleep(Duration::from_millis(50));
-        }
-    }
-
-    fn devices_connected(&self, domid: DomId) -> xen_sys::Result<bool> {
-        for kind in ["vif", "vbd"] {
-            let devices = format!("/local/domain/{domid}/device/{kind}");
-            for number in self.store.list(&devices)? {
-                let state = self.store.read(&format!("{devices}/{number}/state"))?;
-                if state.as_deref() != Some(CONNECTED) {
-                    return Ok(false);
-                }
-            }
-        }
-        Ok(true)
     }
 
     /// Destroys the domain, and returns once nothing is left of it.

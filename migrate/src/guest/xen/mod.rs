@@ -13,6 +13,7 @@ pub mod page_table;
 mod presence;
 pub mod pv;
 pub mod pvh;
+mod reconnecting;
 pub mod restore;
 mod savers;
 pub mod stream;

@@ -42,19 +42,21 @@ use params::{check_params, rings};
 
 use super::host::Host;
 use super::pv::start_info_rings;
+use super::reconnecting;
 use super::stream::state::{GuestState, StaticData};
 use super::verify;
 use crate::configuration::balloon_target;
 use crate::digest::Digester;
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, IoContext, Result, chain};
 use crate::guest::{Destination, Kind};
 use crate::handover::recovery::incoming_name;
 use crate::image::Image;
 use crate::pages::{PAGE_SIZE, PageType};
 use crate::report::rounded;
 
-/// How long a guest that goes on is left alone to find its devices.
-const FINDING_DEVICES: Duration = Duration::from_secs(1);
+/// How long a guest that goes on is left alone to find its devices. No longer: it has no keeper
+/// yet.
+const FINDING_DEVICES: Duration = Duration::from_secs(5);
 
 /// What is to be restored.
 #[derive(Debug, Clone)]
@@ -358,8 +360,10 @@ impl Destination for XenDestination {
     }
 
     fn find_devices(&mut self) {
-        if let Some(domid) = self.domid {
-            self.host.wait_for_devices(domid, FINDING_DEVICES);
+        if let Some(domid) = self.domid
+            && let Err(error) = reconnecting::wait_for_devices(domid, FINDING_DEVICES)
+        {
+            log::warn!("{}", chain(&error));
         }
     }
 
