@@ -17,7 +17,8 @@
 //! and 95 % at the most.
 //!
 //! Where the host's processors are never idle, a writer is held up by those that need them too: ssh,
-//! and who compresses. Then it tells nothing about the link. What sending takes of the processors for
+//! and who compresses. Then it tells nothing about the link, but that this carries what crosses: the
+//! estimate grows to four times that at the most. What sending takes of the processors for
 //! each byte is measured beside it. Where all of it is done in the writer's own time that is what
 //! counts; what else the processors do, as for a destination on the same host, only leaves fewer of
 //! them to share. Where ssh carries it all counts for sending.
@@ -95,6 +96,10 @@ const GROWTH_NEAR_LIMIT: f64 = 1.01;
 
 /// How near that is.
 const NEAR_LIMIT: f64 = 1.5;
+
+/// Where processors are what all wait for, the link is not taken to be faster than so many times
+/// what crosses: whatever was chosen instead would hardly send more.
+const BEYOND: f64 = 4.0;
 
 /// An estimate of the link's rate.
 #[derive(Debug, Clone, Default)]
@@ -236,7 +241,7 @@ impl LinkRate {
                 if self.held_up >= SATURATED * self.elapsed {
                     return;
                 }
-                fastest = f64::INFINITY;
+                fastest = BEYOND * self.bytes / self.elapsed;
             }
         }
         if self.held_up >= SATURATED * self.elapsed {
@@ -268,6 +273,9 @@ impl LinkRate {
             None => return,
         };
         let rate = grown.max(slowest).min(fastest).max(1.0);
+        if self.busy && self.bytes_per_second().is_some_and(|known| rate <= known) {
+            return;
+        }
         self.see(rate.recip());
     }
 }
@@ -363,6 +371,20 @@ mod tests {
         writer.idle = Some(0.0);
         writer.run(&mut link, 0.5e6, 8e6, 5.0);
         assert!(near(&link, 1e6), "{link:?}");
+    }
+
+    #[test]
+    fn without_an_idle_processor_the_link_is_not_taken_for_any_rate() {
+        let (mut link, mut writer) = start();
+        writer.idle = Some(0.05);
+        writer.run(&mut link, 6e6, 5e6, 120.0);
+        let found = link.bytes_per_second().unwrap();
+        assert!((5e6..=20e6).contains(&found), "{link:?}");
+        // A while with little to send takes nothing back.
+        writer.run(&mut link, 6e6, 0.4e6, 5.0);
+        assert!(link.bytes_per_second().unwrap() >= found, "{link:?}");
+        writer.run(&mut link, 60e6, 50e6, 120.0);
+        assert!(link.bytes_per_second().unwrap() >= 50e6, "{link:?}");
     }
 
     #[test]
