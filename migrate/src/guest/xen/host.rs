@@ -182,7 +182,13 @@ impl Host {
     /// What libxl refuses.
     pub fn set_cpu_cap(&self, domid: DomId, percent: u32) -> Result<()> {
         let gone = |_: &xen_sys::Error| matches!(self.ctl.domain_info(domid), Ok(None));
-        match self.toolstack.set_cpu_cap(domid, percent) {
+        // What a domain has used too much of its old cap it owes to credit2, and pays the longer the
+        // lower the new one is. Without a cap it owes nothing.
+        let lifted = match percent {
+            0 => Ok(()),
+            _ => self.toolstack.set_cpu_cap(domid, 0),
+        };
+        match lifted.and_then(|()| self.toolstack.set_cpu_cap(domid, percent)) {
             Err(error) if gone(&error) => Ok(()),
             other => other.context(|| "Can't set the guest's share of the processors"),
         }
