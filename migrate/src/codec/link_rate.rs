@@ -18,8 +18,8 @@
 //!
 //! Where the host's processors are never idle, a writer is held up by those that need them too: ssh,
 //! and who compresses. Then it tells nothing about the link, but that this carries what crosses: the
-//! estimate grows to four times that at the most. What sending takes of the processors for
-//! each byte is measured beside it. Where all of it is done in the writer's own time that is what
+//! estimate grows to four times that at the most. What sending takes of the processors for each byte
+//! is measured beside it. Where all of it is done in the writer's own time that is what
 //! counts; what else the processors do, as for a destination on the same host, only leaves fewer of
 //! them to share. Where ssh carries it all counts for sending.
 //!

@@ -176,7 +176,8 @@ impl Host {
             .context(|| "Can't read the guest's share of the processors")
     }
 
-    /// Sets what [`Host::cpu_cap`] returns. Harmless where there is no such domain any more.
+    /// Sets what [`Host::cpu_cap`] returns; for a moment there is no cap at all. Harmless where there
+    /// is no such domain any more.
     ///
     /// # Errors
     /// What libxl refuses.
